@@ -1,0 +1,1 @@
+//! The thread that runs a VM's devices.

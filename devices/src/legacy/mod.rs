@@ -1,0 +1,1 @@
+//! The few non-virtio devices a Linux guest needs.
