@@ -37,7 +37,7 @@ KERNEL_MODULES = """
     overlay kvm kvm-amd vhost_vsock vhost_net tun erofs virtio_blk nbd loop
     act_mirred act_gact sch_ingress cls_u32 cls_matchall cls_flower veth bridge br_netfilter
     nf_tables nft_compat nft_ct nft_nat nft_masq nft_chain_nat nf_conntrack
-    xt_comment xt_conntrack xt_MASQUERADE xt_mark xt_addrtype xt_multiport xt_nat dummy
+    xt_comment xt_conntrack xt_MASQUERADE xt_mark xt_addrtype xt_multiport xt_nat
 """.split()
 
 ROOT_SUITE = "forky"
