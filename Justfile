@@ -1,0 +1,73 @@
+# Every recipe works on a fresh clone; `./dev RECIPE` installs what it needs first.
+
+export BULKHEAD_CACHE := env("BULKHEAD_CACHE", env("XDG_CACHE_HOME", env("HOME") / ".cache") / "bulkhead")
+target := env("CARGO_TARGET_DIR", justfile_directory() / "target")
+
+# List all recipes
+default:
+    @just --list --unsorted
+
+# Build daemon and vmmctl
+build:
+    cargo build -p bulkhead-sandboxer
+
+# Build the guest kernel (cached by content; prints where it is)
+kernel:
+    kernel-config/build
+
+# Build the guest image with the agent in it (cached by content; prints where it is)
+rootfs:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    agent=$(agent/build | tail -n1)
+    rootfs/build "$agent"
+
+# Build kernel and image and make them the ones vmmctl finds by default
+guest:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    kernel=$(kernel-config/build | tail -n1)
+    image=$(just rootfs | tail -n1)
+    mkdir -p "$BULKHEAD_CACHE/current"
+    ln -sfn "$kernel/vmlinux" "$BULKHEAD_CACHE/current/vmlinux"
+    ln -sfn "$kernel/bzImage" "$BULKHEAD_CACHE/current/bzImage"
+    ln -sfn "$image" "$BULKHEAD_CACHE/current/rootfs.erofs"
+    echo "guest: $kernel/vmlinux, $image"
+
+# Build the OCI images that demo and tests run (cached by content)
+fixtures:
+    cargo run --quiet -p bulkhead-fixtures -- build
+
+# Format, clippy and shell checks
+lint:
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets -- -D warnings
+    shellcheck dev .ci/run kernel-config/build rootfs/build agent/build
+
+# Run pods of every sandbox kind that exists, on real input, and print a table
+demo: build guest fixtures
+    tests/run demo
+
+# All checks and tests in at most 45 minutes; last line "N passed, N failed"
+test:
+    tests/run test
+
+# Everything `test` does, and the long parts: soak, fuzz, big suites
+test-full:
+    tests/run test-full
+
+# A shell, or a command, on a disposable host with real KVM
+lab *ARGS:
+    tests/lab/lab {{ARGS}}
+
+# Benchmarks: boot, fs. Prints a table and writes target/bench/NAME.json
+bench NAME: build guest fixtures
+    tests/run bench {{NAME}}
+
+# Fuzz one target for some seconds; without arguments, list the targets
+fuzz NAME="" SECONDS="60":
+    tests/run fuzz "{{NAME}}" "{{SECONDS}}"
+
+# Remove build results; caches under BULKHEAD_CACHE stay
+clean:
+    cargo clean

@@ -1,0 +1,379 @@
+//! Loading a kernel and handing over to it.
+//!
+//! Two ways in, chosen from the file: an ELF kernel with a PVH note starts in 32-bit protected
+//! mode with an `hvm_start_info`; a bzImage, or an ELF kernel without that note, starts in long
+//! mode with Linux' boot parameters ("64-bit boot protocol").
+
+mod linux64;
+mod mptable;
+mod pvh;
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+
+use linux_loader::loader::elf::PvhBootCapability;
+use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
+use vm_memory::{Address, Bytes, GuestAddress};
+
+use crate::config::VmConfig;
+use crate::error::VmError;
+use crate::layout;
+use crate::memory::VmMemory;
+
+pub(crate) use linux64::GDT as LINUX64_GDT;
+
+/// How the boot vCPU enters the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// 32-bit protected mode, EBX points to the start info.
+    Pvh {
+        /// Physical address of the first instruction.
+        address: u64,
+    },
+    /// Long mode with identity mapping, RSI points to the boot parameters.
+    Linux64 {
+        /// Address of the first instruction.
+        address: u64,
+    },
+}
+
+/// What was loaded, for `inspect` and for pre-faulting.
+#[derive(Clone, Copy, Debug)]
+pub struct Loaded {
+    /// Where to enter.
+    pub entry: Entry,
+    /// Guest physical range of the kernel image (start, end).
+    pub kernel: (u64, u64),
+    /// Guest physical range of the initramfs.
+    pub initramfs: Option<(u64, u64)>,
+}
+
+/// Loads kernel, initramfs, command line and boot tables.
+///
+/// # Errors
+/// Names the file that is missing, unreadable, not a kernel, or too large for the memory.
+pub(crate) fn load(
+    memory: &VmMemory,
+    config: &VmConfig,
+    cmdline: &str,
+) -> Result<Loaded, VmError> {
+    let (result, is_elf) = load_kernel(memory, &config.kernel)?;
+    let kernel = (result.kernel_load.raw_value(), result.kernel_end);
+    let initramfs = config
+        .initramfs
+        .as_deref()
+        .map(|path| load_initramfs(memory, path, kernel.1))
+        .transpose()?;
+
+    if cmdline.len() + 1 > layout::CMDLINE_MAX {
+        return Err(VmError::Config {
+            what: "cmdline",
+            reason: format!(
+                "{} bytes are longer than the kernel takes ({}): shorten it or use fewer devices",
+                cmdline.len(),
+                layout::CMDLINE_MAX - 1
+            ),
+        });
+    }
+    if cmdline.bytes().any(|b| b == 0) {
+        return Err(VmError::Config {
+            what: "cmdline",
+            reason: "holds a zero byte".into(),
+        });
+    }
+    memory.put(layout::CMDLINE_ADDR, cmdline.as_bytes())?;
+    memory.put(layout::CMDLINE_ADDR + cmdline.len() as u64, &[0])?;
+    memory.put(layout::MPTABLE_ADDR, &mptable::build(config.vcpus))?;
+
+    let entry = match result.pvh_boot_cap {
+        PvhBootCapability::PvhEntryPresent(address) if is_elf => {
+            pvh::write(memory, initramfs)?;
+            Entry::Pvh {
+                address: address.raw_value(),
+            }
+        }
+        _ => {
+            linux64::write(memory, initramfs, cmdline.len(), result.setup_header)?;
+            let address = if is_elf {
+                kernel.0
+            } else {
+                // 64-bit entry of a bzImage: 0x200 past the start of its protected-mode part.
+                kernel.0 + 0x200
+            };
+            Entry::Linux64 { address }
+        }
+    };
+    Ok(Loaded {
+        entry,
+        kernel,
+        initramfs,
+    })
+}
+
+fn open(what: &'static str, path: &Path) -> Result<File, VmError> {
+    let file = File::open(path).map_err(|source| VmError::File {
+        what,
+        path: path.into(),
+        source,
+    })?;
+    let metadata = file.metadata().map_err(|source| VmError::File {
+        what,
+        path: path.into(),
+        source,
+    })?;
+    if !metadata.is_file() {
+        return Err(VmError::BadFile {
+            what,
+            path: path.into(),
+            reason: "is not a regular file".into(),
+        });
+    }
+    Ok(file)
+}
+
+fn load_kernel(memory: &VmMemory, path: &Path) -> Result<(KernelLoaderResult, bool), VmError> {
+    let bad = |reason: String| VmError::BadFile {
+        what: "kernel",
+        path: path.into(),
+        reason,
+    };
+    let mut file = open("kernel", path)?;
+    let mut head = [0; 0x206];
+    let got = read_up_to(&mut file, &mut head).map_err(|source| VmError::File {
+        what: "kernel",
+        path: path.into(),
+        source,
+    })?;
+    file.seek(SeekFrom::Start(0)).map_err(|source| VmError::File {
+        what: "kernel",
+        path: path.into(),
+        source,
+    })?;
+    let high = Some(GuestAddress(layout::HIGH_RAM_START));
+    let head = &head[..got];
+    if head.starts_with(b"\x7fELF") {
+        check_elf_extent(&mut file, path)?;
+        let result = Elf::load(memory.mmap(), None, &mut file, high).map_err(|e| {
+            bad(format!(
+                "is not an x86-64 kernel this VM can boot ({e}): is it truncated, or is the VM's \
+                 memory ({} MiB) too small for it?",
+                memory.size() >> 20
+            ))
+        })?;
+        Ok((result, true))
+    } else if head.get(0x202..0x206) == Some(b"HdrS") {
+        check_bzimage_extent(&file, head, path)?;
+        let result = BzImage::load(memory.mmap(), None, &mut file, high).map_err(|e| {
+            bad(format!(
+                "is not a bzImage this VM can boot ({e}): is the VM's memory ({} MiB) too small \
+                 for it?",
+                memory.size() >> 20
+            ))
+        })?;
+        Ok((result, false))
+    } else {
+        Err(bad(
+            "is neither an ELF kernel (vmlinux) nor a bzImage: give one of these".into(),
+        ))
+    }
+}
+
+/// Refuses an ELF file whose segments reach past its end: a truncated copy would otherwise boot
+/// into zeros and triple-fault.
+fn check_elf_extent(file: &mut File, path: &Path) -> Result<(), VmError> {
+    let bad = |reason: &str| VmError::BadFile {
+        what: "kernel",
+        path: path.into(),
+        reason: reason.into(),
+    };
+    let io = |source| VmError::File {
+        what: "kernel",
+        path: path.into(),
+        source,
+    };
+    let len = file.metadata().map_err(io)?.len();
+    let mut header = [0u8; 64];
+    let result = (|| {
+        if read_up_to(file, &mut header).map_err(io)? < header.len() {
+            return Err(bad("is truncated: its ELF header is incomplete"));
+        }
+        let field = |at: usize, n: usize| {
+            header[at..at + n]
+                .iter()
+                .rev()
+                .fold(0u64, |value, byte| value << 8 | u64::from(*byte))
+        };
+        let (table, size, count) = (field(32, 8), field(54, 2), field(56, 2));
+        if field(18, 2) != 62 || size < 56 {
+            return Err(bad("is an ELF file, but not for x86-64"));
+        }
+        for index in 0..count {
+            let at = table.saturating_add(index * size);
+            let mut entry = [0u8; 56];
+            file.seek(SeekFrom::Start(at)).map_err(io)?;
+            if read_up_to(file, &mut entry).map_err(io)? < entry.len() {
+                return Err(bad("is truncated: its program headers are incomplete"));
+            }
+            let word = |at: usize| {
+                entry[at..at + 8]
+                    .iter()
+                    .rev()
+                    .fold(0u64, |value, byte| value << 8 | u64::from(*byte))
+            };
+            let is_load = entry[..4] == [1, 0, 0, 0];
+            if is_load && word(8).saturating_add(word(32)) > len {
+                return Err(bad(
+                    "is truncated: a segment reaches past the end of the file",
+                ));
+            }
+        }
+        Ok(())
+    })();
+    file.seek(SeekFrom::Start(0)).map_err(io)?;
+    result
+}
+
+/// Refuses a bzImage that is shorter than its header says (boot protocol: `setup_sects`,
+/// `syssize`).
+fn check_bzimage_extent(file: &File, head: &[u8], path: &Path) -> Result<(), VmError> {
+    let len = file
+        .metadata()
+        .map_err(|source| VmError::File {
+            what: "kernel",
+            path: path.into(),
+            source,
+        })?
+        .len();
+    let setup_sects = match head.get(0x1F1).copied().unwrap_or(0) {
+        0 => 4,
+        n => u64::from(n),
+    };
+    let syssize = head.get(0x1F4..0x1F8).map_or(0, |b| {
+        u64::from(u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+    });
+    if (setup_sects + 1) * 512 + syssize * 16 > len + 15 {
+        return Err(VmError::BadFile {
+            what: "kernel",
+            path: path.into(),
+            reason: format!(
+                "is truncated: its header announces {} bytes, the file has {len}",
+                (setup_sects + 1) * 512 + syssize * 16
+            ),
+        });
+    }
+    Ok(())
+}
+
+fn load_initramfs(
+    memory: &VmMemory,
+    path: &Path,
+    kernel_end: u64,
+) -> Result<(u64, u64), VmError> {
+    let mut file = open("initramfs", path)?;
+    let io = |source| VmError::File {
+        what: "initramfs",
+        path: path.into(),
+        source,
+    };
+    let len = file.metadata().map_err(io)?.len();
+    // As high as possible, but below 2 GiB, the limit every kernel takes.
+    let top = memory.low_end().min(0x7FFF_F000);
+    let start = top
+        .checked_sub(len)
+        .map(|start| start & !0xFFF)
+        .filter(|start| *start >= kernel_end.saturating_add(1 << 20))
+        .ok_or_else(|| VmError::BadFile {
+            what: "initramfs",
+            path: path.into(),
+            reason: format!(
+                "{} MiB do not fit beside the kernel in {} MiB of memory: give the VM more",
+                len.div_ceil(1 << 20),
+                memory.size() >> 20
+            ),
+        })?;
+    memory
+        .mmap()
+        .read_exact_volatile_from(GuestAddress(start), &mut file, len as usize)
+        .map_err(|e| VmError::BadFile {
+            what: "initramfs",
+            path: path.into(),
+            reason: format!("cannot be read into guest memory: {e}"),
+        })?;
+    Ok((start, start + len))
+}
+
+/// Reads until `buffer` is full or the file ends.
+fn read_up_to(file: &mut File, buffer: &mut [u8]) -> std::io::Result<usize> {
+    let mut got = 0;
+    while got < buffer.len() {
+        match file.read(&mut buffer[got..]) {
+            Ok(0) => break,
+            Ok(n) => got += n,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(got)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn refused(content: &[u8]) -> String {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(content).unwrap();
+        let memory = VmMemory::new(64, false).unwrap();
+        load_kernel(&memory, file.path()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn names_what_is_wrong_with_a_kernel() {
+        assert!(refused(b"#!/bin/sh\n").contains("neither an ELF kernel"));
+        assert!(refused(b"").contains("neither an ELF kernel"));
+        assert!(refused(b"\x7fELF").contains("truncated"));
+        let mut elf = vec![0u8; 64];
+        elf[..4].copy_from_slice(b"\x7fELF");
+        elf[18] = 40;
+        assert!(refused(&elf).contains("not for x86-64"));
+        elf[18] = 62;
+        elf[32] = 64;
+        elf[54] = 56;
+        elf[56] = 1;
+        assert!(refused(&elf).contains("program headers are incomplete"));
+        let mut segment = vec![0u8; 56];
+        segment[0] = 1;
+        segment[32] = 200;
+        elf.extend_from_slice(&segment);
+        assert!(refused(&elf).contains("reaches past the end"));
+        let mut bz = vec![0u8; 0x400];
+        bz[0x202..0x206].copy_from_slice(b"HdrS");
+        bz[0x1F5] = 1;
+        assert!(refused(&bz).contains("is truncated"));
+    }
+
+    #[test]
+    fn a_missing_kernel_is_named() {
+        let memory = VmMemory::new(16, false).unwrap();
+        let error = load_kernel(&memory, Path::new("/no/such/kernel")).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "kernel /no/such/kernel: No such file or directory (os error 2)"
+        );
+    }
+
+    #[test]
+    fn an_initramfs_must_leave_room_for_the_kernel() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(15 << 20).unwrap();
+        let memory = VmMemory::new(16, false).unwrap();
+        let error = load_initramfs(&memory, file.path(), 0x10_0000).unwrap_err();
+        assert!(error.to_string().contains("give the VM more"), "{error}");
+        let memory = VmMemory::new(64, false).unwrap();
+        let (start, end) = load_initramfs(&memory, file.path(), 0x10_0000).unwrap();
+        assert_eq!((end - start, start % 4096), (15 << 20, 0));
+    }
+}

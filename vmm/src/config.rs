@@ -1,0 +1,259 @@
+//! What a VM is made of.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use crate::error::VmError;
+use crate::layout;
+
+/// Where the guest's serial console goes.
+#[derive(Default)]
+pub enum Console {
+    /// Kept only in the ring that diagnoses failures.
+    #[default]
+    None,
+    /// Also written here. The writer must not block for ever: a vCPU waits for it.
+    Writer(Box<dyn Write + Send>),
+}
+
+impl std::fmt::Debug for Console {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::None => "None",
+            Self::Writer(_) => "Writer",
+        })
+    }
+}
+
+/// What backs a disk.
+#[derive(Debug)]
+pub enum DiskSource {
+    /// A raw image file or block device, opened by the VMM.
+    Path(PathBuf),
+    /// An open file.
+    File(File),
+}
+
+/// A virtio-blk disk.
+#[derive(Debug)]
+pub struct DiskConfig {
+    /// What backs it.
+    pub source: DiskSource,
+    /// The guest cannot write.
+    pub read_only: bool,
+    /// Serial number the guest sees, at most 20 bytes.
+    pub serial: String,
+}
+
+/// A directory shared by virtio-fs.
+#[derive(Clone, Debug)]
+pub struct ShareConfig {
+    /// The tag the guest mounts.
+    pub tag: String,
+    /// The directory that becomes the root of the share.
+    pub root: PathBuf,
+    /// The guest cannot write.
+    pub read_only: bool,
+}
+
+/// A virtio-net device on a tap.
+#[derive(Debug)]
+pub struct NetConfig {
+    /// Name of the tap in the network namespace of the caller (ignored if `fd` is given).
+    pub tap: String,
+    /// An already opened tap (`IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`).
+    pub fd: Option<OwnedFd>,
+    /// MAC address the guest is given.
+    pub mac: Option<[u8; 6]>,
+    /// MTU the guest is given.
+    pub mtu: Option<u16>,
+    /// Use the host kernel's vhost-net where it is available.
+    pub vhost: bool,
+}
+
+/// Everything needed to build a VM. `Default` gives one vCPU, 128 MiB and no devices but the
+/// serial console.
+#[derive(Debug)]
+pub struct VmConfig {
+    /// Name in logs and thread names.
+    pub id: String,
+    /// Number of vCPUs, 1 to 32.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// Back guest memory with 2 MiB pages of hugetlbfs.
+    pub hugepages: bool,
+    /// ELF `vmlinux` (PVH or 64-bit entry) or `bzImage`.
+    pub kernel: PathBuf,
+    /// Initial RAM file system.
+    pub initramfs: Option<PathBuf>,
+    /// Appended to the default command line.
+    pub cmdline: String,
+    /// Leave the default command line out.
+    pub bare_cmdline: bool,
+    /// Disks, in the order of `vda`, `vdb`, …
+    pub disks: Vec<DiskConfig>,
+    /// Empty disk slots that can be filled while the VM runs.
+    pub spare_disk_slots: u8,
+    /// Shared directories.
+    pub shares: Vec<ShareConfig>,
+    /// Network devices, in the order of `eth0`, `eth1`, …
+    pub nets: Vec<NetConfig>,
+    /// Adds a vsock device with this guest CID (3 or above).
+    pub vsock_cid: Option<u32>,
+    /// Adds an entropy device.
+    pub rng: bool,
+    /// Adds a memory balloon with free-page reporting.
+    pub balloon: bool,
+    /// Where the serial console goes.
+    pub console: Console,
+    /// Waits for a debugger on this address (`127.0.0.1:1234` or a socket path) before the first
+    /// instruction.
+    pub gdb: Option<String>,
+    /// Runs even where KVM is emulated and far too slow.
+    pub allow_emulated_kvm: bool,
+}
+
+impl Default for VmConfig {
+    fn default() -> Self {
+        Self {
+            id: "vm".into(),
+            vcpus: 1,
+            memory_mib: 128,
+            hugepages: false,
+            kernel: PathBuf::new(),
+            initramfs: None,
+            cmdline: String::new(),
+            bare_cmdline: false,
+            disks: Vec::new(),
+            spare_disk_slots: 0,
+            shares: Vec::new(),
+            nets: Vec::new(),
+            vsock_cid: None,
+            rng: false,
+            balloon: false,
+            console: Console::None,
+            gdb: None,
+            allow_emulated_kvm: false,
+        }
+    }
+}
+
+impl VmConfig {
+    /// Checks every value that can be checked without touching the host's state.
+    ///
+    /// # Errors
+    /// Names the first option that cannot be.
+    pub fn validate(&self) -> Result<(), VmError> {
+        let config = |what, reason| Err(VmError::Config { what, reason });
+        if self.vcpus == 0 || self.vcpus > layout::MAX_VCPUS {
+            return config(
+                "cpus",
+                format!("{} vCPUs: give 1 to {}", self.vcpus, layout::MAX_VCPUS),
+            );
+        }
+        if self.memory_mib < layout::MIN_MEMORY_MIB {
+            return config(
+                "memory",
+                format!(
+                    "{} MiB is too small to boot in: give at least {} MiB",
+                    self.memory_mib,
+                    layout::MIN_MEMORY_MIB
+                ),
+            );
+        }
+        let host_mib = host_memory_mib();
+        if self.memory_mib > host_mib {
+            return config(
+                "memory",
+                format!(
+                    "{} MiB is more than this host has ({host_mib} MiB): give less",
+                    self.memory_mib
+                ),
+            );
+        }
+        if self.hugepages && self.memory_mib % 2 != 0 {
+            return config("memory", "with huge pages give an even number of MiB".into());
+        }
+        if let Some(cid) = self.vsock_cid
+            && cid < 3
+        {
+            return config(
+                "vsock cid",
+                format!("{cid} is reserved: give 3 or above (2 is the host)"),
+            );
+        }
+        for share in &self.shares {
+            if share.tag.is_empty() || share.tag.len() > 36 {
+                return config(
+                    "share tag",
+                    format!("{:?} must have 1 to 36 bytes", share.tag),
+                );
+            }
+        }
+        for disk in &self.disks {
+            if disk.serial.len() > 20 {
+                return config(
+                    "disk serial",
+                    format!("{:?} is longer than 20 bytes", disk.serial),
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Memory of this host in MiB.
+fn host_memory_mib() -> u64 {
+    // SAFETY: sysconf has no preconditions.
+    let (pages, size) = unsafe {
+        (
+            libc::sysconf(libc::_SC_PHYS_PAGES),
+            libc::sysconf(libc::_SC_PAGESIZE),
+        )
+    };
+    match (u64::try_from(pages), u64::try_from(size)) {
+        (Ok(pages), Ok(size)) => pages.saturating_mul(size) >> 20,
+        _ => u64::MAX,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refuses_what_cannot_be() {
+        let says = |config: VmConfig| config.validate().unwrap_err().to_string();
+        assert!(
+            says(VmConfig {
+                vcpus: 33,
+                ..VmConfig::default()
+            })
+            .contains("1 to 32")
+        );
+        assert!(
+            says(VmConfig {
+                memory_mib: 4,
+                ..VmConfig::default()
+            })
+            .contains("at least 16 MiB")
+        );
+        assert!(
+            says(VmConfig {
+                memory_mib: 1 << 40,
+                ..VmConfig::default()
+            })
+            .contains("more than this host has")
+        );
+        assert!(
+            says(VmConfig {
+                vsock_cid: Some(2),
+                ..VmConfig::default()
+            })
+            .contains("reserved")
+        );
+    }
+}

@@ -1,0 +1,341 @@
+//! Which devices a VM has, at which addresses and interrupt lines, on which threads.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::sync::Arc;
+
+use bulkhead_devices::GuestMemory;
+use bulkhead_devices::event_loop::{EventLoop, EventLoopOptions};
+use bulkhead_devices::legacy::{I8042, Rtc, Serial};
+use bulkhead_devices::virtio::mmio::{MmioTransport, TransportState};
+use bulkhead_devices::virtio::vsock::{Vsock, VsockHandle};
+use bulkhead_devices::virtio::{Interrupt, VirtioDevice};
+use kvm_ioctls::{IoEventAddress, VmFd};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::Bus;
+use crate::config::{Console, DiskConfig, VmConfig};
+use crate::error::VmError;
+use crate::layout;
+use crate::memory::VmMemory;
+use crate::vm::{ExitSlot, VmExit};
+
+/// State of the devices that are not virtio.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct LegacyState {
+    serial: Value,
+    rtc: Value,
+    i8042: Value,
+}
+
+/// A virtio device at its place.
+#[derive(Debug)]
+struct Slot {
+    transport: Arc<MmioTransport>,
+    address: u64,
+    irq: u32,
+}
+
+/// All devices of a VM and the threads that run them.
+#[derive(Debug)]
+pub(crate) struct Devices {
+    pub(crate) pio: Arc<Bus>,
+    pub(crate) mmio: Arc<Bus>,
+    pub(crate) serial: Arc<Serial>,
+    pub(crate) reset: Arc<EventFd>,
+    pub(crate) vsock: Option<VsockHandle>,
+    rtc: Arc<Rtc>,
+    i8042: Arc<I8042>,
+    slots: Vec<Slot>,
+    loops: Vec<EventLoop>,
+}
+
+/// Which thread runs a device: file system requests may wait for the host's disk, and must not
+/// hold up the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Io,
+    Fs,
+}
+
+impl Devices {
+    /// Makes all devices of `config` and connects them to the VM.
+    pub(crate) fn new(
+        config: &mut VmConfig,
+        vm_fd: &VmFd,
+        memory: &VmMemory,
+        exit: &Arc<ExitSlot>,
+    ) -> Result<Self, VmError> {
+        let mut pio = Bus::default();
+        let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+        let event = || event().map_err(VmError::host("device event"));
+
+        let serial_irq = event()?;
+        vm_fd
+            .register_irqfd(&serial_irq, layout::SERIAL_IRQ)
+            .map_err(VmError::kvm("KVM_IRQFD"))?;
+        let sink: Box<dyn Write + Send> = match std::mem::take(&mut config.console) {
+            Console::None => Box::new(io::sink()),
+            Console::Writer(writer) => writer,
+        };
+        let serial = Arc::new(Serial::new(serial_irq, sink));
+        pio.insert(
+            u64::from(layout::SERIAL_PORT),
+            8,
+            "serial",
+            serial.clone(),
+        );
+        let rtc = Arc::new(Rtc::new());
+        pio.insert(u64::from(layout::RTC_PORT), 2, "rtc", rtc.clone());
+        let reset = Arc::new(event()?);
+        let i8042 = Arc::new(I8042::new(
+            reset
+                .try_clone()
+                .map_err(VmError::host("reset event"))?,
+        ));
+        pio.insert(u64::from(layout::I8042_PORT), 5, "i8042", i8042.clone());
+
+        let mut wiring = Wiring {
+            vm_fd,
+            mem: GuestMemory::new(memory.mmap().clone()),
+            mmio: Bus::default(),
+            slots: Vec::new(),
+            roles: Vec::new(),
+        };
+        let vsock = wiring.add_all(config, memory)?;
+
+        let mut devices = Self {
+            pio: Arc::new(pio),
+            mmio: Arc::new(wiring.mmio),
+            serial,
+            reset,
+            vsock,
+            rtc,
+            i8042,
+            slots: wiring.slots,
+            loops: Vec::new(),
+        };
+        devices.spawn_loops(&config.id, &wiring.roles, exit)?;
+        Ok(devices)
+    }
+
+    fn spawn_loops(
+        &mut self,
+        vm_id: &str,
+        roles: &[Role],
+        exit: &Arc<ExitSlot>,
+    ) -> Result<(), VmError> {
+        for (role, name) in [(Role::Io, "dev"), (Role::Fs, "fs")] {
+            if !roles.contains(&role) {
+                continue;
+            }
+            let exit = Arc::clone(exit);
+            let event_loop = EventLoop::spawn_with(EventLoopOptions {
+                name: format!("{name}:{vm_id}"),
+                on_failure: Box::new(move |reason| {
+                    exit.set(VmExit::Error(format!("internal error in a device: {reason}")));
+                }),
+                ..EventLoopOptions::default()
+            })
+            .map_err(VmError::host("starting the device thread"))?;
+            for (slot, of_slot) in self.slots.iter().zip(roles) {
+                if *of_slot == role {
+                    event_loop
+                        .attach(Arc::clone(&slot.transport))
+                        .map_err(VmError::host("attaching a device to its thread"))?;
+                }
+            }
+            self.loops.push(event_loop);
+        }
+        Ok(())
+    }
+
+    /// The kernel command line: defaults, devices, then what the caller adds.
+    pub(crate) fn cmdline(&self, config: &VmConfig) -> String {
+        let mut line = String::new();
+        if !config.bare_cmdline {
+            // i8042 reset is the orderly end; a panic resets at once and is found on the console.
+            line.push_str("console=ttyS0 reboot=k panic=-1 8250.nr_uarts=1 tsc=reliable");
+        }
+        for slot in &self.slots {
+            let _ = std::fmt::Write::write_fmt(
+                &mut line,
+                format_args!(
+                    " virtio_mmio.device=4K@{:#x}:{}",
+                    slot.address, slot.irq
+                ),
+            );
+        }
+        if !config.cmdline.is_empty() {
+            line.push(' ');
+            line.push_str(&config.cmdline);
+        }
+        line.trim().to_owned()
+    }
+
+    pub(crate) fn start(&self) {
+        for event_loop in &self.loops {
+            event_loop.resume();
+        }
+    }
+
+    pub(crate) fn pause(&self) {
+        for event_loop in &self.loops {
+            event_loop.pause();
+        }
+    }
+
+    pub(crate) fn resume(&self) {
+        for event_loop in &self.loops {
+            event_loop.resume();
+        }
+        for slot in &self.slots {
+            slot.transport.kick_all();
+        }
+    }
+
+    pub(crate) fn stop(&self) {
+        for event_loop in &self.loops {
+            event_loop.stop();
+        }
+    }
+
+    pub(crate) fn attach_disk(&self, slot: usize, disk: DiskConfig) -> Result<(), VmError> {
+        let _ = disk;
+        Err(VmError::Config {
+            what: "disk slot",
+            reason: format!("{slot}: no such spare slot"),
+        })
+    }
+
+    pub(crate) fn describe(&self) -> Value {
+        let mut all: Vec<Value> = self
+            .pio
+            .map()
+            .map(|(name, start, len)| {
+                json!({"name": name, "port": format!("{start:#x}"), "ports": len})
+            })
+            .collect();
+        for slot in &self.slots {
+            let mut value = slot.transport.describe();
+            if let Some(object) = value.as_object_mut() {
+                object.insert("address".into(), json!(format!("{:#x}", slot.address)));
+                object.insert("irq".into(), json!(slot.irq));
+                object.insert(
+                    "interrupts".into(),
+                    json!(slot.transport.interrupt().count()),
+                );
+            }
+            all.push(value);
+        }
+        json!(all)
+    }
+
+    pub(crate) fn metrics(&self) -> BTreeMap<String, Value> {
+        let (written, read) = self.serial.counters();
+        let mut all = BTreeMap::new();
+        all.insert(
+            "serial".into(),
+            json!({"bytes_out": written, "bytes_in": read}),
+        );
+        for (index, slot) in self.slots.iter().enumerate() {
+            all.insert(
+                format!("{}{index}", slot.transport.name()),
+                slot.transport.with_device(|device| device.metrics()),
+            );
+        }
+        all
+    }
+
+    pub(crate) fn save(&self) -> Vec<TransportState> {
+        self.slots.iter().map(|s| s.transport.save()).collect()
+    }
+
+    pub(crate) fn save_legacy(&self) -> LegacyState {
+        LegacyState {
+            serial: self.serial.save(),
+            rtc: self.rtc.save(),
+            i8042: self.i8042.save(),
+        }
+    }
+
+    pub(crate) fn restore(
+        &self,
+        states: &[TransportState],
+        legacy: &LegacyState,
+    ) -> Result<(), VmError> {
+        if states.len() != self.slots.len() {
+            return Err(VmError::State(format!(
+                "the state has {} virtio devices, the configuration {}",
+                states.len(),
+                self.slots.len()
+            )));
+        }
+        for (slot, state) in self.slots.iter().zip(states) {
+            slot.transport.restore(state)?;
+        }
+        self.serial.restore(&legacy.serial)?;
+        self.rtc.restore(&legacy.rtc)?;
+        self.i8042.restore(&legacy.i8042)?;
+        Ok(())
+    }
+}
+
+/// Gives each virtio device the next address and interrupt line.
+struct Wiring<'a> {
+    vm_fd: &'a VmFd,
+    mem: GuestMemory,
+    mmio: Bus,
+    slots: Vec<Slot>,
+    roles: Vec<Role>,
+}
+
+impl Wiring<'_> {
+    fn add_all(
+        &mut self,
+        config: &mut VmConfig,
+        _memory: &VmMemory,
+    ) -> Result<Option<VsockHandle>, VmError> {
+        let mut handle = None;
+        if let Some(cid) = config.vsock_cid {
+            let vsock = Vsock::new(cid)?;
+            handle = Some(vsock.handle());
+            self.add(Role::Io, Box::new(vsock))?;
+        }
+        Ok(handle)
+    }
+
+    fn add(&mut self, role: Role, device: Box<dyn VirtioDevice>) -> Result<(), VmError> {
+        let index = self.slots.len();
+        let address = layout::VIRTIO_MMIO_START + index as u64 * layout::VIRTIO_MMIO_SIZE;
+        // Past the last free line, lines are shared.
+        let irq = layout::VIRTIO_IRQS[index % layout::VIRTIO_IRQS.len()];
+        let interrupt = Interrupt::new().map_err(VmError::host("device interrupt"))?;
+        self.vm_fd
+            .register_irqfd(interrupt.event(), irq)
+            .map_err(VmError::kvm("KVM_IRQFD"))?;
+        let transport = MmioTransport::new(self.mem.clone(), device, interrupt)
+            .map_err(VmError::host("device events"))?;
+        let notify = IoEventAddress::Mmio(address + layout::VIRTIO_MMIO_NOTIFY);
+        for (queue, event) in (0u32..).zip(transport.queue_events()) {
+            self.vm_fd
+                .register_ioevent(event, &notify, queue)
+                .map_err(VmError::kvm("KVM_IOEVENTFD"))?;
+        }
+        self.mmio.insert(
+            address,
+            layout::VIRTIO_MMIO_SIZE,
+            transport.name(),
+            transport.clone(),
+        );
+        self.slots.push(Slot {
+            transport,
+            address,
+            irq,
+        });
+        self.roles.push(role);
+        Ok(())
+    }
+}
