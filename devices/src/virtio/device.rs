@@ -1,7 +1,11 @@
 //! What every virtio device implements, and what it is given.
 
+use std::any::Any;
+use std::sync::Arc;
+
 use event_manager::{EventOps, EventSet};
 use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::Interrupt;
 use crate::GuestMemory;
@@ -58,7 +62,10 @@ pub struct StateError {
 /// Threads: `activate`, `deactivate`, `read_config` and `write_config` are called from vCPU
 /// threads, `on_activated`, `handle_queue` and `handle_event` from the device's event loop
 /// thread; the transport serialises all of them with one lock per device.
-pub trait VirtioDevice: Send {
+///
+/// `Any` lets the owner of a transport reach a device's own methods:
+/// `transport.with_device(|d| (d as &mut dyn Any).downcast_mut::<Blk>().map(…))`.
+pub trait VirtioDevice: Any + Send {
     /// Short name for logs and `inspect`: `blk`, `vsock`, …
     fn name(&self) -> &'static str;
     /// Device id (virtio 1.2, section 5).
@@ -99,6 +106,19 @@ pub trait VirtioDevice: Send {
     /// # Errors
     /// When the state is of another version or makes no sense for this device.
     fn restore(&mut self, state: &serde_json::Value) -> Result<(), StateError>;
+    /// Once, before anything else: the eventfds the driver's notifications arrive at, one per
+    /// queue. A device that stops early to let others have their turn writes to its own.
+    fn set_queue_events(&mut self, _events: Arc<[EventFd]>) {}
+    /// True if, since `on_activated`, the host kernel reads the queues' eventfds itself (vhost):
+    /// the event loop then leaves them alone until the device is deactivated.
+    fn kernel_reads_queue_events(&self) -> bool {
+        false
+    }
+    /// Before `save`: stop whatever works on the queues outside the event loop and bring `queues`
+    /// up to date.
+    fn quiesce(&mut self) {}
+    /// When the VM resumes: take up again what `quiesce` stopped.
+    fn resume(&mut self) {}
     /// Counters for `inspect` and metrics: requests, bytes, errors.
     fn metrics(&self) -> serde_json::Value {
         serde_json::Value::Null
