@@ -71,7 +71,9 @@ impl Bus {
 
     /// (name, start, length) of every device.
     pub(crate) fn map(&self) -> impl Iterator<Item = (&str, u64, u64)> {
-        self.ranges.iter().map(|r| (r.name.as_str(), r.start, r.len))
+        self.ranges
+            .iter()
+            .map(|r| (r.name.as_str(), r.start, r.len))
     }
 }
 

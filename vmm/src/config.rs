@@ -174,8 +174,11 @@ impl VmConfig {
                 ),
             );
         }
-        if self.hugepages && self.memory_mib % 2 != 0 {
-            return config("memory", "with huge pages give an even number of MiB".into());
+        if self.hugepages && !self.memory_mib.is_multiple_of(2) {
+            return config(
+                "memory",
+                "with huge pages give an even number of MiB".into(),
+            );
         }
         if let Some(cid) = self.vsock_cid
             && cid < 3

@@ -210,9 +210,7 @@ fn measure(kvm: &Kvm) -> Result<f64, VmError> {
         unsafe { vm.set_user_memory_region(slot) }
             .map_err(VmError::kvm("KVM_SET_USER_MEMORY_REGION"))?;
     }
-    let mut vcpu = vm
-        .create_vcpu(0)
-        .map_err(VmError::kvm("KVM_CREATE_VCPU"))?;
+    let mut vcpu = vm.create_vcpu(0).map_err(VmError::kvm("KVM_CREATE_VCPU"))?;
     let mut sregs = vcpu.get_sregs().map_err(VmError::kvm("KVM_GET_SREGS"))?;
     sregs.cs.base = 0;
     sregs.cs.selector = 0;
@@ -221,8 +219,7 @@ fn measure(kvm: &Kvm) -> Result<f64, VmError> {
     let mut regs = vcpu.get_regs().map_err(VmError::kvm("KVM_GET_REGS"))?;
     regs.rip = CODE_ADDR;
     regs.rflags = 2;
-    vcpu.set_regs(&regs)
-        .map_err(VmError::kvm("KVM_SET_REGS"))?;
+    vcpu.set_regs(&regs).map_err(VmError::kvm("KVM_SET_REGS"))?;
     let start = Instant::now();
     loop {
         match vcpu.run() {

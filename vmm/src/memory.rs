@@ -97,9 +97,7 @@ impl VmMemory {
     pub(crate) fn put(&self, address: u64, data: &[u8]) -> Result<(), VmError> {
         self.mmap
             .write_slice(data, GuestAddress(address))
-            .map_err(|e| {
-                VmError::Memory(format!("{} bytes at {address:#x}: {e}", data.len()))
-            })
+            .map_err(|e| VmError::Memory(format!("{} bytes at {address:#x}: {e}", data.len())))
     }
 
     /// RAM the guest may use, as (start, size), for boot memory maps.
@@ -160,10 +158,7 @@ mod tests {
         assert_eq!(ranges(1 << 30), vec![(0, 1 << 30, 0)]);
         assert_eq!(
             ranges(4 << 30),
-            vec![
-                (0, 0xC000_0000, 0),
-                (0x1_0000_0000, 1 << 30, 0xC000_0000)
-            ]
+            vec![(0, 0xC000_0000, 0), (0x1_0000_0000, 1 << 30, 0xC000_0000)]
         );
         let memory = VmMemory::new(3073, false).unwrap();
         assert_eq!(memory.high_end(), Some(0x1_0000_0000 + (1 << 20)));

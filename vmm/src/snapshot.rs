@@ -24,7 +24,7 @@ use crate::wiring::{Devices, LegacyState};
 pub const STATE_VERSION: u32 = 1;
 
 /// Everything of a VM but its memory.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 pub struct VmState {
     /// [`STATE_VERSION`].
     pub version: u32,
@@ -36,6 +36,15 @@ pub struct VmState {
     devices: Vec<TransportState>,
     legacy: LegacyState,
     cmdline: String,
+}
+
+impl std::fmt::Debug for VmState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VmState")
+            .field("version", &self.version)
+            .field("memory_bytes", &self.memory_bytes)
+            .finish_non_exhaustive()
+    }
 }
 
 const IRQCHIPS: [u32; 3] = [

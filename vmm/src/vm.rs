@@ -365,7 +365,10 @@ impl Vm {
             Phase::Paused => return Ok(()),
             Phase::Running => {}
             Phase::Created | Phase::Ended => {
-                return Err(VmError::NotRunning(format!("VM {} is not running", self.id)));
+                return Err(VmError::NotRunning(format!(
+                    "VM {} is not running",
+                    self.id
+                )));
             }
         }
         self.park();
@@ -659,12 +662,7 @@ fn panic_message(console: &[u8]) -> Option<String> {
     let at = text.rfind(SIGN)?;
     let line = text[at + SIGN.len()..].lines().next()?.trim();
     // The guest writes this: keep it short and printable.
-    Some(
-        line.chars()
-            .filter(|c| !c.is_control())
-            .take(200)
-            .collect(),
-    )
+    Some(line.chars().filter(|c| !c.is_control()).take(200).collect())
 }
 
 /// Whether `address` lies in guest memory (for the debugger).
@@ -678,11 +676,9 @@ mod tests {
 
     #[test]
     fn a_panic_is_found_and_cleaned() {
-        let console = b"[ 0.1] ok\n[ 0.2] Kernel panic - not syncing: VFS: Unable\x1b to mount\r\nmore";
-        assert_eq!(
-            panic_message(console).unwrap(),
-            "VFS: Unable to mount"
-        );
+        let console =
+            b"[ 0.1] ok\n[ 0.2] Kernel panic - not syncing: VFS: Unable\x1b to mount\r\nmore";
+        assert_eq!(panic_message(console).unwrap(), "VFS: Unable to mount");
         assert_eq!(panic_message(b"all is well"), None);
     }
 

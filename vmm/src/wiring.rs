@@ -81,19 +81,12 @@ impl Devices {
             Console::Writer(writer) => writer,
         };
         let serial = Arc::new(Serial::new(serial_irq, sink));
-        pio.insert(
-            u64::from(layout::SERIAL_PORT),
-            8,
-            "serial",
-            serial.clone(),
-        );
+        pio.insert(u64::from(layout::SERIAL_PORT), 8, "serial", serial.clone());
         let rtc = Arc::new(Rtc::new());
         pio.insert(u64::from(layout::RTC_PORT), 2, "rtc", rtc.clone());
         let reset = Arc::new(event()?);
         let i8042 = Arc::new(I8042::new(
-            reset
-                .try_clone()
-                .map_err(VmError::host("reset event"))?,
+            reset.try_clone().map_err(VmError::host("reset event"))?,
         ));
         pio.insert(u64::from(layout::I8042_PORT), 5, "i8042", i8042.clone());
 
@@ -135,7 +128,9 @@ impl Devices {
             let event_loop = EventLoop::spawn_with(EventLoopOptions {
                 name: format!("{name}:{vm_id}"),
                 on_failure: Box::new(move |reason| {
-                    exit.set(VmExit::Error(format!("internal error in a device: {reason}")));
+                    exit.set(VmExit::Error(format!(
+                        "internal error in a device: {reason}"
+                    )));
                 }),
                 ..EventLoopOptions::default()
             })
@@ -162,10 +157,7 @@ impl Devices {
         for slot in &self.slots {
             let _ = std::fmt::Write::write_fmt(
                 &mut line,
-                format_args!(
-                    " virtio_mmio.device=4K@{:#x}:{}",
-                    slot.address, slot.irq
-                ),
+                format_args!(" virtio_mmio.device=4K@{:#x}:{}", slot.address, slot.irq),
             );
         }
         if !config.cmdline.is_empty() {

@@ -72,7 +72,10 @@ pub(super) fn write(
     memory.put(layout::PML4_ADDR, &(pdpt | PRESENT_WRITABLE).to_le_bytes())?;
     for gib in 0..4u64 {
         let directory = pdpt + 0x1000 * (gib + 1);
-        memory.put(pdpt + gib * 8, &(directory | PRESENT_WRITABLE).to_le_bytes())?;
+        memory.put(
+            pdpt + gib * 8,
+            &(directory | PRESENT_WRITABLE).to_le_bytes(),
+        )?;
         let pages: Vec<u8> = (0..512u64)
             .flat_map(|i| ((gib << 30 | i << 21) | PRESENT_WRITABLE | LARGE).to_le_bytes())
             .collect();

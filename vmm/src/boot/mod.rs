@@ -53,11 +53,7 @@ pub struct Loaded {
 ///
 /// # Errors
 /// Names the file that is missing, unreadable, not a kernel, or too large for the memory.
-pub(crate) fn load(
-    memory: &VmMemory,
-    config: &VmConfig,
-    cmdline: &str,
-) -> Result<Loaded, VmError> {
+pub(crate) fn load(memory: &VmMemory, config: &VmConfig, cmdline: &str) -> Result<Loaded, VmError> {
     let (result, is_elf) = load_kernel(memory, &config.kernel)?;
     let kernel = (result.kernel_load.raw_value(), result.kernel_end);
     let initramfs = config
@@ -145,11 +141,12 @@ fn load_kernel(memory: &VmMemory, path: &Path) -> Result<(KernelLoaderResult, bo
         path: path.into(),
         source,
     })?;
-    file.seek(SeekFrom::Start(0)).map_err(|source| VmError::File {
-        what: "kernel",
-        path: path.into(),
-        source,
-    })?;
+    file.seek(SeekFrom::Start(0))
+        .map_err(|source| VmError::File {
+            what: "kernel",
+            path: path.into(),
+            source,
+        })?;
     let high = Some(GuestAddress(layout::HIGH_RAM_START));
     let head = &head[..got];
     if head.starts_with(b"\x7fELF") {
@@ -265,11 +262,7 @@ fn check_bzimage_extent(file: &File, head: &[u8], path: &Path) -> Result<(), VmE
     Ok(())
 }
 
-fn load_initramfs(
-    memory: &VmMemory,
-    path: &Path,
-    kernel_end: u64,
-) -> Result<(u64, u64), VmError> {
+fn load_initramfs(memory: &VmMemory, path: &Path, kernel_end: u64) -> Result<(u64, u64), VmError> {
     let mut file = open("initramfs", path)?;
     let io = |source| VmError::File {
         what: "initramfs",

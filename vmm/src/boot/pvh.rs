@@ -15,7 +15,10 @@ const MEMMAP_ADDR: u64 = layout::PVH_INFO_ADDR + 0x80;
 pub(super) fn write(memory: &VmMemory, initramfs: Option<(u64, u64)>) -> Result<(), VmError> {
     let mut map = Vec::new();
     let mut entries = 0u32;
-    let reserved = (layout::LOW_RAM_END, layout::HIGH_RAM_START - layout::LOW_RAM_END);
+    let reserved = (
+        layout::LOW_RAM_END,
+        layout::HIGH_RAM_START - layout::LOW_RAM_END,
+    );
     let usable = memory.usable();
     for (index, (addr, size)) in usable.iter().enumerate() {
         map.extend_from_slice(&addr.to_le_bytes());

@@ -97,8 +97,8 @@ pub(crate) fn set_common_state(vcpu: &VcpuFd) -> Result<(), VmError> {
         entry(MSR_IA32_MISC_ENABLE, MSR_IA32_MISC_ENABLE_FAST_STRING),
         entry(MSR_MTRR_DEF_TYPE, MTRR_ENABLE_WRITE_BACK),
     ];
-    let msrs = Msrs::from_entries(&wanted)
-        .map_err(|e| VmError::Memory(format!("MSR list: {e:?}")))?;
+    let msrs =
+        Msrs::from_entries(&wanted).map_err(|e| VmError::Memory(format!("MSR list: {e:?}")))?;
     // KVM says how many it took; one it does not know (on another vendor's CPU) is not an error.
     vcpu.set_msrs(&msrs).map_err(VmError::kvm("KVM_SET_MSRS"))?;
 

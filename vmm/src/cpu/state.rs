@@ -1,8 +1,8 @@
 //! Everything of a vCPU that survives a snapshot.
 
 use kvm_bindings::{
-    CpuId, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 use crate::error::VmError;
 
 /// Registers and pending events of one vCPU.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct VcpuState {
-    cpuid: CpuId,
+    cpuid: Vec<kvm_cpuid_entry2>,
     regs: kvm_regs,
     sregs: kvm_sregs,
     xsave: kvm_xsave,
@@ -62,7 +62,9 @@ impl VcpuState {
             .map_err(VmError::kvm("KVM_GET_VCPU_EVENTS"))?;
         let cpuid = vcpu
             .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-            .map_err(VmError::kvm("KVM_GET_CPUID2"))?;
+            .map_err(VmError::kvm("KVM_GET_CPUID2"))?
+            .as_slice()
+            .to_vec();
         Ok(Self {
             cpuid,
             regs,
@@ -83,7 +85,9 @@ impl VcpuState {
     /// # Errors
     /// When KVM refuses a call, for example because the host's CPU lacks a saved feature.
     pub fn restore(&self, vcpu: &VcpuFd) -> Result<(), VmError> {
-        vcpu.set_cpuid2(&self.cpuid)
+        let cpuid = CpuId::from_entries(&self.cpuid)
+            .map_err(|e| VmError::State(format!("CPUID table: {e:?}")))?;
+        vcpu.set_cpuid2(&cpuid)
             .map_err(VmError::kvm("KVM_SET_CPUID2"))?;
         vcpu.set_mp_state(self.mp_state)
             .map_err(VmError::kvm("KVM_SET_MP_STATE"))?;

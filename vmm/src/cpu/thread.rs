@@ -104,12 +104,7 @@ impl std::fmt::Debug for Vcpu {
 
 impl Vcpu {
     /// Starts the thread; the vCPU is paused.
-    pub(crate) fn spawn(
-        vm_id: &str,
-        index: u8,
-        fd: VcpuFd,
-        env: VcpuEnv,
-    ) -> Result<Self, VmError> {
+    pub(crate) fn spawn(vm_id: &str, index: u8, fd: VcpuFd, env: VcpuEnv) -> Result<Self, VmError> {
         install_kick_handler().map_err(VmError::host("installing the vCPU kick signal"))?;
         let shared = Arc::new(VcpuShared {
             control: Mutex::new(Control {
@@ -143,7 +138,9 @@ impl Vcpu {
                 control.jobs.clear();
                 of_thread.changed.notify_all();
             })
-            .map_err(VmError::host(format!("starting the thread of vCPU {index}")))?;
+            .map_err(VmError::host(format!(
+                "starting the thread of vCPU {index}"
+            )))?;
         Ok(Self {
             index,
             shared,
@@ -221,9 +218,9 @@ impl Vcpu {
             self.shared.changed.notify_all();
         }
         self.kick();
-        receiver.recv().map_err(|_| {
-            VmError::NotRunning(format!("vCPU {} ended with its VM", self.index))
-        })
+        receiver
+            .recv()
+            .map_err(|_| VmError::NotRunning(format!("vCPU {} ended with its VM", self.index)))
     }
 }
 
