@@ -1,0 +1,17 @@
+//! OCI images: reading, verifying, unpacking, caching, and a writable root for each container.
+
+mod error;
+mod layer;
+mod manifest;
+mod source;
+mod store;
+pub mod tarball;
+#[cfg(test)]
+mod tests;
+mod unpack;
+
+pub use error::ImageError;
+pub use layer::ContainerRoot;
+pub use manifest::ImageConfig;
+pub use source::{display_name, hex_digest};
+pub use store::{Image, Progress, Silent, Store};
