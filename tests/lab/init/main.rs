@@ -62,9 +62,13 @@ fn live(ctl: &Control, reader: File) -> io::Result<(i32, u64, u64)> {
     sys::set_clock(job.clock_ns);
     let noter = ctl.clone();
     let mut log = |text: &str| noter.say(&format!("NOTE {text}"));
+    let stage = |name: &str| ctl.say(&format!("STAGE {name} {}", uptime()));
     boot::modules(&mut log)?;
+    stage("modules");
     boot::root()?;
+    stage("root");
     boot::mounts(&job.shares, &job.modules_dir)?;
+    stage("mounts");
     boot::settings(&mut log);
     ctl.say(&format!("BOOTED {}", uptime()));
     let result = job::run(&job, reader, ctl, port)?;

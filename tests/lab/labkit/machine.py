@@ -84,7 +84,7 @@ class Machine:
              "-object", f"memory-backend-memfd,id=ram,size={self.mem_mib}M,share=on",
              "-kernel", str(self.parts.kernel.dir / "vmlinux"),
              "-initrd", str(self.parts.initramfs.dir / "initramfs.cpio"),
-             "-append", KERNEL_CMDLINE, *args],
+             "-append", f"{KERNEL_CMDLINE} {os.environ.get('BULKHEAD_LAB_CMDLINE', '')}", *args],
             [s.fileno() for s in passed], err_fd)
         for s in passed:
             s.close()
