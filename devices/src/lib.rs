@@ -10,6 +10,8 @@
 pub mod bus;
 pub mod event_loop;
 pub mod legacy;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod virtio;
 
 /// Guest physical memory as every device sees it. The atomic wrapper lets memory be added to a

@@ -1,5 +1,6 @@
 //! Virtio 1.2 devices and their MMIO transport.
 
+pub mod blk;
 pub mod device;
 pub(crate) mod driver_side;
 mod guest_log;
@@ -7,6 +8,7 @@ pub mod interrupt;
 pub mod vsock;
 pub mod mmio;
 pub mod queue;
+pub mod rng;
 
 pub use device::{Activation, DeviceError, StateError, VirtioDevice};
 pub use interrupt::{Interrupt, InterruptKind};

@@ -164,7 +164,11 @@ pub fn read_front(mem: &GuestMemoryMmap<()>, segments: &[Segment], data: &mut [u
     let mut done = 0;
     for segment in segments {
         let want = (segment.len as usize).min(data.len() - done);
-        if want == 0 || mem.read_slice(&mut data[done..done + want], segment.addr).is_err() {
+        if want == 0
+            || mem
+                .read_slice(&mut data[done..done + want], segment.addr)
+                .is_err()
+        {
             break;
         }
         done += want;
@@ -177,7 +181,11 @@ pub fn write_front(mem: &GuestMemoryMmap<()>, segments: &[Segment], data: &[u8])
     let mut done = 0;
     for segment in segments {
         let want = (segment.len as usize).min(data.len() - done);
-        if want == 0 || mem.write_slice(&data[done..done + want], segment.addr).is_err() {
+        if want == 0
+            || mem
+                .write_slice(&data[done..done + want], segment.addr)
+                .is_err()
+        {
             break;
         }
         done += want;
@@ -373,7 +381,7 @@ impl QueueSaved {
             ("used ring", self.used_ring, 6 + 8 * size, 4),
         ];
         for (what, addr, len, align) in parts {
-            if addr % align != 0 || !mem.check_range(GuestAddress(addr), len) {
+            if !addr.is_multiple_of(align) || !mem.check_range(GuestAddress(addr), len) {
                 return Err(format!(
                     "its {what} ({len} bytes at {addr:#x}) is not aligned or not inside guest memory"
                 ));

@@ -1,0 +1,269 @@
+//! The block device seen by a driver.
+
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+
+use proptest::prelude::*;
+use tempfile::NamedTempFile;
+
+use super::device::F_FLUSH;
+use super::*;
+use crate::testing::{Guest, READ, WRITE};
+use crate::virtio::VirtioDevice;
+
+const SECTORS: u64 = 64;
+const HEADER: u64 = 0x1000;
+const STATUS: u64 = 0x2000;
+const DATA: u64 = 0x4000;
+
+struct Setup {
+    guest: Guest,
+    blk: Blk,
+    image: NamedTempFile,
+    done: usize,
+}
+
+fn image() -> NamedTempFile {
+    let mut image = NamedTempFile::new().unwrap();
+    let data: Vec<u8> = (0..SECTORS * 512).map(|n| (n / 512) as u8 + 1).collect();
+    image.write_all(&data).unwrap();
+    image
+}
+
+fn setup(read_only: bool) -> Setup {
+    let image = image();
+    let disk = Disk::open(image.path(), read_only, "serial-0123456789-and-more").unwrap();
+    let guest = Guest::new(1, 64);
+    let mut blk = Blk::new(disk);
+    blk.activate(guest.activation(F_FLUSH)).unwrap();
+    Setup {
+        guest,
+        blk,
+        image,
+        done: 0,
+    }
+}
+
+impl Setup {
+    /// One request; (status, used length).
+    fn request(&mut self, kind: u32, sector: u64, data: &[(u64, u32, u16)]) -> (u8, u32) {
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        self.guest.write(HEADER, &header);
+        self.guest.write(STATUS, &[0xff]);
+        let mut chain = vec![(HEADER, 16, READ)];
+        chain.extend_from_slice(data);
+        chain.push((STATUS, 1, WRITE));
+        self.guest.add(0, &chain);
+        self.blk.work();
+        let used = self.guest.used(0);
+        self.done += 1;
+        assert_eq!(used.len(), self.done);
+        (self.guest.read(STATUS, 1)[0], used[self.done - 1].1)
+    }
+
+    fn range(&mut self, kind: u32, sector: u64, sectors: u32, flags: u32) -> u8 {
+        let mut range = sector.to_le_bytes().to_vec();
+        range.extend(sectors.to_le_bytes());
+        range.extend(flags.to_le_bytes());
+        self.guest.write(DATA, &range);
+        self.request(kind, 0, &[(DATA, 16, READ)]).0
+    }
+
+    fn on_disk(&self, sector: u64) -> u8 {
+        let mut byte = [0xee];
+        self.image
+            .as_file()
+            .read_exact_at(&mut byte, sector * 512)
+            .unwrap();
+        byte[0]
+    }
+}
+
+#[test]
+fn reads_and_writes_in_many_pieces() {
+    let mut s = setup(false);
+    let pieces = [
+        (DATA, 100, WRITE),
+        (DATA + 0x800, 412, WRITE),
+        (DATA + 0x1000, 512, WRITE),
+    ];
+    assert_eq!(s.request(0, 3, &pieces), (0, 1025));
+    assert_eq!(s.guest.read(DATA, 100), [4; 100]);
+    assert_eq!(s.guest.read(DATA + 100, 1), [0]);
+    assert_eq!(s.guest.read(DATA + 0x800, 412), [4; 412]);
+    assert_eq!(s.guest.read(DATA + 0x1000, 512), [5; 512]);
+    s.guest.write(DATA, &[0xaa; 512]);
+    assert_eq!(
+        s.request(1, 10, &[(DATA, 500, READ), (DATA, 12, READ)]),
+        (0, 1)
+    );
+    assert_eq!((s.on_disk(10), s.on_disk(11)), (0xaa, 12));
+    assert_eq!(s.request(4, 0, &[]), (0, 1));
+    assert_eq!(
+        (s.blk.metrics.read_bytes, s.blk.metrics.write_bytes),
+        (1024, 512)
+    );
+    assert_eq!(s.guest.interrupt.status(), 1);
+}
+
+#[test]
+fn a_request_may_be_laid_out_in_any_way() {
+    let mut s = setup(false);
+    // Header in two parts, data and status in one buffer.
+    let mut header = [0; 16];
+    header[8] = 7;
+    s.guest.write(HEADER, &header);
+    s.guest.add(
+        0,
+        &[
+            (HEADER, 3, READ),
+            (HEADER + 3, 13, READ),
+            (DATA, 513, WRITE),
+        ],
+    );
+    s.blk.work();
+    assert_eq!(s.guest.used(0)[0].1, 513);
+    assert_eq!(s.guest.read(DATA, 512), [8; 512]);
+    assert_eq!(s.guest.read(DATA + 512, 1), [0]);
+}
+
+#[test]
+fn bounds_and_nonsense() {
+    let mut s = setup(false);
+    assert_eq!(s.request(0, SECTORS - 1, &[(DATA, 512, WRITE)]).0, 0);
+    for sector in [SECTORS, u64::MAX, u64::MAX / 512, 1 << 55] {
+        assert_eq!(s.request(0, sector, &[(DATA, 512, WRITE)]).0, 1, "{sector}");
+        assert_eq!(s.request(1, sector, &[(DATA, 512, READ)]).0, 1, "{sector}");
+    }
+    assert_eq!(
+        s.request(0, 0, &[(DATA, 511, WRITE)]).0,
+        1,
+        "not whole sectors"
+    );
+    assert_eq!(s.request(0, SECTORS - 1, &[(DATA, 1024, WRITE)]).0, 1);
+    assert_eq!(s.request(99, 0, &[]).0, 2);
+    assert_eq!(
+        s.request(8, 0, &[(DATA, 10, WRITE)]).0,
+        1,
+        "id does not fit"
+    );
+    // Without a status byte, and without a header.
+    s.guest.add(0, &[(HEADER, 16, READ)]);
+    s.guest.add(0, &[(HEADER, 3, READ), (STATUS, 1, WRITE)]);
+    s.blk.work();
+    assert_eq!(s.guest.used(0)[s.done].1, 0);
+    assert_eq!(s.guest.used(0)[s.done + 1].1, 1);
+    assert!(!s.guest.interrupt.needs_reset());
+}
+
+#[test]
+fn a_file_that_shrinks_is_an_error_not_an_end() {
+    let mut s = setup(false);
+    s.image.as_file().set_len(1024).unwrap();
+    assert_eq!(s.request(0, 10, &[(DATA, 512, WRITE)]).0, 1);
+    assert_eq!(s.request(0, 1, &[(DATA, 512, WRITE)]).0, 0);
+}
+
+#[test]
+fn identity_discard_and_zeroes() {
+    let mut s = setup(false);
+    assert_eq!(s.request(8, 0, &[(DATA, 20, WRITE)]), (0, 21));
+    assert_eq!(s.guest.read(DATA, 20), b"serial-0123456789-an");
+    assert_eq!(s.range(11, 0, 8, 0), 0);
+    assert_eq!((s.on_disk(0), s.on_disk(8)), (0, 9));
+    assert_eq!(s.range(13, 16, 8, 0), 0);
+    assert_eq!(s.range(13, 32, 8, 1), 0);
+    assert_eq!((s.on_disk(15), s.on_disk(16), s.on_disk(24)), (16, 0, 25));
+    assert_eq!((s.on_disk(32), s.on_disk(40)), (0, 41));
+    assert_eq!(s.range(11, 0, 8, 1), 2, "a discard knows no flags");
+    assert_eq!(s.range(13, 0, 8, 2), 2);
+    assert_eq!(s.range(11, SECTORS - 1, 2, 0), 1);
+    assert_eq!(s.range(13, 0, u32::MAX, 0), 1);
+    assert_eq!(s.image.as_file().metadata().unwrap().len(), SECTORS * 512);
+}
+
+#[test]
+fn read_only_means_it() {
+    let mut s = setup(true);
+    assert_eq!(s.blk.features() & 1 << 5, 1 << 5);
+    assert_eq!(s.request(0, 0, &[(DATA, 512, WRITE)]).0, 0);
+    assert_eq!(s.request(1, 0, &[(DATA, 512, READ)]).0, 1);
+    assert_eq!(s.range(11, 0, 8, 0), 1);
+    assert_eq!(s.range(13, 0, 8, 0), 1);
+    assert_eq!(s.request(4, 0, &[]).0, 0);
+    assert_eq!(s.on_disk(0), 1);
+}
+
+#[test]
+fn a_spare_slot_is_filled_later() {
+    let guest = Guest::new(1, 64);
+    let mut blk = Blk::spare();
+    blk.activate(guest.activation(F_FLUSH)).unwrap();
+    let capacity = |blk: &Blk| {
+        let mut data = [0xff; 8];
+        blk.read_config(0, &mut data);
+        u64::from_le_bytes(data)
+    };
+    assert_eq!(capacity(&blk), 0);
+    let mut s = Setup {
+        guest,
+        blk,
+        image: image(),
+        done: 0,
+    };
+    assert_eq!(s.request(0, 0, &[(DATA, 512, WRITE)]).0, 1);
+    let disk = Disk::open(s.image.path(), false, "late").unwrap();
+    let generation = s.guest.interrupt.config_generation();
+    s.blk.attach(disk).unwrap();
+    assert_eq!(capacity(&s.blk), SECTORS);
+    assert_eq!(s.guest.interrupt.status() & 2, 2);
+    assert_ne!(s.guest.interrupt.config_generation(), generation);
+    assert_eq!(s.request(0, 0, &[(DATA, 512, WRITE)]).0, 0);
+    let other = image();
+    let refused = s.blk.attach(Disk::open(other.path(), true, "").unwrap());
+    assert!(refused.is_err());
+    // Its state fits a slot that has the same disk again.
+    let state = s.blk.save();
+    drop(s.blk.detach());
+    assert_eq!(capacity(&s.blk), 0);
+    assert!(Blk::spare().restore(&state).is_err());
+    let disk = Disk::open(s.image.path(), true, "late").unwrap();
+    let mut again = Blk::new(disk);
+    again.restore(&state).unwrap();
+    assert_eq!(again.save(), state);
+    assert!(again.restore(&serde_json::json!({ "version": 2 })).is_err());
+}
+
+#[test]
+fn disks_are_checked_and_locked() {
+    let image = image();
+    let writer = Disk::open(image.path(), false, "").unwrap();
+    let error = Disk::open(image.path(), false, "").unwrap_err();
+    assert!(error.to_string().contains("in use"), "{error}");
+    assert!(Disk::open(image.path(), true, "").is_err());
+    drop(writer);
+    let _one = Disk::open(image.path(), true, "").unwrap();
+    let _two = Disk::open(image.path(), true, "").unwrap();
+    assert!(matches!(
+        Disk::open(std::path::Path::new("/"), true, ""),
+        Err(DiskError::Kind(_))
+    ));
+    assert!(matches!(
+        Disk::open(std::path::Path::new("/nonexistent"), true, ""),
+        Err(DiskError::Host { .. })
+    ));
+}
+
+proptest! {
+    #[test]
+    fn hostile_rings(noise in crate::testing::noise()) {
+        let mut s = setup(false);
+        s.guest.scribble(&noise);
+        for _ in 0..4 {
+            s.blk.work();
+        }
+        prop_assert_eq!(s.image.as_file().metadata().unwrap().len(), SECTORS * 512);
+    }
+}
