@@ -6,7 +6,7 @@
 //! plain bytes; EXIT on `ctl` says how many, so the driver knows when it has all of them.
 
 use crate::boot::Share;
-use crate::sys::{self, PollFd, POLLERR, POLLHUP, POLLIN};
+use crate::sys::{self, POLLERR, POLLHUP, POLLIN, PollFd};
 use std::fs::File;
 use std::io::{self, BufRead, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -33,7 +33,9 @@ impl Job {
     pub fn read(ctl: &mut impl BufRead) -> io::Result<Job> {
         let mut line = String::new();
         ctl.read_line(&mut line)?;
-        let len = line.strip_prefix("JOB ").and_then(|n| n.trim().parse::<usize>().ok());
+        let len = line
+            .strip_prefix("JOB ")
+            .and_then(|n| n.trim().parse::<usize>().ok());
         let len = len.ok_or_else(|| io::Error::other(format!("not a job: {line:?}")))?;
         let mut raw = vec![0; len];
         ctl.read_exact(&mut raw)?;
@@ -57,7 +59,11 @@ impl Job {
                     let mut p = value.splitn(3, ':');
                     if let (Some(tag), Some(mode), Some(path)) = (p.next(), p.next(), p.next()) {
                         let (tag, path) = (tag.into(), path.into());
-                        job.shares.push(Share { tag, path, read_only: mode == "ro" });
+                        job.shares.push(Share {
+                            tag,
+                            path,
+                            read_only: mode == "ro",
+                        });
                     }
                 }
                 other => return Err(io::Error::other(format!("unknown job field {other:?}"))),
@@ -100,7 +106,11 @@ impl Pump {
             let mut sent = 0;
             let mut finishing = false;
             while let Some(src) = source.as_mut() {
-                let interest = |fd: RawFd| PollFd { fd, events: POLLIN, revents: 0 };
+                let interest = |fd: RawFd| PollFd {
+                    fd,
+                    events: POLLIN,
+                    revents: 0,
+                };
                 let mut fds = [interest(src.as_raw_fd()), interest(wake_rx.as_raw_fd())];
                 // When the command has ended only what is in the pipe already still counts: a
                 // daemon it left behind may hold the other end open for ever.
@@ -132,7 +142,10 @@ impl Pump {
             }
             sent
         });
-        Ok(Pump { wake: wake_tx.into(), thread })
+        Ok(Pump {
+            wake: wake_tx.into(),
+            thread,
+        })
     }
 
     fn finish(mut self) -> u64 {
@@ -212,15 +225,21 @@ pub fn run(
     ctl: &Control,
     port: impl Fn(&str) -> io::Result<File>,
 ) -> io::Result<(i32, u64, u64)> {
-    let program = job.args.first().ok_or_else(|| io::Error::other("job without a command"))?;
+    let program = job
+        .args
+        .first()
+        .ok_or_else(|| io::Error::other("job without a command"))?;
     let mut cmd = Command::new(program);
-    cmd.args(&job.args[1..]).env_clear().envs(job.env.iter().cloned());
+    cmd.args(&job.args[1..])
+        .env_clear()
+        .envs(job.env.iter().cloned());
     // CLOEXEC pipes: dup2 onto 0, 1, 2 by Command clears the flag for those alone.
     let (out, err, input, tty) = if job.pty {
         let (master, slave) = sys::open_pty()?;
         sys::set_window(master.as_raw_fd(), job.rows, job.cols);
         cmd.stdin(Stdio::from(slave.try_clone()?));
-        cmd.stdout(Stdio::from(slave.try_clone()?)).stderr(Stdio::from(slave));
+        cmd.stdout(Stdio::from(slave.try_clone()?))
+            .stderr(Stdio::from(slave));
         let tty = File::from(master.try_clone()?);
         (master.try_clone()?, None, master, Some(tty))
     } else {
@@ -228,7 +247,9 @@ pub fn run(
         let (out_rx, out_tx) = sys::new_pipe()?;
         let (err_rx, err_tx) = sys::new_pipe()?;
         sys::grow_pipe(out_rx.as_raw_fd());
-        cmd.stdin(Stdio::from(in_rx)).stdout(Stdio::from(out_tx)).stderr(Stdio::from(err_tx));
+        cmd.stdin(Stdio::from(in_rx))
+            .stdout(Stdio::from(out_tx))
+            .stderr(Stdio::from(err_tx));
         (out_rx, Some(err_rx), in_tx, None)
     };
     if !job.cwd.is_empty() {
@@ -245,8 +266,15 @@ pub fn run(
     let child = match cmd.spawn() {
         Ok(child) => child,
         Err(e) => {
-            let code = if e.kind() == io::ErrorKind::NotFound { 127 } else { 126 };
-            ctl.say(&format!("NOTE cannot run {program:?} in {:?}: {e}", job.cwd));
+            let code = if e.kind() == io::ErrorKind::NotFound {
+                127
+            } else {
+                126
+            };
+            ctl.say(&format!(
+                "NOTE cannot run {program:?} in {:?}: {e}",
+                job.cwd
+            ));
             return Ok((code, 0, 0));
         }
     };
@@ -255,7 +283,9 @@ pub fn run(
     ctl.say(&format!("STARTED {pid}"));
 
     let out = Pump::start("stdout", out, port("out")?)?;
-    let err = err.map(|e| Pump::start("stderr", e, port("err")?)).transpose()?;
+    let err = err
+        .map(|e| Pump::start("stderr", e, port("err")?))
+        .transpose()?;
     let mut wakes = vec![out.wake.try_clone()?];
     if let Some(e) = &err {
         wakes.push(e.wake.try_clone()?);

@@ -24,7 +24,11 @@ fn port(name: &str) -> io::Result<File> {
     // The driver adds the ports by messages from the device, shortly after PCI probing.
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
-        for entry in fs::read_dir("/sys/class/virtio-ports").into_iter().flatten().flatten() {
+        for entry in fs::read_dir("/sys/class/virtio-ports")
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             let label = fs::read_to_string(entry.path().join("name")).unwrap_or_default();
             if label.trim() == name {
                 let dev = format!("/dev/{}", entry.file_name().to_string_lossy());
@@ -35,7 +39,9 @@ fn port(name: &str) -> io::Result<File> {
             }
         }
         if Instant::now() > deadline {
-            return Err(io::Error::other(format!("no virtio-serial port named {name}")));
+            return Err(io::Error::other(format!(
+                "no virtio-serial port named {name}"
+            )));
         }
         thread::sleep(Duration::from_millis(2));
     }

@@ -102,7 +102,11 @@ fn c(s: &str) -> io::Result<CString> {
 }
 
 fn check(ret: i64) -> io::Result<i64> {
-    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(ret) }
+    if ret < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(ret)
+    }
 }
 
 /// mount(2); the error names source and target.
@@ -151,7 +155,12 @@ pub fn open_pty() -> io::Result<(OwnedFd, OwnedFd)> {
 }
 
 pub fn set_window(fd: RawFd, rows: u16, cols: u16) {
-    let w = Winsize { rows, cols, x: 0, y: 0 };
+    let w = Winsize {
+        rows,
+        cols,
+        x: 0,
+        y: 0,
+    };
     // SAFETY: TIOCSWINSZ reads one winsize. A failure only leaves the old size.
     unsafe { ioctl(fd, TIOCSWINSZ, &raw const w) };
 }
@@ -236,7 +245,11 @@ pub fn wait_any() -> io::Result<(i32, i32)> {
             Err(e) => return Err(e),
             Ok(pid) => {
                 let sig = status & 0x7f;
-                let code = if sig == 0 { (status >> 8) & 0xff } else { 128 + sig };
+                let code = if sig == 0 {
+                    (status >> 8) & 0xff
+                } else {
+                    128 + sig
+                };
                 return Ok((pid as i32, code));
             }
         }
@@ -254,13 +267,20 @@ pub fn set_hostname(name: &str) {
 }
 
 pub fn set_clock(nanos: i64) {
-    let ts = Timespec { sec: nanos / 1_000_000_000, nsec: nanos % 1_000_000_000 };
+    let ts = Timespec {
+        sec: nanos / 1_000_000_000,
+        nsec: nanos % 1_000_000_000,
+    };
     // SAFETY: CLOCK_REALTIME (0) and one valid timespec.
     unsafe { clock_settime(0, &raw const ts) };
 }
 
 pub fn loopback_up() -> io::Result<()> {
-    let mut req = IfReq { name: [0; 16], flags: 0, pad: [0; 22] };
+    let mut req = IfReq {
+        name: [0; 16],
+        flags: 0,
+        pad: [0; 22],
+    };
     req.name[..2].copy_from_slice(b"lo");
     // SAFETY: AF_INET 2, SOCK_DGRAM 2; the ioctls read and write one ifreq of full size.
     unsafe {

@@ -279,8 +279,9 @@ class Session:
             write_all(2, data)
         self.console_tail = (self.console_tail + data)[-CHUNK:]
         found = DEATH.search(self.console_tail)
-        if found and not self.death:
-            self.death = (time.monotonic(), found.group(1).decode(errors="replace").strip())
+        if found:  # again with each piece: the first may end in the middle of the line
+            when = self.death[0] if self.death else time.monotonic()
+            self.death = (when, found.group(1).decode(errors="replace").strip())
 
     def _on_errors(self) -> None:
         assert self.machine.errors is not None
