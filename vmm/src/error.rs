@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use bulkhead_devices::virtio::blk::DiskError;
 use bulkhead_devices::virtio::{DeviceError, StateError};
 
 /// Where an error comes from; callers map it to exit codes.
@@ -76,6 +77,9 @@ pub enum VmError {
     /// A device cannot be made.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A disk cannot be used.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// A share cannot be made.
     #[error("share {tag}: {reason}")]
     Share {
@@ -103,7 +107,7 @@ impl VmError {
     pub fn class(&self) -> ErrorClass {
         match self {
             Self::Config { .. } | Self::Share { .. } => ErrorClass::Config,
-            Self::File { .. } | Self::BadFile { .. } => ErrorClass::Image,
+            Self::File { .. } | Self::BadFile { .. } | Self::Disk(_) => ErrorClass::Image,
             Self::Kvm(_) => ErrorClass::Kvm,
             Self::KvmCall { .. } | Self::Host { .. } | Self::Device(_) => ErrorClass::Host,
             Self::Memory(_) | Self::State(_) | Self::NotRunning(_) => ErrorClass::Guest,

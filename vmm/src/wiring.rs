@@ -1,13 +1,17 @@
 //! Which devices a VM has, at which addresses and interrupt lines, on which threads.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::io::{self, Write};
+use std::path::Path;
 use std::sync::Arc;
 
 use bulkhead_devices::GuestMemory;
 use bulkhead_devices::event_loop::{EventLoop, EventLoopOptions};
 use bulkhead_devices::legacy::{I8042, Rtc, Serial};
+use bulkhead_devices::virtio::blk::{Blk, Disk};
 use bulkhead_devices::virtio::mmio::{MmioTransport, TransportState};
+use bulkhead_devices::virtio::rng::Rng;
 use bulkhead_devices::virtio::vsock::{Vsock, VsockHandle};
 use bulkhead_devices::virtio::{Interrupt, VirtioDevice};
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -16,7 +20,7 @@ use serde_json::{Value, json};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::Bus;
-use crate::config::{Console, DiskConfig, VmConfig};
+use crate::config::{Console, DiskConfig, DiskSource, VmConfig};
 use crate::error::VmError;
 use crate::layout;
 use crate::memory::VmMemory;
@@ -49,6 +53,8 @@ pub(crate) struct Devices {
     rtc: Arc<Rtc>,
     i8042: Arc<I8042>,
     slots: Vec<Slot>,
+    /// Indices of the disk slots that may be filled later.
+    spare_disks: Vec<usize>,
     loops: Vec<EventLoop>,
 }
 
@@ -96,6 +102,7 @@ impl Devices {
             mmio: Bus::default(),
             slots: Vec::new(),
             roles: Vec::new(),
+            spare_disks: Vec::new(),
         };
         let vsock = wiring.add_all(config, memory)?;
 
@@ -108,6 +115,7 @@ impl Devices {
             rtc,
             i8042,
             slots: wiring.slots,
+            spare_disks: wiring.spare_disks,
             loops: Vec::new(),
         };
         devices.spawn_loops(&config.id, &wiring.roles, exit)?;
@@ -195,11 +203,32 @@ impl Devices {
     }
 
     pub(crate) fn attach_disk(&self, slot: usize, disk: DiskConfig) -> Result<(), VmError> {
-        let _ = disk;
-        Err(VmError::Config {
-            what: "disk slot",
-            reason: format!("{slot}: no such spare slot"),
-        })
+        let transport = self
+            .spare_disks
+            .get(slot)
+            .and_then(|index| self.slots.get(*index))
+            .map(|slot| &slot.transport)
+            .ok_or_else(|| VmError::Config {
+                what: "disk slot",
+                reason: format!(
+                    "{slot}: this VM has {} spare slots, numbered from 0",
+                    self.spare_disks.len()
+                ),
+            })?;
+        let disk = open_disk(disk)?;
+        let attached = transport.with_device(|device| {
+            (device as &mut dyn Any)
+                .downcast_mut::<Blk>()
+                .is_some_and(|blk| blk.attach(disk).is_ok())
+        });
+        if attached {
+            Ok(())
+        } else {
+            Err(VmError::Config {
+                what: "disk slot",
+                reason: format!("{slot} is taken: choose another"),
+            })
+        }
     }
 
     pub(crate) fn describe(&self) -> Value {
@@ -275,6 +304,15 @@ impl Devices {
     }
 }
 
+fn open_disk(disk: DiskConfig) -> Result<Disk, VmError> {
+    Ok(match disk.source {
+        DiskSource::Path(path) => Disk::open(&path, disk.read_only, &disk.serial)?,
+        DiskSource::File(file) => {
+            Disk::from_file(file, Path::new("(open file)"), disk.read_only, &disk.serial)?
+        }
+    })
+}
+
 /// Gives each virtio device the next address and interrupt line.
 struct Wiring<'a> {
     vm_fd: &'a VmFd,
@@ -282,6 +320,7 @@ struct Wiring<'a> {
     mmio: Bus,
     slots: Vec<Slot>,
     roles: Vec<Role>,
+    spare_disks: Vec<usize>,
 }
 
 impl Wiring<'_> {
@@ -290,6 +329,16 @@ impl Wiring<'_> {
         config: &mut VmConfig,
         _memory: &VmMemory,
     ) -> Result<Option<VsockHandle>, VmError> {
+        for disk in config.disks.drain(..) {
+            self.add(Role::Io, Box::new(Blk::new(open_disk(disk)?)))?;
+        }
+        for _ in 0..config.spare_disk_slots {
+            self.spare_disks.push(self.slots.len());
+            self.add(Role::Io, Box::new(Blk::spare()))?;
+        }
+        if config.rng {
+            self.add(Role::Io, Box::new(Rng::new()))?;
+        }
         let mut handle = None;
         if let Some(cid) = config.vsock_cid {
             let vsock = Vsock::new(cid)?;
