@@ -408,7 +408,11 @@ mod tests {
                 .sum()
         };
         // It may still be on its way back into epoll_wait: wait until it sleeps.
-        let asleep = || std::fs::read_to_string(&path).unwrap().contains("State:\tS");
+        let asleep = || {
+            std::fs::read_to_string(&path)
+                .unwrap()
+                .contains("State:\tS")
+        };
         while !asleep() {
             thread::yield_now();
         }

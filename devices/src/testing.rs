@@ -118,10 +118,6 @@ impl Guest {
             .collect()
     }
 
-    pub fn used_index(&self, queue: usize) -> u16 {
-        self.read_u16(Self::base(queue) + USED + 2)
-    }
-
     fn read_u16(&self, addr: u64) -> u16 {
         u16::from_le_bytes(self.read(addr, 2).try_into().unwrap())
     }

@@ -238,7 +238,9 @@ mod tests {
 
     fn civil(seconds: u64) -> [u64; 7] {
         let c = Civil::from_unix(seconds);
-        [c.year, c.month, c.day, c.weekday, c.hour, c.minute, c.second]
+        [
+            c.year, c.month, c.day, c.weekday, c.hour, c.minute, c.second,
+        ]
     }
 
     #[test]

@@ -122,7 +122,9 @@ impl Serial {
     /// not read.
     pub fn enqueue_input(&self, data: &[u8]) -> usize {
         let mut inner = self.lock();
-        let take = data.len().min(MAX_INPUT - inner.waiting.len().min(MAX_INPUT));
+        let take = data
+            .len()
+            .min(MAX_INPUT - inner.waiting.len().min(MAX_INPUT));
         inner.waiting.extend(&data[..take]);
         inner.feed();
         take

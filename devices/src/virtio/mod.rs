@@ -1,5 +1,6 @@
 //! Virtio 1.2 devices and their MMIO transport.
 
+pub mod balloon;
 pub mod blk;
 pub mod device;
 pub(crate) mod driver_side;
