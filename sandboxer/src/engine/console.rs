@@ -1,0 +1,136 @@
+//! The guest's serial console, for the terminal and for those who attach.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// Attached at once.
+const MAX_ATTACHED: usize = 8;
+/// How long a vCPU waits for a reader that does not read; then the output is dropped, so that a
+/// stopped terminal cannot stop the VM for ever.
+const PATIENCE_MS: u16 = 1000;
+
+#[derive(Default)]
+struct Inner {
+    primary: Option<File>,
+    attached: Vec<UnixStream>,
+}
+
+/// Passes the console's output on. Clones share it.
+#[derive(Clone, Default)]
+pub struct ConsoleHub(Arc<Mutex<Inner>>);
+
+impl fmt::Debug for ConsoleHub {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ConsoleHub")
+    }
+}
+
+impl ConsoleHub {
+    /// A hub that also writes to `primary`, usually the terminal.
+    pub fn new(primary: Option<OwnedFd>) -> Self {
+        Self(Arc::new(Mutex::new(Inner { primary: primary.map(File::from), attached: Vec::new() })))
+    }
+
+    /// Starts to copy output to `stream`, beginning with `tail`.
+    ///
+    /// # Errors
+    /// Too many are attached, or the stream is closed.
+    pub fn attach(&self, stream: UnixStream, tail: &[u8]) -> io::Result<()> {
+        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if inner.attached.len() >= MAX_ATTACHED {
+            return Err(io::Error::new(io::ErrorKind::QuotaExceeded, format!("{MAX_ATTACHED} are attached to the console already")));
+        }
+        // The tail first, blocking: it is bounded, and the peer is reading.
+        (&stream).write_all(tail)?;
+        stream.set_nonblocking(true)?;
+        inner.attached.push(stream);
+        Ok(())
+    }
+}
+
+impl Write for ConsoleHub {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(primary) = &mut inner.primary {
+            write_patiently(primary, data);
+        }
+        // A reader that does not keep up loses output; one that has gone is forgotten.
+        inner.attached.retain(|stream| match (&*stream).write(data) {
+            Ok(_) => true,
+            Err(e) => e.kind() == io::ErrorKind::WouldBlock || e.kind() == io::ErrorKind::Interrupted,
+        });
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn write_patiently(file: &mut File, mut data: &[u8]) {
+    while !data.is_empty() {
+        match file.write(data) {
+            Ok(0) => return,
+            Ok(n) => data = data.get(n..).unwrap_or_default(),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLOUT)];
+                if poll(&mut fds, PollTimeout::from(PATIENCE_MS)) != Ok(1) {
+                    return;
+                }
+            }
+            Err(_) => return,
+        }
+    }
+}
+
+/// The last line of a console that says something, cleaned for a message.
+pub fn last_line(tail: &[u8]) -> String {
+    let text = String::from_utf8_lossy(tail);
+    let line = text.lines().rev().map(str::trim).find(|l| !l.is_empty()).unwrap_or("");
+    // The guest chose these bytes and a terminal shows them.
+    let clean: String = line.chars().filter(|c| !c.is_control()).take(160).collect();
+    if clean.is_empty() { String::new() } else { format!("; its last words: {clean:?}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn the_attached_get_tail_and_output_and_may_leave() {
+        let mut hub = ConsoleHub::default();
+        let (mut ours, theirs) = UnixStream::pair().expect("pair");
+        hub.attach(theirs, b"before ").expect("attached");
+        hub.write_all(b"after").expect("written");
+        let mut text = [0u8; 12];
+        ours.read_exact(&mut text).expect("read");
+        assert_eq!(&text, b"before after");
+        drop(ours);
+        hub.write_all(b"x").expect("nobody there");
+        assert!(hub.0.lock().expect("lock").attached.is_empty());
+    }
+
+    #[test]
+    fn a_reader_that_sleeps_does_not_stop_the_guest() {
+        let mut hub = ConsoleHub::default();
+        let (_ours, theirs) = UnixStream::pair().expect("pair");
+        hub.attach(theirs, b"").expect("attached");
+        for _ in 0..10_000 {
+            hub.write_all(&[b'x'; 1000]).expect("written");
+        }
+    }
+
+    #[test]
+    fn last_words_are_harmless() {
+        assert_eq!(last_line(b"a\nKernel panic\x1b[2J\n\n"), "; its last words: \"Kernel panic[2J\"");
+        assert_eq!(last_line(b""), "");
+    }
+}
