@@ -1,0 +1,5 @@
+//! What end-to-end tests and benchmarks share: where things are, and how to measure a process.
+
+pub mod bench;
+pub mod env;
+pub mod process;

@@ -35,7 +35,7 @@ mod wiring;
 
 pub use config::{Console, DiskConfig, DiskSource, NetConfig, ShareConfig, VmConfig};
 pub use error::{ErrorClass, VmError};
-pub use kvm_check::{KvmKind, KvmReport, kvm_check};
+pub use kvm_check::{KvmKind, KvmReport, Probe, kvm_check};
 pub use snapshot::VmState;
 pub use stats::{Timeline, VmStats};
 pub use vm::{Vm, VmExit};

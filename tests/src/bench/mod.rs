@@ -1,0 +1,5 @@
+//! Benchmarks: each prints a table and writes `target/bench/NAME.json`.
+
+pub mod boot;
+pub mod fs;
+pub mod report;

@@ -1,0 +1,37 @@
+//! `bench boot|fs OUT_DIR …`: see the modules of `bulkhead_tests::bench`.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use bulkhead_tests::bench::boot;
+
+fn main() -> Result<()> {
+    let mut args = std::env::args().skip(1);
+    let what = args.next().context("which benchmark? boot or fs")?;
+    match what.as_str() {
+        "boot" => {
+            let mut path = || args.next().map(PathBuf::from);
+            let usage = "bench boot VMMCTL KERNEL OUT_DIR [SAMPLES [LINUX_SAMPLES]]";
+            let vmmctl = path().context(usage)?;
+            let kernel = path().context(usage)?;
+            let out = path().context(usage)?;
+            let samples = args.next().map_or(Ok(9), |n| n.parse())?;
+            let linux = args.next().map_or(Ok(3), |n| n.parse())?;
+            let scratch = tempfile::tempdir()?;
+            let inputs = boot::Inputs {
+                vmmctl,
+                kernel,
+                scratch: scratch.path().into(),
+            };
+            boot::run(&inputs, samples, linux)?.finish(&out)
+        }
+        "many" => {
+            let usage = "bench many COUNT KERNEL INITRAMFS";
+            let count = args.next().context(usage)?.parse()?;
+            let kernel = args.next().context(usage)?;
+            let initramfs = args.next().context(usage)?;
+            boot::many(count, kernel.as_ref(), initramfs.as_ref())
+        }
+        other => bail!("unknown benchmark {other}"),
+    }
+}
