@@ -320,7 +320,7 @@ class Session:
         if self.death:
             when, text = self.death
             # a moment for the rest of the report
-            if now - when > 1.0 or self.machine.dead():
+            if now - when > 2.0 or self.machine.dead():
                 raise LabFailure(f"the lab's kernel failed: {text}")
             return
         dead = self.machine.dead()
