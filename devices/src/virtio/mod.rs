@@ -8,6 +8,7 @@ mod guest_log;
 pub mod interrupt;
 pub mod vsock;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
 

@@ -21,6 +21,9 @@ pub enum QueueError {
     /// The available ring went backwards or cannot be read.
     #[error("the driver's available ring changed under the device")]
     Backwards,
+    /// An entry of the available ring is no index into the descriptor table.
+    #[error("the driver's available ring names descriptor {0}, which the table does not have")]
+    Head(u16),
 }
 
 /// Why a chain of descriptors was not understood. Such a chain is given back with length 0.
@@ -245,6 +248,10 @@ pub fn pop<'m>(
         return Ok(None);
     }
     match queue.iter(mem)?.next() {
+        // Such a chain could not be given back, and virtio-queue would log each attempt.
+        Some(chain) if chain.head_index() >= queue.size() => {
+            Err(QueueError::Head(chain.head_index()))
+        }
         Some(chain) => Ok(Some(chain)),
         None => Err(QueueError::Backwards),
     }

@@ -86,8 +86,9 @@ fn huge_host_pages_go_back_only_whole() {
     let before = blocks(&file);
     balloon.work(0);
     assert_eq!(before - blocks(&file), 0x4000);
-    assert_eq!(guest.read(0x21000, 1), [7]);
-    assert_eq!(guest.read(0x24000, 1), [0]);
+    // Which four pages that are depends on where the mapping is; they are neighbours.
+    let zero = |page: &u64| guest.read(page * 4096, 1) == [0];
+    assert_eq!((0x20..0x30).filter(zero).count(), 4);
 }
 
 #[test]
