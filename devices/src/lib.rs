@@ -9,6 +9,7 @@
 
 pub mod bus;
 pub mod event_loop;
+pub mod fuzzing;
 pub mod legacy;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -199,7 +199,11 @@ impl Balloon {
         let mem = activation.mem.memory();
         let mut job = Job {
             host_page: self.host_page,
-            poison: self.poison,
+            poison: if activation.features & F_PAGE_POISON != 0 {
+                self.poison
+            } else {
+                0
+            },
             buffers: &mut self.buffers,
             pfns: &mut self.pfns,
             held: &mut self.held,
@@ -374,9 +378,6 @@ impl VirtioDevice for Balloon {
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), DeviceError> {
         self.set_roles(activation.features);
-        if activation.features & F_PAGE_POISON == 0 {
-            self.poison = 0;
-        }
         self.queues = std::mem::take(&mut activation.queues);
         self.activation = Some(activation);
         Ok(())
