@@ -5,6 +5,8 @@ mod device;
 mod io;
 mod tap;
 #[cfg(test)]
+mod tap_tests;
+#[cfg(test)]
 mod tests;
 mod vhost;
 
