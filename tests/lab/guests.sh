@@ -8,7 +8,7 @@ failed=0
 for batch in $(seq "$batches"); do
     read -r begin _ < /proc/uptime
     for i in $(seq "$count"); do
-        timeout 400 qemu-system-x86_64 -M microvm,rtc=on -accel kvm -cpu host -m 128 -smp 1 \
+        timeout 1000 qemu-system-x86_64 -M microvm,rtc=on -accel kvm -cpu host -m 128 -smp 1 \
             -nodefaults -no-user-config -display none -no-reboot -serial stdio \
             -kernel "$kernel" -initrd "$initrd" \
             -append "console=ttyS0 reboot=t panic=-1 quiet rdinit=/init" \
@@ -26,5 +26,5 @@ for batch in $(seq "$batches"); do
     fi
     rm -f /tmp/guest*
 done
-dmesg | grep -E 'BUG|Oops|WARNING|stall|lockup' && echo "(from the lab's kernel log)"
+dmesg | grep -E '\] *(BUG|Oops|WARNING|rcu:|watchdog:)' && echo "(from the lab's kernel log)"
 exit $failed
