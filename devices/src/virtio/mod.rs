@@ -4,6 +4,7 @@ pub mod balloon;
 pub mod blk;
 pub mod device;
 pub(crate) mod driver_side;
+pub mod fs;
 mod guest_log;
 pub mod interrupt;
 pub mod vsock;
