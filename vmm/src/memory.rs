@@ -1,9 +1,9 @@
-//! Guest memory: one sealed memfd, mapped below and above the hole for devices.
+//! Guest memory: one unnamed shared file, mapped below and above the hole for devices.
 
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use vm_memory::{
@@ -25,18 +25,50 @@ pub struct VmMemory {
 impl VmMemory {
     /// Makes `mib` MiB of zeroed memory.
     ///
-    /// The memfd is sealed against resizing: a mapping of it can never raise SIGBUS, which would
-    /// take every VM of the process down.
+    /// Nobody can shrink the file (a memfd is sealed, a file of our own tmpfs has no name): a
+    /// mapping of it never raises SIGBUS, which would take every VM of the process down.
     ///
     /// # Errors
     /// When the host cannot give the address space, descriptors or huge pages.
     pub fn new(mib: u64, hugepages: bool) -> Result<Self, VmError> {
         let size = mib << 20;
         let what = || format!("guest memory of {mib} MiB");
-        let file = memfd(hugepages).map_err(VmError::host(what()))?;
+        let huge_file = if hugepages { None } else { huge_tmpfs_file() };
+        let transparent = huge_file.is_some();
+        let file = match huge_file {
+            Some(file) => file,
+            None => memfd(hugepages).map_err(VmError::host(what()))?,
+        };
         file.set_len(size).map_err(VmError::host(what()))?;
-        seal(&file).map_err(VmError::host(what()))?;
-        Self::map(file, size)
+        if !transparent {
+            seal(&file).map_err(VmError::host(what()))?;
+        }
+        let memory = Self::map(file, size)?;
+        if transparent {
+            memory.advise_huge();
+        }
+        Ok(memory)
+    }
+
+    /// Asks for transparent huge pages. Not for the first 2 MiB: hardly more than the boot
+    /// structures are ever touched there.
+    fn advise_huge(&self) {
+        for region in self.mmap.iter() {
+            let skip = if region.start_addr().0 == 0 {
+                HUGE_PAGE
+            } else {
+                0
+            };
+            if region.len() <= skip {
+                continue;
+            }
+            if let Ok(host) = region.get_host_address(MemoryRegionAddress(skip)) {
+                let len = (region.len() - skip) as usize;
+                // SAFETY: the range is within this region's own mapping. Failing to get huge
+                // pages is harmless.
+                unsafe { libc::madvise(host.cast(), len, libc::MADV_HUGEPAGE) };
+            }
+        }
     }
 
     /// Maps an existing memfd of `size` bytes (restore, hand-over).
@@ -124,6 +156,82 @@ fn ranges(size: u64) -> Vec<(u64, u64, u64)> {
     ranges
 }
 
+/// An unnamed file on a tmpfs of our own that gives transparent huge pages where asked: a guest
+/// boots with a hundredth of the page faults. `None` where that takes privileges we lack; a memfd
+/// then serves, in small pages.
+///
+/// The mount is never attached to the file system tree and goes with the last descriptor of the
+/// file. Like a memfd the file has no name, so that nobody else can open or truncate it; tmpfs
+/// files cannot be sealed, and no code of ours resizes it.
+fn huge_tmpfs_file() -> Option<File> {
+    let context = syscall_fd(
+        libc::SYS_fsopen,
+        &[c"tmpfs".as_ptr() as i64, FSOPEN_CLOEXEC],
+    )?;
+    let set = |key: &std::ffi::CStr, value: &std::ffi::CStr| {
+        syscall(
+            libc::SYS_fsconfig,
+            &[
+                i64::from(context.as_raw_fd()),
+                FSCONFIG_SET_STRING,
+                key.as_ptr() as i64,
+                value.as_ptr() as i64,
+                0,
+            ],
+        )
+    };
+    set(c"huge", c"advise")?;
+    // The guest's size is the file's; the mount needs no limit of its own.
+    set(c"size", c"0")?;
+    syscall(
+        libc::SYS_fsconfig,
+        &[i64::from(context.as_raw_fd()), FSCONFIG_CMD_CREATE, 0, 0, 0],
+    )?;
+    let mount = syscall_fd(
+        libc::SYS_fsmount,
+        &[
+            i64::from(context.as_raw_fd()),
+            FSMOUNT_CLOEXEC,
+            MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC,
+        ],
+    )?;
+    let file = syscall_fd(
+        libc::SYS_openat,
+        &[
+            i64::from(mount.as_raw_fd()),
+            c".".as_ptr() as i64,
+            i64::from(libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC),
+            0o600,
+        ],
+    )?;
+    Some(File::from(file))
+}
+
+const HUGE_PAGE: u64 = 2 << 20;
+// linux/mount.h
+const FSOPEN_CLOEXEC: i64 = 1;
+const FSMOUNT_CLOEXEC: i64 = 1;
+const FSCONFIG_SET_STRING: i64 = 1;
+const FSCONFIG_CMD_CREATE: i64 = 6;
+const MOUNT_ATTR_NOSUID: i64 = 2;
+const MOUNT_ATTR_NODEV: i64 = 4;
+const MOUNT_ATTR_NOEXEC: i64 = 8;
+
+/// A system call with up to five arguments; `None` on error.
+fn syscall(number: libc::c_long, args: &[i64]) -> Option<i64> {
+    let arg = |index: usize| args.get(index).copied().unwrap_or(0);
+    // SAFETY: used above only with calls of the mount API and openat, whose pointers are static C
+    // strings and whose other arguments are descriptors and flags.
+    let result = unsafe { libc::syscall(number, arg(0), arg(1), arg(2), arg(3), arg(4)) };
+    (result >= 0).then_some(result)
+}
+
+fn syscall_fd(number: libc::c_long, args: &[i64]) -> Option<OwnedFd> {
+    let fd = i32::try_from(syscall(number, args)?).ok()?;
+    // SAFETY: a fresh descriptor that nobody else owns.
+    Some(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 fn memfd(hugepages: bool) -> io::Result<File> {
     let name = CString::new("bulkhead-guest-ram").unwrap_or_default();
     let mut flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
@@ -140,7 +248,6 @@ fn memfd(hugepages: bool) -> io::Result<File> {
 }
 
 fn seal(file: &File) -> io::Result<()> {
-    use std::os::fd::AsRawFd;
     let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
     // SAFETY: plain fcntl on an owned descriptor.
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
@@ -167,9 +274,11 @@ mod tests {
     }
 
     #[test]
-    fn the_memfd_cannot_be_resized() {
-        let memory = VmMemory::new(1, false).unwrap();
-        assert!(memory.file().set_len(0).is_err());
-        assert!(memory.file().set_len(2 << 20).is_err());
+    fn a_memfd_cannot_be_resized() {
+        let file = memfd(false).unwrap();
+        file.set_len(1 << 20).unwrap();
+        seal(&file).unwrap();
+        assert!(file.set_len(0).is_err());
+        assert!(file.set_len(2 << 20).is_err());
     }
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use bulkhead_devices::GuestMemory;
 use bulkhead_devices::event_loop::{EventLoop, EventLoopOptions};
 use bulkhead_devices::legacy::{I8042, Rtc, Serial};
+use bulkhead_devices::virtio::balloon::Balloon;
 use bulkhead_devices::virtio::blk::{Blk, Disk};
 use bulkhead_devices::virtio::mmio::{MmioTransport, TransportState};
 use bulkhead_devices::virtio::rng::Rng;
@@ -160,7 +161,12 @@ impl Devices {
         let mut line = String::new();
         if !config.bare_cmdline {
             // i8042 reset is the orderly end; a panic resets at once and is found on the console.
-            line.push_str("console=ttyS0 reboot=k panic=-1 8250.nr_uarts=1 tsc=reliable");
+            // The rest keeps an idle guest from waking up: no TSC watchdog, pressure accounting,
+            // proactive compaction; VM statistics every ten seconds.
+            line.push_str(
+                "console=ttyS0 reboot=k panic=-1 8250.nr_uarts=1 tsc=reliable psi=0 \
+                 sysctl.vm.compaction_proactiveness=0 sysctl.vm.stat_interval=10",
+            );
         }
         for slot in &self.slots {
             let _ = std::fmt::Write::write_fmt(
@@ -173,6 +179,13 @@ impl Devices {
             line.push_str(&config.cmdline);
         }
         line.trim().to_owned()
+    }
+
+    /// Interrupt lines that devices of this VM use.
+    pub(crate) fn interrupt_lines(&self) -> Vec<u32> {
+        let mut lines = vec![layout::SERIAL_IRQ];
+        lines.extend(self.slots.iter().map(|slot| slot.irq));
+        lines
     }
 
     pub(crate) fn start(&self) {
@@ -338,6 +351,10 @@ impl Wiring<'_> {
         }
         if config.rng {
             self.add(Role::Io, Box::new(Rng::new()))?;
+        }
+        if config.balloon {
+            let page = if config.hugepages { 2 << 20 } else { 4096 };
+            self.add(Role::Io, Box::new(Balloon::with_host_page(page)))?;
         }
         let mut handle = None;
         if let Some(cid) = config.vsock_cid {

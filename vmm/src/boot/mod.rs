@@ -49,11 +49,16 @@ pub struct Loaded {
     pub initramfs: Option<(u64, u64)>,
 }
 
-/// Loads kernel, initramfs, command line and boot tables.
+/// Loads kernel, initramfs, command line and boot tables; `lines` are the interrupt lines in use.
 ///
 /// # Errors
 /// Names the file that is missing, unreadable, not a kernel, or too large for the memory.
-pub(crate) fn load(memory: &VmMemory, config: &VmConfig, cmdline: &str) -> Result<Loaded, VmError> {
+pub(crate) fn load(
+    memory: &VmMemory,
+    config: &VmConfig,
+    cmdline: &str,
+    lines: &[u32],
+) -> Result<Loaded, VmError> {
     let (result, is_elf) = load_kernel(memory, &config.kernel)?;
     let kernel = (result.kernel_load.raw_value(), result.kernel_end);
     let initramfs = config
@@ -80,7 +85,7 @@ pub(crate) fn load(memory: &VmMemory, config: &VmConfig, cmdline: &str) -> Resul
     }
     memory.put(layout::CMDLINE_ADDR, cmdline.as_bytes())?;
     memory.put(layout::CMDLINE_ADDR + cmdline.len() as u64, &[0])?;
-    memory.put(layout::MPTABLE_ADDR, &mptable::build(config.vcpus))?;
+    memory.put(layout::MPTABLE_ADDR, &mptable::build(config.vcpus, lines))?;
 
     let entry = match result.pvh_boot_cap {
         PvhBootCapability::PvhEntryPresent(address) if is_elf => {

@@ -9,6 +9,9 @@ const HYPERVISOR: u32 = 1 << 31;
 /// ECX bit 3 of leaf 1: MONITOR/MWAIT, which would hold a host CPU.
 const MONITOR: u32 = 1 << 3;
 
+/// EBX bit 1 of leaf 7: the TSC_ADJUST MSR.
+const TSC_ADJUST: u32 = 1 << 1;
+
 /// Bits of an APIC id that number the vCPUs of one package.
 fn id_bits(vcpus: u8) -> u32 {
     u32::from(vcpus).next_power_of_two().trailing_zeros()
@@ -42,6 +45,9 @@ pub(crate) fn for_vcpu(supported: &CpuId, index: u8, vcpus: u8, tsc_deadline: bo
                 let sharing = if level >= 3 { (1 << bits) - 1 } else { 0 };
                 entry.eax = (entry.eax & 0x3FFF) | (sharing << 14) | (((1 << bits) - 1) << 26);
             }
+            // TSC_ADJUST is not offered: a guest that has it reads it once a second to see
+            // whether firmware changed it, an exit each time.
+            7 if entry.index == 0 => entry.ebx &= !TSC_ADJUST,
             // Performance monitoring is not offered: its MSRs are not saved.
             0xA => {
                 entry.eax = 0;
