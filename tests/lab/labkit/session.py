@@ -21,7 +21,7 @@ from .machine import Machine
 PROTOCOL = 1
 
 # What an idle machine needs a twentieth of.
-BOOT_DEADLINE = float(os.environ.get("BULKHEAD_LAB_BOOT_DEADLINE", "120"))
+BOOT_DEADLINE = float(os.environ.get("BULKHEAD_LAB_BOOT_DEADLINE", "180"))
 SILENCE_DEADLINE = float(os.environ.get("BULKHEAD_LAB_SILENCE_DEADLINE", "60"))
 CHUNK = 1 << 16
 # The kernel's own lines only, by their time stamp or by wording no other program's line begins with.
