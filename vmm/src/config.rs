@@ -5,6 +5,8 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
+pub use bulkhead_devices::virtio::fs::Caching;
+
 use crate::error::VmError;
 use crate::layout;
 
@@ -56,6 +58,9 @@ pub struct ShareConfig {
     pub root: PathBuf,
     /// The guest cannot write.
     pub read_only: bool,
+    /// How long the guest may believe what it was told about files. With [`Caching::Always`] it
+    /// also collects writes: only for directories nobody else changes.
+    pub caching: Caching,
 }
 
 /// A virtio-net device on a tap.

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use bulkhead_devices::virtio::blk::DiskError;
+use bulkhead_devices::virtio::net::TapError;
 use bulkhead_devices::virtio::{DeviceError, StateError};
 
 /// Where an error comes from; callers map it to exit codes.
@@ -80,14 +81,9 @@ pub enum VmError {
     /// A disk cannot be used.
     #[error(transparent)]
     Disk(#[from] DiskError),
-    /// A share cannot be made.
-    #[error("share {tag}: {reason}")]
-    Share {
-        /// The virtio-fs tag.
-        tag: String,
-        /// What is wrong.
-        reason: String,
-    },
+    /// A tap cannot be used.
+    #[error(transparent)]
+    Tap(#[from] TapError),
     /// Saved state does not fit.
     #[error("restore: {0}")]
     State(String),
@@ -106,10 +102,12 @@ impl VmError {
     /// The class of this error.
     pub fn class(&self) -> ErrorClass {
         match self {
-            Self::Config { .. } | Self::Share { .. } => ErrorClass::Config,
+            Self::Config { .. } => ErrorClass::Config,
             Self::File { .. } | Self::BadFile { .. } | Self::Disk(_) => ErrorClass::Image,
             Self::Kvm(_) => ErrorClass::Kvm,
-            Self::KvmCall { .. } | Self::Host { .. } | Self::Device(_) => ErrorClass::Host,
+            Self::KvmCall { .. } | Self::Host { .. } | Self::Device(_) | Self::Tap(_) => {
+                ErrorClass::Host
+            }
             Self::Memory(_) | Self::State(_) | Self::NotRunning(_) => ErrorClass::Guest,
         }
     }

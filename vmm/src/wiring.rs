@@ -11,7 +11,9 @@ use bulkhead_devices::event_loop::{EventLoop, EventLoopOptions};
 use bulkhead_devices::legacy::{I8042, Rtc, Serial};
 use bulkhead_devices::virtio::balloon::Balloon;
 use bulkhead_devices::virtio::blk::{Blk, Disk};
+use bulkhead_devices::virtio::fs::{Caching, Fs, FsConfig};
 use bulkhead_devices::virtio::mmio::{MmioTransport, TransportState};
+use bulkhead_devices::virtio::net::{Net, NetOptions, Tap};
 use bulkhead_devices::virtio::rng::Rng;
 use bulkhead_devices::virtio::vsock::{Vsock, VsockHandle};
 use bulkhead_devices::virtio::{Interrupt, VirtioDevice};
@@ -355,6 +357,25 @@ impl Wiring<'_> {
         if config.balloon {
             let page = if config.hugepages { 2 << 20 } else { 4096 };
             self.add(Role::Io, Box::new(Balloon::with_host_page(page)))?;
+        }
+        for net in config.nets.drain(..) {
+            let tap = match net.fd {
+                Some(fd) => Tap::from_fd(fd)?,
+                None => Tap::open(&net.tap)?,
+            };
+            let options = NetOptions {
+                mac: net.mac,
+                mtu: net.mtu,
+                vhost: net.vhost,
+            };
+            self.add(Role::Io, Box::new(Net::new(tap, &options)))?;
+        }
+        for share in config.shares.drain(..) {
+            let mut fs = FsConfig::new(share.tag, &share.root)?;
+            fs.read_only = share.read_only;
+            fs.caching = share.caching;
+            fs.writeback = share.caching == Caching::Always;
+            self.add(Role::Fs, Box::new(Fs::new(fs)?))?;
         }
         let mut handle = None;
         if let Some(cid) = config.vsock_cid {
