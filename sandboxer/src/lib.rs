@@ -9,3 +9,4 @@ pub mod rundir;
 pub mod spec;
 pub mod timeouts;
 pub mod units;
+pub mod vmmctl;

@@ -68,7 +68,9 @@ pub enum RunDirError {
     #[error("name {0}: already in use by VM {1}; choose another or stop it first")]
     NameTaken(String, String),
     /// The name cannot be one.
-    #[error("name {0:?}: use letters, digits, '.', '_' and '-', at most 63 characters, not starting with '-' or '.'")]
+    #[error(
+        "name {0:?}: use letters, digits, '.', '_' and '-', at most 63 characters, not starting with '-' or '.'"
+    )]
     BadName(String),
     /// The host refused something.
     #[error("{what}: {source}")]
@@ -129,12 +131,18 @@ impl RunDir {
     pub fn create(root: &Path, mut state: State) -> Result<Self, RunDirError> {
         check_name(&state.name)?;
         let vms = root.join("vms");
-        private_dir(&vms).map_err(io_error(format!("{} (choose another place with BULKHEAD_RUN)", vms.display())))?;
+        private_dir(&vms).map_err(io_error(format!(
+            "{} (choose another place with BULKHEAD_RUN)",
+            vms.display()
+        )))?;
         // Creation and clean-up exclude each other, so that a directory without its lock is not
         // taken for a dead one, and two VMs cannot get one name.
-        let _exclusive = fsutil::lock(&root.join("lock"), true).map_err(io_error(format!("locking {}", root.display())))?;
+        let _exclusive = fsutil::lock(&root.join("lock"), true)
+            .map_err(io_error(format!("locking {}", root.display())))?;
         if !state.name.is_empty()
-            && let Some(other) = list(root).into_iter().find(|vm| vm.alive && vm.state.name == state.name)
+            && let Some(other) = list(root)
+                .into_iter()
+                .find(|vm| vm.alive && vm.state.name == state.name)
         {
             return Err(RunDirError::NameTaken(state.name, other.state.id));
         }
@@ -147,13 +155,18 @@ impl RunDir {
                 Err(e) => return Err(io_error(path.display().to_string())(e)),
             }
         };
-        let lock = fsutil::lock(&path.join("lock"), true).map_err(io_error(format!("locking {}", path.display())))?;
+        let lock = fsutil::lock(&path.join("lock"), true)
+            .map_err(io_error(format!("locking {}", path.display())))?;
         state.version = STATE_VERSION;
         state.id = id;
         state.pid = std::process::id();
         state.pid_start = process_start(state.pid).unwrap_or(0);
         state.created_ms = now_ms();
-        let dir = Self { path, state, _lock: lock };
+        let dir = Self {
+            path,
+            state,
+            _lock: lock,
+        };
         dir.save()?;
         Ok(dir)
     }
@@ -184,7 +197,8 @@ impl RunDir {
 
     fn save(&self) -> Result<(), RunDirError> {
         let path = self.path.join("state.json");
-        let json = serde_json::to_vec(&self.state).map_err(|e| io_error(path.display().to_string())(e.into()))?;
+        let json = serde_json::to_vec(&self.state)
+            .map_err(|e| io_error(path.display().to_string())(e.into()))?;
         fsutil::write_atomically(&path, &json, 0o600).map_err(io_error(path.display().to_string()))
     }
 }
@@ -236,9 +250,18 @@ pub fn list(root: &Path) -> Vec<Found> {
 
 /// True when another process (or this one) holds the VM's lock.
 fn is_locked(path: &Path) -> bool {
-    let Ok(file) = File::options().read(true).write(true).open(path.join("lock")) else { return false };
+    let Ok(file) = File::options()
+        .read(true)
+        .write(true)
+        .open(path.join("lock"))
+    else {
+        return false;
+    };
     // Shared, so that two who look do not take each other for the owner.
-    matches!(file.try_lock_shared(), Err(std::fs::TryLockError::WouldBlock))
+    matches!(
+        file.try_lock_shared(),
+        Err(std::fs::TryLockError::WouldBlock)
+    )
 }
 
 /// Finds a running VM by name, id or the beginning of its id.
@@ -247,15 +270,26 @@ fn is_locked(path: &Path) -> bool {
 /// None or several are meant.
 pub fn find(root: &Path, wanted: &str) -> Result<Found, RunDirError> {
     let all: Vec<Found> = list(root).into_iter().filter(|vm| vm.alive).collect();
-    if let Some(exact) = all.iter().find(|vm| vm.state.name == wanted || vm.state.id == wanted) {
+    if let Some(exact) = all
+        .iter()
+        .find(|vm| vm.state.name == wanted || vm.state.id == wanted)
+    {
         return Ok(exact.clone());
     }
-    let matching: Vec<&Found> = all.iter().filter(|vm| !wanted.is_empty() && vm.state.id.starts_with(wanted)).collect();
+    let matching: Vec<&Found> = all
+        .iter()
+        .filter(|vm| !wanted.is_empty() && vm.state.id.starts_with(wanted))
+        .collect();
     match matching.as_slice() {
         [one] => Ok((*one).clone()),
         [] => {
-            let names = all.iter().flat_map(|vm| [vm.state.id.as_str(), vm.state.name.as_str()]).filter(|n| !n.is_empty());
-            let hint = crate::hint::nearest(wanted, names).map(|n| format!(" (did you mean {n}?)")).unwrap_or_default();
+            let names = all
+                .iter()
+                .flat_map(|vm| [vm.state.id.as_str(), vm.state.name.as_str()])
+                .filter(|n| !n.is_empty());
+            let hint = crate::hint::nearest(wanted, names)
+                .map(|n| format!(" (did you mean {n}?)"))
+                .unwrap_or_default();
             Err(RunDirError::Unknown(wanted.to_owned(), hint))
         }
         several => {
@@ -268,18 +302,32 @@ pub fn find(root: &Path, wanted: &str) -> Result<Found, RunDirError> {
 /// Removes what VMs of dead processes left; says which. Called by every command.
 pub fn clean_stale(root: &Path) -> Vec<String> {
     let vms = root.join("vms");
-    let Ok(entries) = std::fs::read_dir(&vms) else { return Vec::new() };
-    let dirs: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|p| !is_locked(p)).collect();
+    let Ok(entries) = std::fs::read_dir(&vms) else {
+        return Vec::new();
+    };
+    let dirs: Vec<PathBuf> = entries
+        .flatten()
+        .map(|e| e.path())
+        .filter(|p| !is_locked(p))
+        .collect();
     if dirs.is_empty() {
         return Vec::new();
     }
     // Somebody else may be creating or cleaning right now: leave it to them.
-    let Ok(_exclusive) = fsutil::lock(&root.join("lock"), false) else { return Vec::new() };
+    let Ok(_exclusive) = fsutil::lock(&root.join("lock"), false) else {
+        return Vec::new();
+    };
     let mut removed = Vec::new();
     for path in dirs.into_iter().filter(|p| !is_locked(p)) {
-        let state = std::fs::read(path.join("state.json")).ok().and_then(|d| serde_json::from_slice::<State>(&d).ok());
+        let state = std::fs::read(path.join("state.json"))
+            .ok()
+            .and_then(|d| serde_json::from_slice::<State>(&d).ok());
         remove(&path, state.as_ref());
-        removed.push(path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default());
+        removed.push(
+            path.file_name()
+                .map(|n| n.to_string_lossy().into_owned())
+                .unwrap_or_default(),
+        );
     }
     removed
 }
@@ -287,17 +335,29 @@ pub fn clean_stale(root: &Path) -> Vec<String> {
 fn check_name(name: &str) -> Result<(), RunDirError> {
     let good = name.len() <= 63
         && !name.starts_with(['-', '.'])
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
-    if good { Ok(()) } else { Err(RunDirError::BadName(name.chars().take(80).collect())) }
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
+    if good {
+        Ok(())
+    } else {
+        Err(RunDirError::BadName(name.chars().take(80).collect()))
+    }
 }
 
 /// Makes a directory for us alone and refuses one that somebody else prepared.
 fn private_dir(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::MetadataExt;
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)?;
     let meta = std::fs::symlink_metadata(path)?;
     if meta.uid() != nix::unistd::geteuid().as_raw() || !meta.is_dir() {
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "belongs to another user"));
+        return Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "belongs to another user",
+        ));
     }
     Ok(())
 }
@@ -311,14 +371,21 @@ fn random_id() -> io::Result<String> {
 
 /// Milliseconds since 1970.
 pub fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
 
 /// Field 22 of `/proc/PID/stat`: start of a process in clock ticks since boot.
 fn process_start(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name, in parentheses, may hold spaces and parentheses.
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+    stat.rsplit_once(')')?
+        .1
+        .split_whitespace()
+        .nth(19)?
+        .parse()
+        .ok()
 }
 
 #[cfg(test)]
@@ -351,16 +418,33 @@ mod tests {
         let mut dir = RunDir::create(root.path(), state("web")).expect("created");
         dir.update(|s| s.state = "running".into()).expect("updated");
         let all = list(root.path());
-        assert_eq!((all.len(), all[0].alive, all[0].state.state.as_str()), (1, true, "running"));
+        assert_eq!(
+            (all.len(), all[0].alive, all[0].state.state.as_str()),
+            (1, true, "running")
+        );
         assert!(all[0].state.pid_start > 0);
         assert!(clean_stale(root.path()).is_empty());
-        assert_eq!(find(root.path(), "web").expect("by name").state.id, dir.id());
-        assert_eq!(find(root.path(), &dir.id()[..4]).expect("by prefix").state.id, dir.id());
+        assert_eq!(
+            find(root.path(), "web").expect("by name").state.id,
+            dir.id()
+        );
+        assert_eq!(
+            find(root.path(), &dir.id()[..4])
+                .expect("by prefix")
+                .state
+                .id,
+            dir.id()
+        );
         let unknown = find(root.path(), "wob").expect_err("unknown").to_string();
         assert!(unknown.contains("did you mean web"), "{unknown}");
         let taken = RunDir::create(root.path(), state("web")).expect_err("taken");
         assert_eq!(taken.kind(), "name_in_use");
-        assert_eq!(RunDir::create(root.path(), state("../x")).expect_err("bad").kind(), "bad_name");
+        assert_eq!(
+            RunDir::create(root.path(), state("../x"))
+                .expect_err("bad")
+                .kind(),
+            "bad_name"
+        );
         let path = dir.path().to_owned();
         drop(dir);
         assert!(!path.exists() && list(root.path()).is_empty());
@@ -382,7 +466,11 @@ mod tests {
         left.version = STATE_VERSION;
         left.id = "deadbeef".into();
         left.scratch = vec![scratch.clone(), keep.clone()];
-        std::fs::write(dead.join("state.json"), serde_json::to_vec(&left).expect("json")).expect("write");
+        std::fs::write(
+            dead.join("state.json"),
+            serde_json::to_vec(&left).expect("json"),
+        )
+        .expect("write");
         std::fs::write(dead.join("lock"), "").expect("write");
         assert!(find(root.path(), "dead").is_err(), "a dead VM is not found");
         assert_eq!(clean_stale(root.path()), ["deadbeef"]);

@@ -41,7 +41,13 @@ const MASKED: [&str; 9] = [
     "/sys/firmware",
 ];
 
-const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+const READ_ONLY: [&str; 5] = [
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+];
 
 /// Open files of a container's processes.
 const NOFILE: u64 = 1 << 20;
@@ -108,7 +114,11 @@ impl Spec {
     pub fn command(&self) -> Vec<String> {
         self.json["process"]["args"]
             .as_array()
-            .map(|args| args.iter().filter_map(|a| a.as_str().map(str::to_owned)).collect())
+            .map(|args| {
+                args.iter()
+                    .filter_map(|a| a.as_str().map(str::to_owned))
+                    .collect()
+            })
             .unwrap_or_default()
     }
 }
@@ -140,8 +150,13 @@ fn environment(image: &ImageConfig, wish: &Overrides) -> Vec<String> {
         env.push(format!("HOSTNAME={}", wish.hostname));
     }
     for entry in image.env.iter().flatten().chain(&wish.env) {
-        let Some((name, _)) = entry.split_once('=') else { continue };
-        match env.iter_mut().find(|e| e.split_once('=').is_some_and(|(n, _)| n == name)) {
+        let Some((name, _)) = entry.split_once('=') else {
+            continue;
+        };
+        match env
+            .iter_mut()
+            .find(|e| e.split_once('=').is_some_and(|(n, _)| n == name))
+        {
             Some(old) => old.clone_from(entry),
             None => env.push(entry.clone()),
         }
@@ -153,17 +168,63 @@ fn mounts(wish: &Overrides) -> Value {
     let mount = |target: &str, kind: &str, source: &str, options: &[&str]| json!({"destination": target, "type": kind, "source": source, "options": options});
     let mut list = vec![
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
-        mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-        mount("/dev/pts", "devpts", "devpts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
-        mount("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]),
-        mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
-        mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
-        mount("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", "ro"]),
+        mount(
+            "/dev",
+            "tmpfs",
+            "tmpfs",
+            &["nosuid", "strictatime", "mode=755", "size=65536k"],
+        ),
+        mount(
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            &[
+                "nosuid",
+                "noexec",
+                "newinstance",
+                "ptmxmode=0666",
+                "mode=0620",
+                "gid=5",
+            ],
+        ),
+        mount(
+            "/dev/shm",
+            "tmpfs",
+            "shm",
+            &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"],
+        ),
+        mount(
+            "/dev/mqueue",
+            "mqueue",
+            "mqueue",
+            &["nosuid", "noexec", "nodev"],
+        ),
+        mount(
+            "/sys",
+            "sysfs",
+            "sysfs",
+            &["nosuid", "noexec", "nodev", "ro"],
+        ),
+        mount(
+            "/sys/fs/cgroup",
+            "cgroup",
+            "cgroup",
+            &["nosuid", "noexec", "nodev", "relatime", "ro"],
+        ),
     ];
     for bind in &wish.binds {
         // A volume over a default mount replaces it.
         list.retain(|m| m["destination"] != bind.target.as_str());
-        list.push(mount(&bind.target, "bind", &bind.source, &["rbind", "rprivate", if bind.read_only { "ro" } else { "rw" }]));
+        list.push(mount(
+            &bind.target,
+            "bind",
+            &bind.source,
+            &[
+                "rbind",
+                "rprivate",
+                if bind.read_only { "ro" } else { "rw" },
+            ],
+        ));
     }
     Value::Array(list)
 }
@@ -185,11 +246,19 @@ pub fn build(image: &ImageConfig, wish: &Overrides) -> Result<Spec, SpecError> {
         return Err(SpecError::Nul("environment"));
     }
     let from_image = image.working_dir.clone().filter(|d| !d.is_empty());
-    let cwd = wish.workdir.clone().or(from_image).unwrap_or_else(|| "/".into());
+    let cwd = wish
+        .workdir
+        .clone()
+        .or(from_image)
+        .unwrap_or_else(|| "/".into());
     if !cwd.starts_with('/') {
         return Err(SpecError::Workdir(cwd));
     }
-    let user = wish.user.clone().or_else(|| image.user.clone()).unwrap_or_default();
+    let user = wish
+        .user
+        .clone()
+        .or_else(|| image.user.clone())
+        .unwrap_or_default();
     let json = json!({
         "ociVersion": "1.1.0",
         "process": {
@@ -224,8 +293,15 @@ pub fn exec_process(spec: &Value, wish: &Overrides) -> Result<Value, SpecError> 
         return Err(SpecError::NoCommand);
     }
     let mut process = spec["process"].clone();
-    let image_env = process["env"].as_array().map(|list| list.iter().filter_map(|e| e.as_str().map(str::to_owned)).collect());
-    let base = ImageConfig { env: image_env, ..ImageConfig::default() };
+    let image_env = process["env"].as_array().map(|list| {
+        list.iter()
+            .filter_map(|e| e.as_str().map(str::to_owned))
+            .collect()
+    });
+    let base = ImageConfig {
+        env: image_env,
+        ..ImageConfig::default()
+    };
     if let Some(cwd) = &wish.workdir {
         if !cwd.starts_with('/') {
             return Err(SpecError::Workdir(cwd.clone()));
@@ -260,42 +336,108 @@ mod tests {
     #[test]
     fn commands_merge_as_docker_does() {
         let args = |wish: Overrides| build(&image(), &wish).map(|s| s.command());
-        assert_eq!(args(Overrides::default()), Ok(strings(&["/entry", "--x", "serve"])));
+        assert_eq!(
+            args(Overrides::default()),
+            Ok(strings(&["/entry", "--x", "serve"]))
+        );
         let command = strings(&["sh", "-c", "x"]);
-        assert_eq!(args(Overrides { command: command.clone(), ..Overrides::default() }), Ok(strings(&["/entry", "--x", "sh", "-c", "x"])));
-        let entry = Overrides { entrypoint: Some("/bin/ls".into()), ..Overrides::default() };
+        assert_eq!(
+            args(Overrides {
+                command: command.clone(),
+                ..Overrides::default()
+            }),
+            Ok(strings(&["/entry", "--x", "sh", "-c", "x"]))
+        );
+        let entry = Overrides {
+            entrypoint: Some("/bin/ls".into()),
+            ..Overrides::default()
+        };
         assert_eq!(args(entry), Ok(strings(&["/bin/ls"])));
-        let none = Overrides { entrypoint: Some(String::new()), command, ..Overrides::default() };
+        let none = Overrides {
+            entrypoint: Some(String::new()),
+            command,
+            ..Overrides::default()
+        };
         assert_eq!(args(none), Ok(strings(&["sh", "-c", "x"])));
-        assert_eq!(build(&ImageConfig::default(), &Overrides::default()).map(|_| ()), Err(SpecError::NoCommand));
+        assert_eq!(
+            build(&ImageConfig::default(), &Overrides::default()).map(|_| ()),
+            Err(SpecError::NoCommand)
+        );
     }
 
     #[test]
     fn the_users_environment_wins() {
-        let wish = Overrides { env: strings(&["A=2", "B=3"]), terminal: true, hostname: "h".into(), ..Overrides::default() };
+        let wish = Overrides {
+            env: strings(&["A=2", "B=3"]),
+            terminal: true,
+            hostname: "h".into(),
+            ..Overrides::default()
+        };
         let spec = build(&image(), &wish).expect("spec");
-        assert_eq!(spec.json["process"]["env"], json!(["PATH=/bin", "TERM=xterm", "HOSTNAME=h", "A=2", "B=3"]));
-        assert_eq!((spec.json["process"]["cwd"].as_str(), spec.user.as_str()), (Some("/srv"), "www"));
+        assert_eq!(
+            spec.json["process"]["env"],
+            json!(["PATH=/bin", "TERM=xterm", "HOSTNAME=h", "A=2", "B=3"])
+        );
+        assert_eq!(
+            (spec.json["process"]["cwd"].as_str(), spec.user.as_str()),
+            (Some("/srv"), "www")
+        );
     }
 
     #[test]
     fn bad_values_are_named() {
-        let workdir = Overrides { workdir: Some("x".into()), ..Overrides::default() };
-        assert_eq!(build(&image(), &workdir).map(|_| ()), Err(SpecError::Workdir("x".into())));
-        let nul = Overrides { command: strings(&["a\0b"]), ..Overrides::default() };
-        assert_eq!(build(&image(), &nul).map(|_| ()), Err(SpecError::Nul("command")));
+        let workdir = Overrides {
+            workdir: Some("x".into()),
+            ..Overrides::default()
+        };
+        assert_eq!(
+            build(&image(), &workdir).map(|_| ()),
+            Err(SpecError::Workdir("x".into()))
+        );
+        let nul = Overrides {
+            command: strings(&["a\0b"]),
+            ..Overrides::default()
+        };
+        assert_eq!(
+            build(&image(), &nul).map(|_| ()),
+            Err(SpecError::Nul("command"))
+        );
     }
 
     #[test]
     fn the_agents_types_read_it() {
-        let bind = BindMount { source: "/run/bulkhead/share/volumes/0".into(), target: "/data".into(), read_only: true };
-        let wish = Overrides { binds: vec![bind], read_only: true, ..Overrides::default() };
+        let bind = BindMount {
+            source: "/run/bulkhead/share/volumes/0".into(),
+            target: "/data".into(),
+            read_only: true,
+        };
+        let wish = Overrides {
+            binds: vec![bind],
+            read_only: true,
+            ..Overrides::default()
+        };
         let spec = build(&image(), &wish).expect("spec");
-        let parsed: oci_spec::runtime::Spec = serde_json::from_value(spec.json.clone()).expect("a runtime spec");
-        assert_eq!(parsed.root().as_ref().and_then(|r| r.readonly()), Some(true));
-        let data = parsed.mounts().iter().flatten().find(|m| m.destination().ends_with("data")).expect("volume");
+        let parsed: oci_spec::runtime::Spec =
+            serde_json::from_value(spec.json.clone()).expect("a runtime spec");
+        assert_eq!(
+            parsed.root().as_ref().and_then(|r| r.readonly()),
+            Some(true)
+        );
+        let data = parsed
+            .mounts()
+            .iter()
+            .flatten()
+            .find(|m| m.destination().ends_with("data"))
+            .expect("volume");
         assert!(data.options().iter().flatten().any(|o| o == "ro"));
-        let exec = exec_process(&spec.json, &Overrides { command: strings(&["ls"]), ..Overrides::default() }).expect("process");
+        let exec = exec_process(
+            &spec.json,
+            &Overrides {
+                command: strings(&["ls"]),
+                ..Overrides::default()
+            },
+        )
+        .expect("process");
         let _: oci_spec::runtime::Process = serde_json::from_value(exec).expect("a process");
     }
 }

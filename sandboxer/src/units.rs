@@ -9,17 +9,27 @@ use crate::hint::nearest;
 /// # Errors
 /// Says what would do.
 pub fn memory_mib(text: &str) -> Result<u64, String> {
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let split = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (digits, unit) = text.split_at(split);
-    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a size: give for example 512M or 2G"))?;
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| format!("{text:?} is not a size: give for example 512M or 2G"))?;
     let bytes_shift = match unit.to_ascii_lowercase().as_str() {
         "" | "m" | "mb" | "mib" => 20,
         "g" | "gb" | "gib" => 30,
         "k" | "kb" | "kib" => 10,
         "b" => 0,
-        _ => return Err(format!("{text:?} has the unknown unit {unit:?}: use K, M or G")),
+        _ => {
+            return Err(format!(
+                "{text:?} has the unknown unit {unit:?}: use K, M or G"
+            ));
+        }
     };
-    let bytes = number.checked_mul(1 << bytes_shift).ok_or_else(|| format!("{text:?} is too large"))?;
+    let bytes = number
+        .checked_mul(1 << bytes_shift)
+        .ok_or_else(|| format!("{text:?} is too large"))?;
     if bytes == 0 {
         return Err("0 is no memory: give for example 512M".into());
     }
@@ -52,7 +62,9 @@ pub fn volume(text: &str) -> Result<Volume, String> {
         return Err(format!("{text:?}: the host's path is empty"));
     }
     if !guest.starts_with('/') || guest == "/" {
-        return Err(format!("{text:?}: the guest's path {guest:?} must be absolute and not the root"));
+        return Err(format!(
+            "{text:?}: the guest's path {guest:?} must be absolute and not the root"
+        ));
     }
     if guest.split('/').any(|part| part == "..") {
         return Err(format!("{text:?}: the guest's path must not hold '..'"));
@@ -62,7 +74,11 @@ pub fn volume(text: &str) -> Result<Volume, String> {
         "rw" => false,
         other => return Err(format!("{text:?}: unknown mode {other:?}: give ro or rw")),
     };
-    Ok(Volume { host: host.into(), guest: guest.to_owned(), read_only })
+    Ok(Volume {
+        host: host.into(),
+        guest: guest.to_owned(),
+        read_only,
+    })
 }
 
 /// Signals by name; numbers are x86-64's, which the guest is.
@@ -106,14 +122,20 @@ const SIGNALS: [(&str, u32); 31] = [
 /// Names the nearest signal.
 pub fn signal(text: &str) -> Result<u32, String> {
     if let Ok(number) = text.parse::<u32>() {
-        return if (1..=64).contains(&number) { Ok(number) } else { Err(format!("signal {number} does not exist: give 1 to 64")) };
+        return if (1..=64).contains(&number) {
+            Ok(number)
+        } else {
+            Err(format!("signal {number} does not exist: give 1 to 64"))
+        };
     }
     let upper = text.to_ascii_uppercase();
     let name = upper.strip_prefix("SIG").unwrap_or(&upper);
     if let Some((_, number)) = SIGNALS.iter().find(|(n, _)| *n == name) {
         return Ok(*number);
     }
-    let hint = nearest(name, SIGNALS.iter().map(|(n, _)| *n)).map(|n| format!(" (did you mean {n}?)")).unwrap_or_default();
+    let hint = nearest(name, SIGNALS.iter().map(|(n, _)| *n))
+        .map(|n| format!(" (did you mean {n}?)"))
+        .unwrap_or_default();
     Err(format!("unknown signal {text:?}{hint}"))
 }
 
@@ -155,15 +177,32 @@ mod tests {
         assert_eq!(memory_mib("2g"), Ok(2048));
         assert_eq!(memory_mib("300"), Ok(300));
         assert_eq!(memory_mib("1b"), Ok(1));
-        for bad in ["", "M", "12x", "0", "99999999999999999999", "18446744073709551615G"] {
+        for bad in [
+            "",
+            "M",
+            "12x",
+            "0",
+            "99999999999999999999",
+            "18446744073709551615G",
+        ] {
             assert!(memory_mib(bad).is_err(), "{bad}");
         }
-        assert_eq!((bytes(1536), bytes(61 << 20), bytes(5)), ("1.5K".into(), "61M".into(), "5B".into()));
+        assert_eq!(
+            (bytes(1536), bytes(61 << 20), bytes(5)),
+            ("1.5K".into(), "61M".into(), "5B".into())
+        );
     }
 
     #[test]
     fn volumes() {
-        assert_eq!(volume("./d:/data:ro"), Ok(Volume { host: "./d".into(), guest: "/data".into(), read_only: true }));
+        assert_eq!(
+            volume("./d:/data:ro"),
+            Ok(Volume {
+                host: "./d".into(),
+                guest: "/data".into(),
+                read_only: true
+            })
+        );
         for bad in ["x", ":/a", "a:b", "a:/", "a:/b:rx", "a:/b:ro:z", "a:/../b"] {
             assert!(volume(bad).is_err(), "{bad}");
         }
@@ -171,8 +210,15 @@ mod tests {
 
     #[test]
     fn signals() {
-        assert_eq!((signal("term"), signal("SIGKILL"), signal("2")), (Ok(15), Ok(9), Ok(2)));
-        assert!(signal("TREM").expect_err("typo").contains("did you mean TERM"));
+        assert_eq!(
+            (signal("term"), signal("SIGKILL"), signal("2")),
+            (Ok(15), Ok(9), Ok(2))
+        );
+        assert!(
+            signal("TREM")
+                .expect_err("typo")
+                .contains("did you mean TERM")
+        );
         assert!(signal("0").is_err() && signal("65").is_err());
     }
 }

@@ -1,1 +1,5 @@
-fn main() {}
+//! `vmmctl`: see [`bulkhead_sandboxer::vmmctl`].
+
+fn main() -> std::process::ExitCode {
+    bulkhead_sandboxer::vmmctl::main()
+}

@@ -23,7 +23,10 @@ pub struct Remote {
 impl Remote {
     /// The VM whose directory is `dir`.
     pub fn new(id: &str, dir: &Path) -> Self {
-        Self { id: id.to_owned(), socket: dir.join("debug.sock") }
+        Self {
+            id: id.to_owned(),
+            socket: dir.join("debug.sock"),
+        }
     }
 
     fn open(&self, timeout: Duration) -> Result<UnixStream, EngineError> {
@@ -32,28 +35,42 @@ impl Remote {
             self.id,
             self.socket.display()
         )))?;
-        stream.set_read_timeout(Some(timeout)).map_err(EngineError::io("debug socket"))?;
+        stream
+            .set_read_timeout(Some(timeout))
+            .map_err(EngineError::io("debug socket"))?;
         Ok(stream)
     }
 
     /// Sends one request on a new connection.
-    fn ask(&self, request: &Request, timeout: Duration) -> Result<(Value, Option<OwnedFd>, UnixStream), EngineError> {
+    fn ask(
+        &self,
+        request: &Request,
+        timeout: Duration,
+    ) -> Result<(Value, Option<OwnedFd>, UnixStream), EngineError> {
         let mut stream = self.open(timeout)?;
         let what = || format!("VM {}: debug socket", self.id);
-        let mut line = serde_json::to_vec(request).map_err(|e| EngineError::io(what())(e.into()))?;
+        let mut line =
+            serde_json::to_vec(request).map_err(|e| EngineError::io(what())(e.into()))?;
         line.push(b'\n');
         stream.write_all(&line).map_err(EngineError::io(what()))?;
         let (data, fd) = read_answer(&stream).map_err(EngineError::io(what()))?;
-        let answer: Answer = serde_json::from_slice(&data).map_err(|e| EngineError::io(what())(e.into()))?;
+        let answer: Answer =
+            serde_json::from_slice(&data).map_err(|e| EngineError::io(what())(e.into()))?;
         if answer.ok {
             return Ok((answer.result, fd, stream));
         }
-        let error = answer.error.ok_or_else(|| EngineError::io(what())(io::ErrorKind::InvalidData.into()))?;
-        Err(EngineError::Remote { kind: error.kind, message: error.message })
+        let error = answer
+            .error
+            .ok_or_else(|| EngineError::io(what())(io::ErrorKind::InvalidData.into()))?;
+        Err(EngineError::Remote {
+            kind: error.kind,
+            message: error.message,
+        })
     }
 
     fn call(&self, request: &Request) -> Result<Value, EngineError> {
-        self.ask(request, timeouts::debug()).map(|(value, _, _)| value)
+        self.ask(request, timeouts::debug())
+            .map(|(value, _, _)| value)
     }
 }
 
@@ -68,7 +85,10 @@ fn read_answer(stream: &UnixStream) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
         let (seen, received) = receive(stream, &mut buffer, MsgFlags::MSG_PEEK)?;
         drop(received);
         if seen == 0 {
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the VM's process"));
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "closed by the VM's process",
+            ));
         }
         let end = buffer[..seen].iter().position(|b| *b == b'\n');
         let take = end.map_or(seen, |at| at + 1);
@@ -79,16 +99,28 @@ fn read_answer(stream: &UnixStream) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
             return Ok((data, fd));
         }
         if data.len() > MAX_ANSWER {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "an answer without end"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "an answer without end",
+            ));
         }
     }
 }
 
-fn receive(stream: &UnixStream, buffer: &mut [u8], flags: MsgFlags) -> io::Result<(usize, Option<OwnedFd>)> {
+fn receive(
+    stream: &UnixStream,
+    buffer: &mut [u8],
+    flags: MsgFlags,
+) -> io::Result<(usize, Option<OwnedFd>)> {
     let mut control = nix::cmsg_space!([RawFd; 1]);
     let mut slices = [IoSliceMut::new(buffer)];
     let message = loop {
-        match recvmsg::<()>(stream.as_raw_fd(), &mut slices, Some(&mut control), flags | MsgFlags::MSG_CMSG_CLOEXEC) {
+        match recvmsg::<()>(
+            stream.as_raw_fd(),
+            &mut slices,
+            Some(&mut control),
+            flags | MsgFlags::MSG_CMSG_CLOEXEC,
+        ) {
             Err(nix::errno::Errno::EINTR) => {}
             other => break other?,
         }
@@ -131,11 +163,22 @@ impl Sandbox for Remote {
     }
 
     fn dump(&self, path: &Path) -> Result<(), EngineError> {
-        let path = std::path::absolute(path).map_err(EngineError::io(path.display().to_string()))?;
-        let path = path.to_str().ok_or_else(|| EngineError::io(format!("{}: not UTF-8", path.display()))(io::ErrorKind::InvalidInput.into()))?;
+        let path =
+            std::path::absolute(path).map_err(EngineError::io(path.display().to_string()))?;
+        let path = path.to_str().ok_or_else(|| {
+            EngineError::io(format!("{}: not UTF-8", path.display()))(
+                io::ErrorKind::InvalidInput.into(),
+            )
+        })?;
         // Writing gigabytes takes a while.
         let hour = Duration::from_secs(3600);
-        self.ask(&Request::Dump { path: path.to_owned() }, hour).map(|_| ())
+        self.ask(
+            &Request::Dump {
+                path: path.to_owned(),
+            },
+            hour,
+        )
+        .map(|_| ())
     }
 
     fn stop(&self, grace: Duration) -> Result<(), EngineError> {
@@ -145,13 +188,22 @@ impl Sandbox for Remote {
 
     fn connect(&self, port: u32, timeout: Duration) -> Result<UnixStream, EngineError> {
         let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-        let (_, fd, _) = self.ask(&Request::Vsock { port, timeout_ms }, timeout + timeouts::debug())?;
-        fd.map(UnixStream::from).ok_or_else(|| EngineError::io(format!("VM {}: no stream in the answer", self.id))(io::ErrorKind::InvalidData.into()))
+        let (_, fd, _) = self.ask(
+            &Request::Vsock { port, timeout_ms },
+            timeout + timeouts::debug(),
+        )?;
+        fd.map(UnixStream::from).ok_or_else(|| {
+            EngineError::io(format!("VM {}: no stream in the answer", self.id))(
+                io::ErrorKind::InvalidData.into(),
+            )
+        })
     }
 
     fn console(&self) -> Result<UnixStream, EngineError> {
         let (_, _, stream) = self.ask(&Request::Console, timeouts::debug())?;
-        stream.set_read_timeout(None).map_err(EngineError::io("console"))?;
+        stream
+            .set_read_timeout(None)
+            .map_err(EngineError::io("console"))?;
         Ok(stream)
     }
 }

@@ -8,6 +8,8 @@
 
 mod client;
 mod server;
+#[cfg(test)]
+mod tests;
 
 pub use client::Remote;
 pub use server::{bind, serve_connection};

@@ -98,7 +98,9 @@ fn simple(sandbox: &dyn Sandbox, request: &Request) -> Result<Value, EngineError
         Request::Pause => sandbox.pause().map(|()| Value::Null),
         Request::Resume => sandbox.resume().map(|()| Value::Null),
         Request::Dump { path } => sandbox.dump(Path::new(path)).map(|()| Value::Null),
-        Request::Stop { grace_ms } => sandbox.stop(Duration::from_millis(*grace_ms)).map(|()| Value::Null),
+        Request::Stop { grace_ms } => sandbox
+            .stop(Duration::from_millis(*grace_ms))
+            .map(|()| Value::Null),
         Request::Hello | Request::Vsock { .. } | Request::Console => {
             Ok(json!({"protocol": PROTOCOL, "id": sandbox.id()}))
         }
@@ -133,19 +135,40 @@ fn line(answer: &Answer) -> io::Result<Vec<u8>> {
 }
 
 fn answer(stream: &mut UnixStream, result: Value) -> io::Result<()> {
-    stream.write_all(&line(&Answer { ok: true, result, error: None })?)
+    stream.write_all(&line(&Answer {
+        ok: true,
+        result,
+        error: None,
+    })?)
 }
 
 fn refuse(stream: &mut UnixStream, kind: &str, message: &str) -> io::Result<()> {
-    let error = Some(ErrorBody { kind: kind.to_owned(), message: message.to_owned() });
-    stream.write_all(&line(&Answer { ok: false, result: Value::Null, error })?)
+    let error = Some(ErrorBody {
+        kind: kind.to_owned(),
+        message: message.to_owned(),
+    });
+    stream.write_all(&line(&Answer {
+        ok: false,
+        result: Value::Null,
+        error,
+    })?)
 }
 
 fn answer_with_fd(stream: &UnixStream, fd: OwnedFd) -> io::Result<()> {
-    let text = line(&Answer { ok: true, result: json!({"fd": true}), error: None })?;
+    let text = line(&Answer {
+        ok: true,
+        result: json!({"fd": true}),
+        error: None,
+    })?;
     let fds = [fd.as_raw_fd()];
     // Shorter than any socket buffer: sent whole.
-    sendmsg::<()>(stream.as_raw_fd(), &[io::IoSlice::new(&text)], &[ControlMessage::ScmRights(&fds)], MsgFlags::MSG_NOSIGNAL, None)?;
+    sendmsg::<()>(
+        stream.as_raw_fd(),
+        &[io::IoSlice::new(&text)],
+        &[ControlMessage::ScmRights(&fds)],
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    )?;
     Ok(())
 }
 

@@ -22,10 +22,19 @@ impl Agent {
     ///
     /// # Errors
     /// The stream cannot be used.
-    pub fn new(handle: Arc<dyn Sandbox>, stream: std::os::unix::net::UnixStream) -> Result<Self, EngineError> {
+    pub fn new(
+        handle: Arc<dyn Sandbox>,
+        stream: std::os::unix::net::UnixStream,
+    ) -> Result<Self, EngineError> {
         let stream = into_tokio(stream)?;
-        let options = ClientOptions { timeout: Some(timeouts::call()), ..ClientOptions::default() };
-        Ok(Self { handle, client: Client::with_options(stream, options) })
+        let options = ClientOptions {
+            timeout: Some(timeouts::call()),
+            ..ClientOptions::default()
+        };
+        Ok(Self {
+            handle,
+            client: Client::with_options(stream, options),
+        })
     }
 
     /// Connects to the control port of a guest that is up.
@@ -52,9 +61,16 @@ impl Agent {
     /// # Errors
     /// It does not, or does not answer.
     pub async fn hello(&self) -> Result<sandbox::GetInfoResponse, EngineError> {
-        let info = self.sandbox().get_info(&sandbox::GetInfoRequest {}).await.map_err(failed("asking the agent for its version"))?;
+        let info = self
+            .sandbox()
+            .get_info(&sandbox::GetInfoRequest {})
+            .await
+            .map_err(failed("asking the agent for its version"))?;
         if info.protocol != PROTOCOL_VERSION {
-            return Err(EngineError::Protocol { found: info.protocol, wanted: PROTOCOL_VERSION });
+            return Err(EngineError::Protocol {
+                found: info.protocol,
+                wanted: PROTOCOL_VERSION,
+            });
         }
         Ok(info)
     }
@@ -65,26 +81,42 @@ impl Agent {
     /// The guest refuses it.
     pub async fn stream(&self, id: &str) -> Result<UnixStream, EngineError> {
         let mut stream = into_tokio(dial(Arc::clone(&self.handle), STREAM_PORT).await?)?;
-        let opened = tokio::time::timeout(timeouts::call(), bulkhead_protocol::stream::connect(&mut stream, id)).await;
+        let opened = tokio::time::timeout(
+            timeouts::call(),
+            bulkhead_protocol::stream::connect(&mut stream, id),
+        )
+        .await;
         match opened {
             Ok(Ok(())) => Ok(stream),
             Ok(Err(e)) => Err(EngineError::io(format!("opening stream {id}"))(e)),
-            Err(_) => Err(EngineError::io(format!("opening stream {id}"))(std::io::ErrorKind::TimedOut.into())),
+            Err(_) => Err(EngineError::io(format!("opening stream {id}"))(
+                std::io::ErrorKind::TimedOut.into(),
+            )),
         }
     }
 }
 
 /// Connecting blocks until the guest answers: done beside the runtime's thread.
-async fn dial(handle: Arc<dyn Sandbox>, port: u32) -> Result<std::os::unix::net::UnixStream, EngineError> {
+async fn dial(
+    handle: Arc<dyn Sandbox>,
+    port: u32,
+) -> Result<std::os::unix::net::UnixStream, EngineError> {
     let (sender, receiver) = tokio::sync::oneshot::channel();
     spawn_brief("dial", move || {
         let _ = sender.send(handle.connect(port, timeouts::connect()));
     })?;
-    receiver.await.unwrap_or_else(|_| Err(EngineError::io("connecting to the guest")(std::io::ErrorKind::BrokenPipe.into())))
+    receiver.await.unwrap_or_else(|_| {
+        Err(EngineError::io("connecting to the guest")(
+            std::io::ErrorKind::BrokenPipe.into(),
+        ))
+    })
 }
 
 /// A thread for one blocking call; small, because it is one more thread while a VM runs.
-pub(crate) fn spawn_brief(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), EngineError> {
+pub(crate) fn spawn_brief(
+    name: &str,
+    work: impl FnOnce() + Send + 'static,
+) -> Result<(), EngineError> {
     std::thread::Builder::new()
         .name(name.to_owned())
         .stack_size(256 << 10)
@@ -94,7 +126,10 @@ pub(crate) fn spawn_brief(name: &str, work: impl FnOnce() + Send + 'static) -> R
 }
 
 fn into_tokio(stream: std::os::unix::net::UnixStream) -> Result<UnixStream, EngineError> {
-    stream.set_nonblocking(true).and_then(|()| UnixStream::from_std(stream)).map_err(EngineError::io("guest stream"))
+    stream
+        .set_nonblocking(true)
+        .and_then(|()| UnixStream::from_std(stream))
+        .map_err(EngineError::io("guest stream"))
 }
 
 /// Wraps a refused call.
@@ -112,7 +147,11 @@ pub fn program_error(command: &str, what: &str, error: RpcError) -> EngineError 
     let missing = error.code() == Some(Code::NotFound);
     let refused = error.code() == Some(Code::PermissionDenied);
     if missing || refused {
-        return EngineError::Program { command: command.to_owned(), reason: status.message.clone(), missing };
+        return EngineError::Program {
+            command: command.to_owned(),
+            reason: status.message.clone(),
+            missing,
+        };
     }
     failed(what)(error)
 }

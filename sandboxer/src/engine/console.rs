@@ -34,7 +34,10 @@ impl fmt::Debug for ConsoleHub {
 impl ConsoleHub {
     /// A hub that also writes to `primary`, usually the terminal.
     pub fn new(primary: Option<OwnedFd>) -> Self {
-        Self(Arc::new(Mutex::new(Inner { primary: primary.map(File::from), attached: Vec::new() })))
+        Self(Arc::new(Mutex::new(Inner {
+            primary: primary.map(File::from),
+            attached: Vec::new(),
+        })))
     }
 
     /// Starts to copy output to `stream`, beginning with `tail`.
@@ -44,7 +47,10 @@ impl ConsoleHub {
     pub fn attach(&self, stream: UnixStream, tail: &[u8]) -> io::Result<()> {
         let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if inner.attached.len() >= MAX_ATTACHED {
-            return Err(io::Error::new(io::ErrorKind::QuotaExceeded, format!("{MAX_ATTACHED} are attached to the console already")));
+            return Err(io::Error::new(
+                io::ErrorKind::QuotaExceeded,
+                format!("{MAX_ATTACHED} are attached to the console already"),
+            ));
         }
         // The tail first, blocking: it is bounded, and the peer is reading.
         (&stream).write_all(tail)?;
@@ -61,10 +67,14 @@ impl Write for ConsoleHub {
             write_patiently(primary, data);
         }
         // A reader that does not keep up loses output; one that has gone is forgotten.
-        inner.attached.retain(|stream| match (&*stream).write(data) {
-            Ok(_) => true,
-            Err(e) => e.kind() == io::ErrorKind::WouldBlock || e.kind() == io::ErrorKind::Interrupted,
-        });
+        inner
+            .attached
+            .retain(|stream| match (&*stream).write(data) {
+                Ok(_) => true,
+                Err(e) => {
+                    e.kind() == io::ErrorKind::WouldBlock || e.kind() == io::ErrorKind::Interrupted
+                }
+            });
         Ok(data.len())
     }
 
@@ -93,10 +103,19 @@ fn write_patiently(file: &mut File, mut data: &[u8]) {
 /// The last line of a console that says something, cleaned for a message.
 pub fn last_line(tail: &[u8]) -> String {
     let text = String::from_utf8_lossy(tail);
-    let line = text.lines().rev().map(str::trim).find(|l| !l.is_empty()).unwrap_or("");
+    let line = text
+        .lines()
+        .rev()
+        .map(str::trim)
+        .find(|l| !l.is_empty())
+        .unwrap_or("");
     // The guest chose these bytes and a terminal shows them.
     let clean: String = line.chars().filter(|c| !c.is_control()).take(160).collect();
-    if clean.is_empty() { String::new() } else { format!("; its last words: {clean:?}") }
+    if clean.is_empty() {
+        String::new()
+    } else {
+        format!("; its last words: {clean:?}")
+    }
 }
 
 #[cfg(test)]
@@ -130,7 +149,10 @@ mod tests {
 
     #[test]
     fn last_words_are_harmless() {
-        assert_eq!(last_line(b"a\nKernel panic\x1b[2J\n\n"), "; its last words: \"Kernel panic[2J\"");
+        assert_eq!(
+            last_line(b"a\nKernel panic\x1b[2J\n\n"),
+            "; its last words: \"Kernel panic[2J\""
+        );
         assert_eq!(last_line(b""), "");
     }
 }

@@ -1,10 +1,13 @@
 //! One process in a guest, container or exec, with its standard streams: create, start, signal,
 //! resize, wait.
 
-use bulkhead_protocol::sandbox::{CONTAINER_OPTIONS_TYPE_URL, ContainerOptions, OCI_PROCESS_TYPE_URL};
+use bulkhead_protocol::sandbox::{
+    CONTAINER_OPTIONS_TYPE_URL, ContainerOptions, OCI_PROCESS_TYPE_URL,
+};
 use bulkhead_protocol::stream::uri;
 use bulkhead_protocol::task::{
-    CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, ResizePtyRequest, StartRequest, WaitRequest,
+    CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, ResizePtyRequest,
+    StartRequest, WaitRequest,
 };
 use bulkhead_protocol::types::{Any, Mount};
 use prost::Message;
@@ -51,18 +54,43 @@ struct Names {
     stderr: String,
 }
 
-async fn open_streams(agent: &Agent, prefix: &str, wiring: Wiring) -> Result<(Streams, Names), EngineError> {
+async fn open_streams(
+    agent: &Agent,
+    prefix: &str,
+    wiring: Wiring,
+) -> Result<(Streams, Names), EngineError> {
     let id = |what: &str| format!("{prefix}-{what}");
-    let stdin = if wiring.stdin { Some(agent.stream(&id("stdin")).await?) } else { None };
+    let stdin = if wiring.stdin {
+        Some(agent.stream(&id("stdin")).await?)
+    } else {
+        None
+    };
     let stdout = agent.stream(&id("stdout")).await?;
-    let stderr = if wiring.terminal { None } else { Some(agent.stream(&id("stderr")).await?) };
-    let name = |present: bool, what: &str| if present { uri(&id(what)) } else { String::new() };
+    let stderr = if wiring.terminal {
+        None
+    } else {
+        Some(agent.stream(&id("stderr")).await?)
+    };
+    let name = |present: bool, what: &str| {
+        if present {
+            uri(&id(what))
+        } else {
+            String::new()
+        }
+    };
     let names = Names {
         stdin: name(wiring.stdin, "stdin"),
         stdout: name(true, "stdout"),
         stderr: name(!wiring.terminal, "stderr"),
     };
-    Ok((Streams { stdin, stdout, stderr }, names))
+    Ok((
+        Streams {
+            stdin,
+            stdout,
+            stderr,
+        },
+        names,
+    ))
 }
 
 impl Process {
@@ -70,11 +98,22 @@ impl Process {
     ///
     /// # Errors
     /// The guest refuses.
-    pub async fn create(agent: Agent, container: &str, guest_root: &str, spec: &Spec, wiring: Wiring) -> Result<Self, EngineError> {
+    pub async fn create(
+        agent: Agent,
+        container: &str,
+        guest_root: &str,
+        spec: &Spec,
+        wiring: Wiring,
+    ) -> Result<Self, EngineError> {
         let command = spec.command().first().cloned().unwrap_or_default();
         let (streams, names) = open_streams(&agent, container, wiring).await?;
-        let oci_spec = serde_json::to_vec(&spec.json).map_err(|e| EngineError::io("container spec")(e.into()))?;
-        let options = ContainerOptions { oci_spec, user: spec.user.clone(), sandbox_etc: true };
+        let oci_spec = serde_json::to_vec(&spec.json)
+            .map_err(|e| EngineError::io("container spec")(e.into()))?;
+        let options = ContainerOptions {
+            oci_spec,
+            user: spec.user.clone(),
+            sandbox_etc: true,
+        };
         let request = CreateTaskRequest {
             id: container.to_owned(),
             rootfs: vec![Mount {
@@ -87,10 +126,17 @@ impl Process {
             stdin: names.stdin,
             stdout: names.stdout,
             stderr: names.stderr,
-            options: Some(Any { type_url: CONTAINER_OPTIONS_TYPE_URL.to_owned(), value: options.encode_to_vec() }),
+            options: Some(Any {
+                type_url: CONTAINER_OPTIONS_TYPE_URL.to_owned(),
+                value: options.encode_to_vec(),
+            }),
             ..CreateTaskRequest::default()
         };
-        agent.tasks().create(&request).await.map_err(|e| program_error(&command, "creating the container", e))?;
+        agent
+            .tasks()
+            .create(&request)
+            .await
+            .map_err(|e| program_error(&command, "creating the container", e))?;
         Self::attach(agent, container, "", command, streams)
     }
 
@@ -98,10 +144,17 @@ impl Process {
     ///
     /// # Errors
     /// The guest refuses.
-    pub async fn exec(agent: Agent, container: &str, exec: &str, process: &serde_json::Value, wiring: Wiring) -> Result<Self, EngineError> {
+    pub async fn exec(
+        agent: Agent,
+        container: &str,
+        exec: &str,
+        process: &serde_json::Value,
+        wiring: Wiring,
+    ) -> Result<Self, EngineError> {
         let command = process["args"][0].as_str().unwrap_or_default().to_owned();
         let (streams, names) = open_streams(&agent, &format!("{container}-{exec}"), wiring).await?;
-        let value = serde_json::to_vec(process).map_err(|e| EngineError::io("process spec")(e.into()))?;
+        let value =
+            serde_json::to_vec(process).map_err(|e| EngineError::io("process spec")(e.into()))?;
         let request = ExecProcessRequest {
             id: container.to_owned(),
             exec_id: exec.to_owned(),
@@ -109,13 +162,26 @@ impl Process {
             stdin: names.stdin,
             stdout: names.stdout,
             stderr: names.stderr,
-            spec: Some(Any { type_url: OCI_PROCESS_TYPE_URL.to_owned(), value }),
+            spec: Some(Any {
+                type_url: OCI_PROCESS_TYPE_URL.to_owned(),
+                value,
+            }),
         };
-        agent.tasks().exec(&request).await.map_err(|e| program_error(&command, "adding the process", e))?;
+        agent
+            .tasks()
+            .exec(&request)
+            .await
+            .map_err(|e| program_error(&command, "adding the process", e))?;
         Self::attach(agent, container, exec, command, streams)
     }
 
-    fn attach(agent: Agent, container: &str, exec: &str, command: String, streams: Streams) -> Result<Self, EngineError> {
+    fn attach(
+        agent: Agent,
+        container: &str,
+        exec: &str,
+        command: String,
+        streams: Streams,
+    ) -> Result<Self, EngineError> {
         let standard = EngineError::io("standard streams");
         let mut output = Vec::new();
         let result: std::io::Result<Option<JoinHandle<_>>> = (|| {
@@ -134,7 +200,14 @@ impl Process {
             }))
         })();
         let input = result.map_err(standard)?;
-        Ok(Self { agent, container: container.to_owned(), exec: exec.to_owned(), command, input, output })
+        Ok(Self {
+            agent,
+            container: container.to_owned(),
+            exec: exec.to_owned(),
+            command,
+            input,
+            output,
+        })
     }
 
     /// Starts it.
@@ -142,9 +215,14 @@ impl Process {
     /// # Errors
     /// The program cannot be executed, or the guest refuses.
     pub async fn start(&self) -> Result<(), EngineError> {
-        let request = StartRequest { id: self.container.clone(), exec_id: self.exec.clone() };
+        let request = StartRequest {
+            id: self.container.clone(),
+            exec_id: self.exec.clone(),
+        };
         let started = self.agent.tasks().start(&request).await;
-        started.map(|_| ()).map_err(|e| program_error(&self.command, "starting the program", e))
+        started
+            .map(|_| ())
+            .map_err(|e| program_error(&self.command, "starting the program", e))
     }
 
     /// Sets the terminal's size.
@@ -158,7 +236,12 @@ impl Process {
             width: width.into(),
             height: height.into(),
         };
-        self.agent.tasks().resize_pty(&request).await.map(|_| ()).map_err(failed("resizing the terminal"))
+        self.agent
+            .tasks()
+            .resize_pty(&request)
+            .await
+            .map(|_| ())
+            .map_err(failed("resizing the terminal"))
     }
 
     /// Sends a signal to it.
@@ -174,8 +257,16 @@ impl Process {
     /// # Errors
     /// The guest has gone.
     pub async fn wait(&self) -> Result<u32, EngineError> {
-        let request = WaitRequest { id: self.container.clone(), exec_id: self.exec.clone() };
-        self.agent.tasks().wait(&request).await.map(|a| a.exit_status).map_err(failed("waiting for the program"))
+        let request = WaitRequest {
+            id: self.container.clone(),
+            exec_id: self.exec.clone(),
+        };
+        self.agent
+            .tasks()
+            .wait(&request)
+            .await
+            .map(|a| a.exit_status)
+            .map_err(failed("waiting for the program"))
     }
 
     /// After its end: waits until all of its output has been written, then removes it.
@@ -194,7 +285,10 @@ impl Process {
             output.abort();
         }
         if !self.exec.is_empty() {
-            let request = DeleteRequest { id: self.container.clone(), exec_id: self.exec.clone() };
+            let request = DeleteRequest {
+                id: self.container.clone(),
+                exec_id: self.exec.clone(),
+            };
             let _ = self.agent.tasks().delete(&request).await;
         }
     }
@@ -204,7 +298,22 @@ impl Process {
 ///
 /// # Errors
 /// It has ended.
-pub async fn kill(agent: &Agent, container: &str, exec: &str, signal: u32) -> Result<(), EngineError> {
-    let request = KillRequest { id: container.to_owned(), exec_id: exec.to_owned(), signal, all: false };
-    agent.tasks().kill(&request).await.map(|_| ()).map_err(failed(format!("sending signal {signal}")))
+pub async fn kill(
+    agent: &Agent,
+    container: &str,
+    exec: &str,
+    signal: u32,
+) -> Result<(), EngineError> {
+    let request = KillRequest {
+        id: container.to_owned(),
+        exec_id: exec.to_owned(),
+        signal,
+        all: false,
+    };
+    agent
+        .tasks()
+        .kill(&request)
+        .await
+        .map(|_| ())
+        .map_err(failed(format!("sending signal {signal}")))
 }

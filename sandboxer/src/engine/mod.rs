@@ -109,7 +109,9 @@ pub enum EngineError {
         console: String,
     },
     /// The guest does not answer.
-    #[error("guest gives no answer within {seconds} s while {during}{console}; look at its console with -vv, or give it more time with BULKHEAD_TIMEOUT_FACTOR")]
+    #[error(
+        "guest gives no answer within {seconds} s while {during}{console}; look at its console with vmmctl -vv run, or give it more time with BULKHEAD_TIMEOUT_FACTOR"
+    )]
     GuestHangs {
         /// What was going on.
         during: &'static str,
@@ -119,7 +121,9 @@ pub enum EngineError {
         console: String,
     },
     /// The agent speaks another protocol.
-    #[error("guest image: its agent speaks protocol version {found}, this program {wanted}; take the guest image of the same release")]
+    #[error(
+        "guest image: its agent speaks protocol version {found}, this program {wanted}; take the guest image of the same release"
+    )]
     Protocol {
         /// Version of the agent.
         found: u32,

@@ -16,6 +16,16 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 /// `PIPE_BUF`: what a pipe that polls writable takes whole.
 const CHUNK: usize = 4096;
 
+/// Waits for readiness of a descriptor within the current runtime.
+///
+/// # Errors
+/// The descriptor is of a kind that cannot be waited for.
+pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` gives one and the same open descriptor as long as it lives, and the
+    // `AsyncFd` owns it.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
+}
+
 /// One of our standard streams.
 #[derive(Debug)]
 pub struct Standard {
@@ -53,8 +63,12 @@ impl Standard {
     fn new(fd: BorrowedFd<'_>, interest: Interest, events: PollFlags) -> io::Result<Self> {
         let file = fd.try_clone_to_owned()?;
         // epoll takes no regular files; they are always ready.
-        let waiter = AsyncFd::register_with_interest(file.try_clone()?, interest).ok();
-        Ok(Self { waiter, file, events })
+        let waiter = watch(file.try_clone()?, interest).ok();
+        Ok(Self {
+            waiter,
+            file,
+            events,
+        })
     }
 
     fn ready_now(&self) -> io::Result<bool> {
@@ -67,9 +81,15 @@ impl Standard {
     }
 
     async fn ready(&self) -> io::Result<()> {
-        let Some(waiter) = &self.waiter else { return Ok(()) };
+        let Some(waiter) = &self.waiter else {
+            return Ok(());
+        };
         loop {
-            let mut guard = if self.events == PollFlags::POLLIN { waiter.readable().await? } else { waiter.writable().await? };
+            let mut guard = if self.events == PollFlags::POLLIN {
+                waiter.readable().await?
+            } else {
+                waiter.writable().await?
+            };
             if self.ready_now()? {
                 return Ok(());
             }
@@ -82,7 +102,9 @@ impl Standard {
             self.ready().await?;
             match nix::unistd::read(&self.file, buffer) {
                 Ok(n) => return Ok(n),
-                Err(nix::errno::Errno::EINTR | nix::errno::Errno::EAGAIN) => tokio::task::yield_now().await,
+                Err(nix::errno::Errno::EINTR | nix::errno::Errno::EAGAIN) => {
+                    tokio::task::yield_now().await
+                }
                 // A terminal whose session has ended.
                 Err(nix::errno::Errno::EIO) => return Ok(0),
                 Err(e) => return Err(e.into()),
@@ -93,10 +115,16 @@ impl Standard {
     async fn write_all(&self, mut data: &[u8]) -> io::Result<()> {
         while !data.is_empty() {
             self.ready().await?;
-            let most = if self.waiter.is_some() { CHUNK.min(data.len()) } else { data.len() };
+            let most = if self.waiter.is_some() {
+                CHUNK.min(data.len())
+            } else {
+                data.len()
+            };
             match nix::unistd::write(&self.file, data.get(..most).unwrap_or(data)) {
                 Ok(n) => data = data.get(n..).unwrap_or_default(),
-                Err(nix::errno::Errno::EINTR | nix::errno::Errno::EAGAIN) => tokio::task::yield_now().await,
+                Err(nix::errno::Errno::EINTR | nix::errno::Errno::EAGAIN) => {
+                    tokio::task::yield_now().await
+                }
                 Err(e) => return Err(e.into()),
             }
         }
@@ -118,7 +146,11 @@ pub async fn feed(mut to: OwnedWriteHalf) -> io::Result<()> {
             let _ = to.shutdown().await;
             return Ok(());
         }
-        if to.write_all(buffer.get(..n).unwrap_or_default()).await.is_err() {
+        if to
+            .write_all(buffer.get(..n).unwrap_or_default())
+            .await
+            .is_err()
+        {
             return Ok(());
         }
     }
@@ -135,7 +167,9 @@ pub async fn drain(mut from: OwnedReadHalf, output: Standard) -> io::Result<()> 
             Ok(0) | Err(_) => return Ok(()),
             Ok(n) => n,
         };
-        output.write_all(buffer.get(..n).unwrap_or_default()).await?;
+        output
+            .write_all(buffer.get(..n).unwrap_or_default())
+            .await?;
     }
 }
 

@@ -25,7 +25,13 @@ impl GuestFiles {
     pub fn find(kernel: Option<&Path>, image: Option<&Path>) -> Result<Self, EngineError> {
         Ok(Self {
             kernel: find_kernel(kernel)?,
-            image: find(image, "BULKHEAD_IMAGE", "rootfs.erofs", "guest image", "image")?,
+            image: find(
+                image,
+                "BULKHEAD_IMAGE",
+                "rootfs.erofs",
+                "guest image",
+                "image",
+            )?,
         })
     }
 }
@@ -35,10 +41,22 @@ impl GuestFiles {
 /// # Errors
 /// Nothing is there.
 pub fn find_kernel(kernel: Option<&Path>) -> Result<PathBuf, EngineError> {
-    find(kernel, "BULKHEAD_KERNEL", "vmlinux", "guest kernel", "kernel")
+    find(
+        kernel,
+        "BULKHEAD_KERNEL",
+        "vmlinux",
+        "guest kernel",
+        "kernel",
+    )
 }
 
-fn find(given: Option<&Path>, variable: &'static str, name: &str, what: &'static str, flag: &'static str) -> Result<PathBuf, EngineError> {
+fn find(
+    given: Option<&Path>,
+    variable: &'static str,
+    name: &str,
+    what: &'static str,
+    flag: &'static str,
+) -> Result<PathBuf, EngineError> {
     // What is named must be there; the VMM says precisely what is wrong with it.
     if let Some(path) = given {
         return Ok(path.to_owned());
@@ -46,14 +64,29 @@ fn find(given: Option<&Path>, variable: &'static str, name: &str, what: &'static
     if let Some(path) = std::env::var_os(variable).filter(|v| !v.is_empty()) {
         return Ok(path.into());
     }
-    let places = [Some(PathBuf::from(INSTALLED)), cache().map(|c| c.join("current"))];
-    let candidates: Vec<PathBuf> = places.into_iter().flatten().map(|dir| dir.join(name)).collect();
-    candidates.iter().find(|p| p.exists()).cloned().ok_or_else(|| EngineError::NoGuest {
-        what,
-        looked: candidates.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(" and "),
-        flag,
-        variable,
-    })
+    let places = [
+        Some(PathBuf::from(INSTALLED)),
+        cache().map(|c| c.join("current")),
+    ];
+    let candidates: Vec<PathBuf> = places
+        .into_iter()
+        .flatten()
+        .map(|dir| dir.join(name))
+        .collect();
+    candidates
+        .iter()
+        .find(|p| p.exists())
+        .cloned()
+        .ok_or_else(|| EngineError::NoGuest {
+            what,
+            looked: candidates
+                .iter()
+                .map(|p| p.display().to_string())
+                .collect::<Vec<_>>()
+                .join(" and "),
+            flag,
+            variable,
+        })
 }
 
 fn cache() -> Option<PathBuf> {

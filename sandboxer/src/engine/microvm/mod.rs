@@ -5,12 +5,12 @@ pub mod share;
 pub mod tap;
 
 use std::fmt;
+use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::io::Read;
-use std::sync::{Arc, Weak};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bulkhead_vmm::{Console, Vm, VmConfig, VmExit};
@@ -32,7 +32,9 @@ pub struct MicroVm {
 
 impl fmt::Debug for MicroVm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MicroVm").field("id", &self.vm.id()).finish_non_exhaustive()
+        f.debug_struct("MicroVm")
+            .field("id", &self.vm.id())
+            .finish_non_exhaustive()
     }
 }
 
@@ -43,9 +45,15 @@ impl MicroVm {
     /// As [`Vm::create`].
     pub fn create(mut config: VmConfig, console: ConsoleHub) -> Result<Self, EngineError> {
         config.console = Console::Writer(Box::new(console.clone()));
-        let stop_event = EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
-            .map_err(|e| EngineError::io("eventfd")(e.into()))?;
-        Ok(Self { vm: Arc::new(Vm::create(config)?), console, stop_event, stop_grace: AtomicU64::new(0) })
+        let stop_event =
+            EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
+                .map_err(|e| EngineError::io("eventfd")(e.into()))?;
+        Ok(Self {
+            vm: Arc::new(Vm::create(config)?),
+            console,
+            stop_event,
+            stop_grace: AtomicU64::new(0),
+        })
     }
 
     /// The VM itself.
@@ -76,12 +84,20 @@ impl MicroVm {
             _ => last_line(&self.vm.console_tail()),
         };
         let reason = exit.map_or_else(|| "unknown reason".to_owned(), |e| e.to_string());
-        EngineError::GuestEnded { during, reason, console }
+        EngineError::GuestEnded {
+            during,
+            reason,
+            console,
+        }
     }
 
     /// The error for a guest that does not answer.
     pub fn hangs(&self, during: &'static str, waited: Duration) -> EngineError {
-        EngineError::GuestHangs { during, seconds: waited.as_secs(), console: last_line(&self.vm.console_tail()) }
+        EngineError::GuestHangs {
+            during,
+            seconds: waited.as_secs(),
+            console: last_line(&self.vm.console_tail()),
+        }
     }
 }
 
@@ -141,13 +157,21 @@ impl Sandbox for MicroVm {
 
     fn stop(&self, grace: Duration) -> Result<(), EngineError> {
         let ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX - 1);
-        self.stop_grace.store(ms.saturating_add(1), Ordering::Release);
-        self.stop_event.write(1).map_err(|e| EngineError::io("asking for a stop")(e.into()))?;
+        self.stop_grace
+            .store(ms.saturating_add(1), Ordering::Release);
+        self.stop_event
+            .write(1)
+            .map_err(|e| EngineError::io("asking for a stop")(e.into()))?;
         Ok(())
     }
 
     fn connect(&self, port: u32, timeout: Duration) -> Result<UnixStream, EngineError> {
-        let no_device = || std::io::Error::new(std::io::ErrorKind::Unsupported, "the VM has no vsock device");
+        let no_device = || {
+            std::io::Error::new(
+                std::io::ErrorKind::Unsupported,
+                "the VM has no vsock device",
+            )
+        };
         let what = format!("VM {}: port {port}", self.vm.id());
         match self.vm.vsock() {
             Some(vsock) => vsock.connect(port, timeout).map_err(EngineError::io(what)),
@@ -161,7 +185,12 @@ impl Sandbox for MicroVm {
         let tail = self.vm.console_tail();
         // The tail may be longer than a socket buffer, and the reader reads only after we return.
         let start = tail.len().saturating_sub(32 << 10);
-        self.console.attach(ours.try_clone().map_err(failed())?, tail.get(start..).unwrap_or_default()).map_err(failed())?;
+        self.console
+            .attach(
+                ours.try_clone().map_err(failed())?,
+                tail.get(start..).unwrap_or_default(),
+            )
+            .map_err(failed())?;
         let vm = Arc::downgrade(&self.vm);
         super::agent::spawn_brief("console", move || type_on(&vm, ours))?;
         Ok(theirs)

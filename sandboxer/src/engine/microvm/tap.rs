@@ -31,7 +31,10 @@ struct IfReq {
 
 impl IfReq {
     fn new(name: &str) -> Self {
-        let mut request = Self { name: [0; 16], data: [0; 24] };
+        let mut request = Self {
+            name: [0; 16],
+            data: [0; 24],
+        };
         for (to, from) in request.name.iter_mut().zip(name.bytes().take(NAME_MAX)) {
             *to = from;
         }
@@ -57,7 +60,11 @@ fn ioctl(fd: &impl AsRawFd, request: libc::c_ulong, argument: &mut IfReq) -> io:
     // SAFETY: all requests used here take a pointer to a `struct ifreq`, which `IfReq` is laid out
     // as (16 bytes of name, 24 of union); it lives for the duration of the call.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(argument)) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
@@ -70,9 +77,15 @@ impl Tap {
     /// There is no `/dev/net/tun`, the name is taken or unusable, or privileges are missing.
     pub fn open(name: Option<&str>, network: u16) -> Result<Self, EngineError> {
         let wanted = name.unwrap_or("bulkhead%d");
-        let failed = |what: &str| EngineError::io(format!("tap {}: {what}", name.unwrap_or("(new)")));
-        if wanted.is_empty() || wanted.len() > NAME_MAX || wanted.bytes().any(|b| b == b'/' || b.is_ascii_whitespace()) {
-            return Err(failed("not an interface name")(io::ErrorKind::InvalidInput.into()));
+        let failed =
+            |what: &str| EngineError::io(format!("tap {}: {what}", name.unwrap_or("(new)")));
+        if wanted.is_empty()
+            || wanted.len() > NAME_MAX
+            || wanted.bytes().any(|b| b == b'/' || b.is_ascii_whitespace())
+        {
+            return Err(failed("not an interface name")(
+                io::ErrorKind::InvalidInput.into(),
+            ));
         }
         let existed = name.is_some_and(|n| std::path::Path::new("/sys/class/net").join(n).exists());
         let tun = File::options()
@@ -80,12 +93,23 @@ impl Tap {
             .write(true)
             .open("/dev/net/tun")
             .map_err(failed("/dev/net/tun (load the module tun, run as root)"))?;
-        let mut request = IfReq::new(wanted).flags(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
-        ioctl(&tun, TUNSETIFF, &mut request).map_err(failed("cannot be made (is it in use? are you root?)"))?;
-        let end = request.name.iter().position(|b| *b == 0).unwrap_or(NAME_MAX);
+        let mut request =
+            IfReq::new(wanted).flags(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
+        ioctl(&tun, TUNSETIFF, &mut request)
+            .map_err(failed("cannot be made (is it in use? are you root?)"))?;
+        let end = request
+            .name
+            .iter()
+            .position(|b| *b == 0)
+            .unwrap_or(NAME_MAX);
         let real = String::from_utf8_lossy(&request.name[..end]).into_owned();
         if existed {
-            return Ok(Self { name: real, fd: tun.into(), host: None, guest: None });
+            return Ok(Self {
+                name: real,
+                fd: tun.into(),
+                host: None,
+                guest: None,
+            });
         }
         let base = u32::from(Ipv4Addr::new(172, 31, 0, 0)) + u32::from(network % 16_384) * 4;
         let (host, guest) = (Ipv4Addr::from(base + 1), Ipv4Addr::from(base + 2));
@@ -98,12 +122,24 @@ impl Tap {
         .map_err(|e| failed("socket")(e.into()))?;
         let steps = [
             (libc::SIOCSIFADDR, IfReq::new(&real).address(host)),
-            (libc::SIOCSIFNETMASK, IfReq::new(&real).address(Ipv4Addr::new(255, 255, 255, 252))),
-            (libc::SIOCSIFFLAGS, IfReq::new(&real).flags(libc::IFF_UP | libc::IFF_RUNNING)),
+            (
+                libc::SIOCSIFNETMASK,
+                IfReq::new(&real).address(Ipv4Addr::new(255, 255, 255, 252)),
+            ),
+            (
+                libc::SIOCSIFFLAGS,
+                IfReq::new(&real).flags(libc::IFF_UP | libc::IFF_RUNNING),
+            ),
         ];
         for (number, mut argument) in steps {
-            ioctl(&socket, number as libc::c_ulong, &mut argument).map_err(failed("cannot be configured"))?;
+            ioctl(&socket, number as libc::c_ulong, &mut argument)
+                .map_err(failed("cannot be configured"))?;
         }
-        Ok(Self { name: real, fd: tun.into(), host: Some(host), guest: Some(guest) })
+        Ok(Self {
+            name: real,
+            fd: tun.into(),
+            host: Some(host),
+            guest: Some(guest),
+        })
     }
 }
