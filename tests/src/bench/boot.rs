@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use bulkhead_fixtures::tiny_guest;
 
-use super::report::{Goal, Report, median};
+use super::report::{Goal, Report};
 use crate::process::{
     Guard, Memory, kvm_counter, kvm_directories, memory, threads, wait_for_marker,
 };
@@ -51,10 +51,13 @@ struct Sample {
     io_exits: f64,
 }
 
+/// Makes the command that boots a kernel with or without an initramfs.
+type MakeCommand<'a> = Box<dyn Fn(&Path, Option<&Path>) -> Command + 'a>;
+
 /// A VMM under test.
 struct Side<'a> {
     name: &'static str,
-    command: Box<dyn Fn(&Path, Option<&Path>) -> Command + 'a>,
+    command: MakeCommand<'a>,
 }
 
 impl Side<'_> {
@@ -123,7 +126,7 @@ fn watch_idle(pid: u32) -> Result<Idle> {
 }
 
 /// Version of QEMU, or why it cannot be the peer.
-fn qemu_version() -> Result<String> {
+pub(super) fn qemu_version() -> Result<String> {
     let output = Command::new("qemu-system-x86_64")
         .arg("--version")
         .output()
@@ -141,7 +144,12 @@ fn qemu_version() -> Result<String> {
 ///
 /// # Errors
 /// When a VM does not reach its marker, or the peer is missing.
-pub fn run(inputs: &Inputs, samples: usize, linux_samples: usize) -> Result<Report> {
+pub fn run(
+    inputs: &Inputs,
+    samples: usize,
+    linux_samples: usize,
+    with_many: bool,
+) -> Result<Report> {
     let files = Files {
         tiny: inputs.scratch.join("tiny.elf"),
         initramfs: inputs.scratch.join("bench.cpio"),
@@ -301,7 +309,9 @@ pub fn run(inputs: &Inputs, samples: usize, linux_samples: usize) -> Result<Repo
         ours_command,
     );
 
-    ten_vms(inputs, &files, &mut report)?;
+    if with_many {
+        ten_vms(inputs, &files, &mut report)?;
+    }
     Ok(report)
 }
 
@@ -423,14 +433,4 @@ pub fn many(count: usize, kernel: &Path, initramfs: &Path) -> Result<()> {
     let mut nothing = String::new();
     std::io::stdin().read_line(&mut nothing)?;
     Ok(())
-}
-
-/// Joins the results of several hosts: samples of the same figure are put together.
-pub fn merge(mut reports: Vec<Report>, directory: &Path) -> Result<Report> {
-    let Some(first) = reports.pop() else {
-        bail!("no results to join");
-    };
-    let _ = directory;
-    let _ = median(&[]);
-    Ok(first)
 }

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use anyhow::Result;
-use serde::Serialize;
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 
 /// One measured figure beside a peer's.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Row {
     /// What is measured.
     pub what: String,
@@ -28,12 +28,17 @@ pub struct Row {
     pub met: bool,
     /// Our samples.
     pub samples: Vec<f64>,
+    /// The peer's samples.
+    pub peer_samples: Vec<f64>,
+    /// The goal, for a program.
+    pub limit: Goal,
     /// What was run.
     pub command: String,
 }
 
 /// What a figure must reach.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Goal {
     /// At most this ratio to the peer.
     Ratio(f64),
@@ -88,7 +93,7 @@ impl Report {
         let value = median(ours);
         let peer_value = (!peer.is_empty()).then(|| median(peer));
         let ratio = peer_value.filter(|p| *p > 0.0).map(|p| value / p);
-        let (goal, met) = match goal {
+        let (words, met) = match goal {
             Goal::Ratio(limit) => (
                 format!("at most {limit:.2} of the peer's"),
                 ratio.is_some_and(|r| r <= limit),
@@ -104,11 +109,48 @@ impl Report {
             peer_version: self.peer_version.clone(),
             peer_value,
             ratio,
-            goal,
+            goal: words,
             met,
             samples: ours.to_vec(),
+            peer_samples: peer.to_vec(),
+            limit: goal,
             command: command.into(),
         });
+    }
+
+    /// Joins the results of several runs (each on a fresh host): samples of the same figure are
+    /// put together.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn merge(name: &str, files: &[std::path::PathBuf]) -> Result<Self> {
+        let mut all: Vec<Row> = Vec::new();
+        for file in files {
+            let text = std::fs::read(file).with_context(|| file.display().to_string())?;
+            let rows: Vec<Row> = serde_json::from_slice(&text)?;
+            for row in rows {
+                match all.iter_mut().find(|known| known.what == row.what) {
+                    Some(known) => {
+                        known.samples.extend(row.samples);
+                        known.peer_samples.extend(row.peer_samples);
+                    }
+                    None => all.push(row),
+                }
+            }
+        }
+        let first = all.first().context("no results")?;
+        let mut report = Self::new(name, &first.peer, &first.peer_version);
+        for row in &all {
+            report.add(
+                &row.what,
+                &row.unit,
+                &row.samples,
+                &row.peer_samples,
+                row.limit,
+                &row.command,
+            );
+        }
+        Ok(report)
     }
 
     /// The rows so far.

@@ -3,15 +3,16 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
-use bulkhead_tests::bench::boot;
+use bulkhead_tests::bench::report::Report;
+use bulkhead_tests::bench::{boot, fs};
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let what = args.next().context("which benchmark? boot or fs")?;
     match what.as_str() {
-        "boot" => {
+        "boot" | "fs" => {
             let mut path = || args.next().map(PathBuf::from);
-            let usage = "bench boot VMMCTL KERNEL OUT_DIR [SAMPLES [LINUX_SAMPLES]]";
+            let usage = "bench boot|fs VMMCTL KERNEL OUT_DIR [SAMPLES [LINUX_SAMPLES [all]]]";
             let vmmctl = path().context(usage)?;
             let kernel = path().context(usage)?;
             let out = path().context(usage)?;
@@ -23,7 +24,11 @@ fn main() -> Result<()> {
                 kernel,
                 scratch: scratch.path().into(),
             };
-            boot::run(&inputs, samples, linux)?.finish(&out)
+            let report = match what.as_str() {
+                "fs" => fs::run(&inputs)?,
+                _ => boot::run(&inputs, samples, linux, args.next().is_some())?,
+            };
+            report.finish(&out)
         }
         "many" => {
             let usage = "bench many COUNT KERNEL INITRAMFS";
@@ -31,6 +36,13 @@ fn main() -> Result<()> {
             let kernel = args.next().context(usage)?;
             let initramfs = args.next().context(usage)?;
             boot::many(count, kernel.as_ref(), initramfs.as_ref())
+        }
+        "merge" => {
+            let usage = "bench merge NAME OUT_DIR FILE...";
+            let name = args.next().context(usage)?;
+            let out = PathBuf::from(args.next().context(usage)?);
+            let files: Vec<PathBuf> = args.map(PathBuf::from).collect();
+            Report::merge(&name, &files)?.finish(&out)
         }
         other => bail!("unknown benchmark {other}"),
     }

@@ -112,6 +112,21 @@ pub(crate) fn load(
     })
 }
 
+/// Tries to load a kernel into a throw-away memory of `memory_mib` MiB: tells whether a file is a
+/// kernel this VM can boot, without KVM.
+///
+/// # Errors
+/// As for a VM that is built with it.
+pub fn try_load(kernel: &Path, memory_mib: u64) -> Result<(), VmError> {
+    let memory = VmMemory::new(memory_mib, false)?;
+    let config = VmConfig {
+        kernel: kernel.into(),
+        memory_mib,
+        ..VmConfig::default()
+    };
+    load(&memory, &config, "", &[]).map(|_| ())
+}
+
 fn open(what: &'static str, path: &Path) -> Result<File, VmError> {
     let file = File::open(path).map_err(|source| VmError::File {
         what,
