@@ -7,11 +7,11 @@ pub(crate) mod driver_side;
 pub mod fs;
 mod guest_log;
 pub mod interrupt;
-pub mod vsock;
 pub mod mmio;
 pub mod net;
 pub mod queue;
 pub mod rng;
+pub mod vsock;
 
 pub use device::{Activation, DeviceError, StateError, VirtioDevice};
 pub use interrupt::{Interrupt, InterruptKind};
