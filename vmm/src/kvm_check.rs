@@ -156,24 +156,28 @@ fn check_open(kvm: &Kvm, probe: Probe) -> KvmReport {
     if offered && probe == Probe::Quick {
         return report(KvmKind::Hardware, "hardware KVM".into(), None);
     }
-    match measure(kvm) {
+    match measure_best(kvm) {
         Ok(rate) if rate >= LEAST_HARDWARE_RATE => report(
             KvmKind::Hardware,
             format!("hardware KVM, {:.0} million instructions/s", rate / 1e6),
+            Some(rate),
+        ),
+        // A busy host can be slow too: the CPU's word counts more than the clock's.
+        Ok(rate) if offered => report(
+            KvmKind::Hardware,
+            format!(
+                "hardware KVM, but only {:.1} million instructions/s just now: is the host overloaded?",
+                rate / 1e6
+            ),
             Some(rate),
         ),
         Ok(rate) => report(
             KvmKind::Emulated,
             format!(
                 "{DEVICE} opens, but it is not hardware KVM: guest kernel code is emulated at {:.1} \
-                 million instructions/s (hardware: hundreds){}: use a host with hardware \
-                 virtualisation, or the lab (./dev lab)",
-                rate / 1e6,
-                if offered {
-                    ""
-                } else {
-                    " and the CPU offers neither VMX nor SVM"
-                }
+                 million instructions/s (hardware: hundreds) and the CPU offers neither VMX nor \
+                 SVM: use a host with hardware virtualisation, or the lab (./dev lab)",
+                rate / 1e6
             ),
             Some(rate),
         ),
@@ -183,6 +187,18 @@ fn check_open(kvm: &Kvm, probe: Probe) -> KvmReport {
             None,
         ),
     }
+}
+
+/// The best of a few measurements: the first pays for page faults, any may be pre-empted.
+fn measure_best(kvm: &Kvm) -> Result<f64, VmError> {
+    let mut best = measure(kvm)?;
+    for _ in 0..2 {
+        if best >= LEAST_HARDWARE_RATE {
+            break;
+        }
+        best = best.max(measure(kvm)?);
+    }
+    Ok(best)
 }
 
 /// Runs a counted loop in protected ring 0 of a throw-away VM.
@@ -249,10 +265,10 @@ mod tests {
         let report = kvm_check(Probe::Measured);
         assert!(!report.detail.is_empty());
         if report.usable() {
-            assert!(report.instructions_per_second.unwrap() >= LEAST_HARDWARE_RATE);
+            assert!(report.instructions_per_second.unwrap() > 0.0);
         }
-        if !cpu_offers_virtualisation() {
-            assert_ne!(report.kind, KvmKind::Hardware, "{report:?}");
+        if cpu_offers_virtualisation() {
+            assert_ne!(report.kind, KvmKind::Emulated, "{report:?}");
         }
     }
 }
