@@ -100,7 +100,7 @@ macro_rules! make_call {
      $($(#[$doc:meta])* $method:ident $function:ident $request:ty => $response:ty, $timed:ident;)*) => {
         #[doc = concat!("A call to `", $name, "` with its decoded argument.")]
         #[derive(Clone, Debug, PartialEq)]
-        #[expect(
+        #[allow(
             clippy::large_enum_variant,
             reason = "made once per call and taken apart at once"
         )]
