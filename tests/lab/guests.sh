@@ -26,5 +26,5 @@ for batch in $(seq "$batches"); do
     fi
     rm -f /tmp/guest*
 done
-dmesg | grep -E '\] *(BUG|Oops|WARNING|rcu:|watchdog:)' && echo "(from the lab's kernel log)"
+dmesg | grep -E '\] *(BUG|Oops|WARNING|rcu: INFO|watchdog: BUG)' && echo "(from the lab's kernel log)"
 exit $failed

@@ -25,8 +25,8 @@ pub fn early() -> io::Result<()> {
 
 /// Loads the modules of the initramfs in the order of its list, `file parameters...` a line.
 ///
-/// One after the other: in two threads it took twice as long, for every module patches kernel
-/// text, for which emulated CPUs wait for each other.
+/// One after the other: two threads used more CPU time, presumably because every module patches
+/// kernel text, for which the CPUs wait for each other (see ../README.md for what was measured).
 pub fn modules(log: &mut dyn FnMut(&str)) -> io::Result<()> {
     for line in fs::read_to_string("/modules/order")?.lines() {
         let (name, params) = line.split_once(' ').unwrap_or((line, ""));

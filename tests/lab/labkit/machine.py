@@ -130,6 +130,17 @@ class Machine:
             if s is not None:
                 s.close()
 
+    def activity(self) -> float:
+        """Seconds the emulator's threads have run or waited for a CPU; inf where unknown."""
+        total = 0
+        try:
+            for task in Path(f"/proc/{self.processes['qemu'].pid}/task").iterdir():
+                ran, waited, _ = (task / "schedstat").read_text().split()
+                total += int(ran) + int(waited)
+        except (OSError, ValueError):
+            return float("inf")
+        return total / 1e9
+
     def dead(self) -> str | None:
         """Names a process that has ended though it should run."""
         for name, p in self.processes.items():

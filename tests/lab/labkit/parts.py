@@ -146,7 +146,7 @@ def make_qemu(out: Path, work: Path, log: Path, suites: list[str]) -> None:
 def make_kernel(out: Path, work: Path, log: Path, suite: str, package: str) -> None:
     """Debian's cloud kernel: an uncompressed vmlinux and uncompressed modules.
 
-    Decompression in the emulated CPU would cost more than all the rest of the boot.
+    Unpacking is done once here rather than by the emulated CPU at every start.
     """
     apt = PrivateApt(work / "apt", [suite], log)
     names = [n for n in apt.output("apt-cache", "pkgnames").split() if re.fullmatch(package, n)]
@@ -246,7 +246,7 @@ def make_initramfs(out: Path, work: Path, log: Path, init: Path, kernel: Path,
 
 
 def unsigned(module: Path) -> bytes:
-    """A module without its appended signature: checking it takes the emulated CPU 50 ms each.
+    """A module without its appended signature, which the emulated CPU would check at every start.
 
     Layout: signature, a 12-byte record whose last four bytes are the signature's length, a marker.
     """

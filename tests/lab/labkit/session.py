@@ -23,6 +23,10 @@ PROTOCOL = 1
 # What an idle machine needs a twentieth of.
 BOOT_DEADLINE = float(os.environ.get("BULKHEAD_LAB_BOOT_DEADLINE", "180"))
 SILENCE_DEADLINE = float(os.environ.get("BULKHEAD_LAB_SILENCE_DEADLINE", "60"))
+# A starting machine always computes. One that only idles has lost a timer interrupt (seen on busy
+# machines, see README.md) and would idle until the boot deadline.
+IDLE_WINDOW = 12.0
+IDLE_SHARE = 0.05
 CHUNK = 1 << 16
 # The kernel's own lines only, by their time stamp or by wording no other program's line begins with.
 DEATH = re.compile(
@@ -65,6 +69,7 @@ class Session:
         self.ctl_line = bytearray()
         self.console_tail = bytearray()
         self.last_sign = time.monotonic()
+        self.last_active = (time.monotonic(), 0.0)
         self.got = {"out": 0, "err": 0}
         self.closed: set[str] = set()
         self.final: tuple[int, int, int] | None = None
@@ -331,11 +336,21 @@ class Session:
         if self.times.started is None:
             if self.times.since() > BOOT_DEADLINE:
                 raise LabFailure(f"the lab did not start within {BOOT_DEADLINE:.0f} s")
+            self._watch_idle(now)
         elif now - self.last_sign > SILENCE_DEADLINE:
             raise LabFailure(f"the lab's host is silent for {SILENCE_DEADLINE:.0f} s")
         if self.job.timeout is not None and self.times.started is not None:
             if self.times.since() - self.times.started > self.job.timeout:
                 raise TimedOut(f"the command did not end within {self.job.timeout:g} s")
+
+    def _watch_idle(self, now: float) -> None:
+        since, before = self.last_active
+        if now - since < IDLE_WINDOW:
+            return
+        active = self.machine.activity()
+        if active - before < IDLE_SHARE * (now - since):
+            raise LabFailure(f"the lab's host fell idle during its start ({now - since:.0f} s)")
+        self.last_active = (now, active)
 
     def _on_console_rest(self) -> None:
         assert self.machine.console is not None
