@@ -102,7 +102,7 @@ pub async fn run(reaper: &Reaper, job: &Job, ends: ChildEnds) -> Result<Made> {
         .context(|| "start a helper".to_owned())?;
     drop(theirs);
     let helper_pid = i32::try_from(helper.id()).unwrap_or(0);
-    let exchange = exchange(ours, job);
+    let exchange = exchange(ours, job, reaper.wait(helper_pid));
     let (reply, master) = match tokio::time::timeout(TIME, exchange).await {
         Ok(result) => result?,
         Err(_) => {
@@ -133,7 +133,13 @@ pub async fn run(reaper: &Reaper, job: &Job, ends: ChildEnds) -> Result<Made> {
     Ok(made)
 }
 
-async fn exchange(ours: StdUnixStream, job: &Job) -> Result<(Reply, Option<OwnedFd>)> {
+/// Sends the job and reads the answer. Not up to the end of the stream: the new process may hold
+/// a copy of the helper's end until it executes its program.
+async fn exchange(
+    ours: StdUnixStream,
+    job: &Job,
+    mut helper_end: tokio::sync::oneshot::Receiver<Exit>,
+) -> Result<(Reply, Option<OwnedFd>)> {
     let what = || "talk to a helper".to_owned();
     ours.set_nonblocking(true).context(what)?;
     let mut ours = UnixStream::from_std(ours).context(what)?;
@@ -144,21 +150,28 @@ async fn exchange(ours: StdUnixStream, job: &Job) -> Result<(Reply, Option<Owned
     ours.shutdown().await.context(what)?;
     let mut bytes = Vec::new();
     let mut master = None;
-    loop {
-        ours.readable().await.context(what)?;
+    let mut ended = false;
+    while !bytes.ends_with(b"\n") && bytes.len() <= MAX_REPLY {
         let mut buffer = [0; 4096];
-        match ours.try_io(Interest::READABLE, || {
+        let received = ours.try_io(Interest::READABLE, || {
             receive(ours.as_raw_fd(), &mut buffer)
-        }) {
+        });
+        match received {
             Ok((0, _)) => break,
             Ok((n, fd)) => {
                 bytes.extend_from_slice(buffer.get(..n).unwrap_or_default());
                 master = fd.or(master);
-                if bytes.len() > MAX_REPLY {
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                if ended {
                     break;
                 }
+                tokio::select! {
+                    readable = ours.readable() => readable.context(what)?,
+                    // What it has said is there by now.
+                    _ = &mut helper_end => ended = true,
+                }
             }
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error).context(what),
         }
     }
@@ -241,7 +254,8 @@ pub fn main(socket: RawFd) -> std::process::ExitCode {
             None,
         ),
     };
-    let bytes = serde_json::to_vec(&reply).unwrap_or_default();
+    let mut bytes = serde_json::to_vec(&reply).unwrap_or_default();
+    bytes.push(b'\n');
     let fds: Vec<RawFd> = master.iter().map(AsRawFd::as_raw_fd).collect();
     let control = if fds.is_empty() {
         Vec::new()
