@@ -8,7 +8,7 @@ use std::time::Duration;
 use fuse_backend_rs::api::filesystem::{GetxattrReply, ListxattrReply, SetattrValid};
 
 use super::creds::KillPrivileges;
-use super::ops::Share;
+use super::share::Share;
 use super::sys::{self, errno};
 
 /// `XATTR_SIZE_MAX` and `XATTR_LIST_MAX`: the kernel gives no more, so no more is allocated,

@@ -52,13 +52,14 @@ thread_local! {
     static PREPARED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Makes the calling thread fit to serve a share. Done once per thread.
+/// Makes the calling thread fit to serve a share. Done once per thread, at the latest when the
+/// device is activated; a thread that is to have a system call filter calls it before.
 ///
 /// - Its umask becomes 0 without changing the process': the guest applied its own already.
 /// - Supplementary groups of the daemon go, so that they never help a user of the guest.
 /// - `SIGXFSZ` is blocked: a guest that writes past the daemon's file size limit gets `EFBIG`
 ///   instead of killing the daemon.
-pub(super) fn prepare_thread() {
+pub fn prepare_thread() {
     if PREPARED.replace(true) {
         return;
     }

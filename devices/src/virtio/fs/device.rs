@@ -8,8 +8,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::config::{FsConfig, TAG_LEN};
 use super::creds;
 use super::metrics::FsMetrics;
-use super::ops::Share;
 use super::request::Handler;
+use super::share::Share;
 use super::state::State;
 use crate::GuestMemory;
 use crate::virtio::queue::drain;
@@ -111,7 +111,9 @@ impl Fs {
                 }
                 Ok(_) => {}
                 Err(error) => {
-                    handler.log.warn(format_args!("{error}; the device needs a reset"));
+                    handler
+                        .log
+                        .warn(format_args!("{error}; the device needs a reset"));
                     active.interrupt.fail();
                     active.broken = true;
                     return;

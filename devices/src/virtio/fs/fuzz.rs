@@ -236,7 +236,7 @@ fn run(client: &mut Client, data: &[u8]) {
             match opcode % 54 {
                 1 | 6 | 8 | 9 | 13 => last_node = value,
                 14 | 27 => last_handle = value,
-                35 => (last_node, last_handle) = (value, number(16 + 128).unwrap_or(0)),
+                35 | 51 => (last_node, last_handle) = (value, number(16 + 128).unwrap_or(0)),
                 _ => {}
             }
         }

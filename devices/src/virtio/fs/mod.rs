@@ -1,10 +1,11 @@
 //! Sharing a directory of the host with the guest (virtio 1.2, 5.11), in this process.
 //!
 //! FUSE messages are taken apart and answered by `fuse-backend-rs`' server and virtio-fs
-//! transport; the file system behind them is ours, in `tree.rs` (what the guest knows), `ops.rs`
-//! and `attrs.rs` (what it may do). The crate's own passthrough is not used: it keeps an entry for
-//! every file ever looked up, sets the umask of the whole process, needs a descriptor or two more
-//! system calls per file, opens files without close-on-exec and cannot be saved.
+//! transport; the file system behind them is ours: `tree.rs` (what the guest knows), `share.rs`,
+//! `ops.rs` and `attrs.rs` (what it may do). The crate's own passthrough is not used: it keeps an
+//! entry for every file ever looked up (or stops after 255 mounts), sets the umask of the whole
+//! process, needs a descriptor or more system calls per file, makes files without close-on-exec
+//! and cannot be saved.
 //!
 //! # What keeps the guest inside
 //! - Only single names are looked up, never `.`, `..` or anything with a slash, relative to a
@@ -24,6 +25,7 @@ mod fuzz;
 mod metrics;
 mod ops;
 mod request;
+mod share;
 mod state;
 mod sys;
 #[cfg(test)]
@@ -31,6 +33,7 @@ mod tests;
 mod tree;
 
 pub use config::{Caching, FsConfig, FsLimits};
+pub use creds::prepare_thread;
 pub use device::Fs;
 #[doc(hidden)]
 pub use fuzz::fuzz_fs;

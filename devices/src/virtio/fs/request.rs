@@ -10,13 +10,15 @@ use std::mem::size_of;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader};
+use fuse_backend_rs::abi::fuse_abi::{CreateIn, EntryOut, InHeader, Opcode, OpenOut, OutHeader};
+use fuse_backend_rs::api::filesystem::Context;
 use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, Server};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{ByteValued, GuestMemoryMmap};
 
 use super::metrics::FsMetrics;
-use super::ops::Share;
+use super::share::Share;
+use super::sys::errno;
 use crate::virtio::guest_log::GuestLog;
 use crate::virtio::queue::Descriptors;
 
@@ -25,6 +27,8 @@ use crate::virtio::queue::Descriptors;
 const MAX_DESCRIPTORS: usize = 1024;
 /// Most bytes a request or an answer may have: a mebibyte of data and room for headers.
 const MAX_BYTES: u64 = MAX_BUFFER_SIZE as u64 + 0x1000;
+/// `FUSE_TMPFILE`, newer than the crate's list.
+const TMPFILE: u32 = 51;
 const IN_HEADER: usize = size_of::<InHeader>();
 const OUT_HEADER: usize = size_of::<OutHeader>();
 /// Mounts per activation of the device: each is one line in the log.
@@ -46,6 +50,7 @@ fn is_silent(opcode: u32) -> bool {
 enum Verdict {
     Serve,
     Copy,
+    Temporary,
     Refuse(i32),
 }
 
@@ -112,6 +117,7 @@ impl Handler {
             Verdict::Refuse(_) if silent => 0,
             Verdict::Refuse(code) => answer(reply, &header, -code, &[]),
             Verdict::Copy => self.copy(&header, peek, reply),
+            Verdict::Temporary => self.temporary(&header, peek, reply),
             Verdict::Serve => self.serve(&header, reader, writer, reply, silent),
         }
     }
@@ -179,6 +185,9 @@ impl Handler {
         if is(&[Opcode::CopyFileRange]) {
             return Verdict::Copy;
         }
+        if op == TMPFILE {
+            return Verdict::Temporary;
+        }
         if is(&[Opcode::Ioctl]) {
             return Verdict::Refuse(libc::ENOTTY);
         }
@@ -242,6 +251,38 @@ impl Handler {
                 ));
                 answer(reply, header, -libc::EIO, &[])
             }
+        }
+    }
+
+    /// `FUSE_TMPFILE`: as `FUSE_CREATE`, but the name means nothing.
+    fn temporary(
+        &mut self,
+        header: &InHeader,
+        mut body: Reader<'_>,
+        reply: VirtioFsWriter<'_>,
+    ) -> u32 {
+        let made = match body.read_obj::<CreateIn>() {
+            Ok(args) => self
+                .share
+                .temporary(&Context::from(header), header.nodeid, args),
+            Err(_) => Err(errno(libc::EINVAL)),
+        };
+        match made {
+            Ok((entry, handle)) => {
+                let open = OpenOut {
+                    fh: handle,
+                    ..OpenOut::default()
+                };
+                let mut out = EntryOut::from(entry).as_slice().to_vec();
+                out.extend_from_slice(open.as_slice());
+                answer(reply, header, 0, &out)
+            }
+            Err(error) => answer(
+                reply,
+                header,
+                -error.raw_os_error().unwrap_or(libc::EIO),
+                &[],
+            ),
         }
     }
 

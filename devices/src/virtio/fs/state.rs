@@ -5,7 +5,7 @@ use std::ffi::CString;
 
 use serde::{Deserialize, Serialize};
 
-use super::ops::Share;
+use super::share::Share;
 use super::tree::ROOT;
 use crate::virtio::StateError;
 

@@ -80,6 +80,16 @@ pub(super) fn reopen(proc: &OwnedFd, fd: RawFd, flags: c_int) -> io::Result<File
     openat(proc.as_raw_fd(), &fd_name(fd)?, flags, 0).map(File::from)
 }
 
+/// An `O_PATH` descriptor of an open file.
+pub(super) fn path_of(proc: &OwnedFd, file: &File) -> io::Result<OwnedFd> {
+    openat(
+        proc.as_raw_fd(),
+        &fd_name(file.as_raw_fd())?,
+        libc::O_PATH,
+        0,
+    )
+}
+
 fn statx(dir: RawFd, name: &CStr, flags: c_int) -> io::Result<Stat> {
     let mut out = MaybeUninit::<libc::statx>::zeroed();
     let mask = libc::STATX_BASIC_STATS | libc::STATX_MNT_ID;
@@ -176,11 +186,6 @@ pub(super) fn readlink(fd: RawFd) -> io::Result<Vec<u8>> {
     let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
     target.truncate(n);
     Ok(target)
-}
-
-pub(super) fn fchmod(fd: RawFd, mode: u32) -> io::Result<()> {
-    // SAFETY: no memory is involved.
-    check(unsafe { libc::fchmod(fd, mode) }).map(drop)
 }
 
 /// `chmod` of the file behind an `O_PATH` descriptor.

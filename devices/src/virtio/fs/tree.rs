@@ -225,6 +225,23 @@ impl Tree {
         Ok(node)
     }
 
+    /// The node of a new file without a name: its descriptor is the only way to it.
+    pub(super) fn add_nameless(
+        &mut self,
+        parent: u64,
+        stat: &Stat,
+        fd: OwnedFd,
+    ) -> io::Result<u64> {
+        // Any name will do; it is never looked up.
+        let id = self.found(parent, c"(nameless)", stat)?;
+        if let Err(error) = self.keep(id, Arc::new(fd)) {
+            self.forget(id, 1);
+            return Err(error);
+        }
+        self.detach(Some(id));
+        Ok(id)
+    }
+
     /// Puts a saved node back. Its file is not looked at yet.
     pub(super) fn insert_saved(
         &mut self,
