@@ -123,6 +123,7 @@ impl Share {
             ];
             sys::set_times(&self.proc, fd, &times)?;
         }
+        inner.tree.changed(node);
         Ok(())
     }
 
@@ -147,8 +148,11 @@ impl Share {
         if !visible(name.to_bytes()) {
             return Err(errno(libc::EOPNOTSUPP));
         }
-        let fd = self.inner().tree.fd(node)?;
-        sys::setxattr(fd.as_raw_fd(), name, value, flags.cast_signed())
+        let mut inner = self.inner();
+        let fd = inner.tree.fd(node)?;
+        sys::setxattr(fd.as_raw_fd(), name, value, flags.cast_signed())?;
+        inner.tree.changed(node);
+        Ok(())
     }
 
     pub(super) fn get_xattr(&self, node: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
@@ -195,7 +199,10 @@ impl Share {
         if !visible(name.to_bytes()) {
             return Err(errno(libc::EOPNOTSUPP));
         }
-        let fd = self.inner().tree.fd(node)?;
-        sys::removexattr(fd.as_raw_fd(), name)
+        let mut inner = self.inner();
+        let fd = inner.tree.fd(node)?;
+        sys::removexattr(fd.as_raw_fd(), name)?;
+        inner.tree.changed(node);
+        Ok(())
     }
 }

@@ -205,6 +205,7 @@ impl FileSystem for Share {
         }
         if let Some(moved) = moved {
             tree.relocate(moved, new_parent, new);
+            tree.changed(moved);
         }
         Ok(())
     }
@@ -222,6 +223,7 @@ impl FileSystem for Share {
         let fd = inner.tree.fd(node)?;
         let dir = inner.tree.fd(new_parent)?;
         sys::link(&self.proc, fd.as_raw_fd(), dir.as_raw_fd(), name)?;
+        inner.tree.changed(node);
         self.enter(&mut inner, new_parent, &dir, name)
     }
 

@@ -218,7 +218,11 @@ impl Share {
             _ => return Err(errno(libc::ENXIO)),
         }
         let fd = inner.tree.fd(node)?;
-        sys::reopen(&self.proc, fd.as_raw_fd(), flags)
+        let file = sys::reopen(&self.proc, fd.as_raw_fd(), flags)?;
+        if flags & libc::O_ACCMODE != libc::O_RDONLY {
+            inner.tree.changed(node);
+        }
+        Ok(file)
     }
 
     pub(super) fn add_handle(

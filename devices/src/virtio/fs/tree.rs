@@ -439,7 +439,9 @@ impl Tree {
     /// Attributes of a node, without opening it if that can be avoided.
     pub(super) fn stat(&mut self, id: u64) -> io::Result<Stat> {
         if let Some(fd) = self.get(id)?.fd.clone() {
-            return sys::stat_fd(fd.as_raw_fd());
+            let stat = sys::stat_fd(fd.as_raw_fd())?;
+            self.rekey(id, &stat);
+            return Ok(stat);
         }
         let (dir, name) = self.locate(id)?;
         let stat = match sys::stat_at(dir.as_raw_fd(), &name) {
@@ -450,6 +452,32 @@ impl Tree {
         };
         self.verify(id, &stat)?;
         Ok(stat)
+    }
+
+    /// A file may change its identity while it stays itself: overlayfs with layers on different
+    /// file systems shows another number once it has copied a file up.
+    fn rekey(&mut self, id: u64, stat: &Stat) {
+        let now = FileId::of(stat);
+        let Some(node) = self.nodes.get_mut(&id) else {
+            return;
+        };
+        if node.id == Some(now) || id == ROOT {
+            return;
+        }
+        let before = node.id.replace(now);
+        if let Some(before) = before
+            && self.by_id.get(&before) == Some(&id)
+        {
+            self.by_id.remove(&before);
+        }
+        self.by_id.entry(now).or_insert(id);
+    }
+
+    /// After a change that makes overlayfs copy a file up: learns its new identity, if it has one.
+    pub(super) fn changed(&mut self, id: u64) {
+        if self.nodes.get(&id).is_some_and(|node| node.fd.is_some()) {
+            let _ = self.stat(id);
+        }
     }
 
     fn verify(&self, id: u64, stat: &Stat) -> io::Result<()> {

@@ -452,3 +452,54 @@ fn extended_attributes() {
         Err(libc::ENOSYS)
     );
 }
+
+#[test]
+fn a_file_stays_itself_when_overlayfs_copies_it_up() {
+    let mut test = Test::new();
+    let dir = test.dir.path().to_owned();
+    // Layers on different file systems: the numbers change on copy-up.
+    let layers = tempfile::tempdir_in("/dev/shm").unwrap();
+    for name in ["lower", "upper", "work"] {
+        let base = if name == "lower" { layers.path() } else { &dir };
+        fs::create_dir(base.join(name)).unwrap();
+    }
+    fs::write(layers.path().join("lower/f"), b"lower").unwrap();
+    fs::create_dir(test.root().join("overlay")).unwrap();
+    let target = test.root().join("overlay");
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={},xino=off",
+        layers.path().join("lower").display(),
+        dir.join("upper").display(),
+        dir.join("work").display(),
+    );
+    let mounted = nix::mount::mount(
+        Some("overlay"),
+        &target,
+        Some("overlay"),
+        nix::mount::MsFlags::empty(),
+        Some(options.as_str()),
+    );
+    if let Err(error) = mounted {
+        eprintln!("overlayfs cannot be mounted here ({error}): copy-up is not tested");
+        return;
+    }
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let mount = test.lookup(1, "overlay").unwrap();
+        let file = test.lookup(mount, "f").unwrap();
+        let reader = test.open(file, libc::O_RDONLY).unwrap();
+        let writer = test.open(file, libc::O_RDWR).unwrap();
+        test.write(file, writer, 0, b"UPPER", 0).unwrap();
+        assert_eq!(test.lookup(mount, "f"), Ok(file));
+        test.getattr(file).unwrap();
+        assert_eq!(test.read(file, writer, 0, 10).unwrap(), b"UPPER");
+        test.request(RELEASE, file, &[words64(&[reader]), vec![0; 16]].concat())
+            .unwrap();
+        test.request(RELEASE, file, &[words64(&[writer]), vec![0; 16]].concat())
+            .unwrap();
+        test.forget(file, 2);
+        test.forget(mount, 1);
+        assert_eq!(test.client.fs.counters().nodes, 1);
+    }));
+    nix::mount::umount(&target).unwrap();
+    result.unwrap();
+}
