@@ -180,7 +180,7 @@ fn splice(client: UnixStream, console: UnixStream) -> io::Result<()> {
         let _ = to_client.shutdown(Shutdown::Both);
     })
     .map_err(|e| io::Error::other(e.to_string()))?;
-    let result = io::copy(&mut &client, &mut &console).map(|_| ());
+    let result = io::copy(&mut &client, &mut &console).map(drop);
     let _ = console.shutdown(Shutdown::Both);
     result
 }

@@ -18,7 +18,8 @@ const PATIENCE_MS: u16 = 1000;
 #[derive(Default)]
 struct Inner {
     primary: Option<File>,
-    attached: Vec<UnixStream>,
+    attached: Vec<(u64, UnixStream)>,
+    next: u64,
 }
 
 /// Passes the console's output on. Clones share it.
@@ -36,15 +37,16 @@ impl ConsoleHub {
     pub fn new(primary: Option<OwnedFd>) -> Self {
         Self(Arc::new(Mutex::new(Inner {
             primary: primary.map(File::from),
-            attached: Vec::new(),
+            ..Inner::default()
         })))
     }
 
-    /// Starts to copy output to `stream`, beginning with `tail`.
+    /// Starts to copy output to `stream`, beginning with `tail`; the result is for
+    /// [`Self::detach`].
     ///
     /// # Errors
     /// Too many are attached, or the stream is closed.
-    pub fn attach(&self, stream: UnixStream, tail: &[u8]) -> io::Result<()> {
+    pub fn attach(&self, stream: UnixStream, tail: &[u8]) -> io::Result<u64> {
         let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if inner.attached.len() >= MAX_ATTACHED {
             return Err(io::Error::new(
@@ -52,11 +54,19 @@ impl ConsoleHub {
                 format!("{MAX_ATTACHED} are attached to the console already"),
             ));
         }
-        // The tail first, blocking: it is bounded, and the peer is reading.
+        // The tail first, blocking: it fits into the socket's buffer.
         (&stream).write_all(tail)?;
         stream.set_nonblocking(true)?;
-        inner.attached.push(stream);
-        Ok(())
+        let number = inner.next;
+        inner.next += 1;
+        inner.attached.push((number, stream));
+        Ok(number)
+    }
+
+    /// Forgets one who has left, also while the guest is silent.
+    pub fn detach(&self, number: u64) {
+        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.attached.retain(|(other, _)| *other != number);
     }
 }
 
@@ -69,7 +79,7 @@ impl Write for ConsoleHub {
         // A reader that does not keep up loses output; one that has gone is forgotten.
         inner
             .attached
-            .retain(|stream| match (&*stream).write(data) {
+            .retain(|(_, stream)| match (&*stream).write(data) {
                 Ok(_) => true,
                 Err(e) => {
                     e.kind() == io::ErrorKind::WouldBlock || e.kind() == io::ErrorKind::Interrupted

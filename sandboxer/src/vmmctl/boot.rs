@@ -131,6 +131,20 @@ fn parse_share(text: &str) -> Result<ShareConfig, String> {
     })
 }
 
+fn check_share(share: &ShareConfig) -> Result<(), CliError> {
+    let dir = &share.root;
+    if dir.is_dir() {
+        return Ok(());
+    }
+    let reason = if dir.exists() {
+        "is not a directory".to_owned()
+    } else {
+        format!("no such directory{}", crate::hint::sibling(dir))
+    };
+    let text = format!("share {}: {}: {reason}", share.tag, dir.display());
+    Err(CliError::new("vm_file", text))
+}
+
 /// Runs the command.
 pub fn run(args: Args, context: &Context) -> Result<u8, CliError> {
     let begin = Instant::now();
@@ -185,6 +199,9 @@ fn start_and_watch(
     signals: &Signals,
 ) -> Result<(Arc<MicroVm>, VmExit), CliError> {
     let kernel = find_kernel(args.kernel.as_deref())?;
+    for share in &args.share {
+        check_share(share)?;
+    }
     let state = State {
         version: 0,
         id: String::new(),

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::process::Command;
 
+use bulkhead_vmm::kvm_check;
 use bulkhead_vmm::kvm_check::Probe;
-use bulkhead_vmm::{KvmKind, kvm_check};
 use nix::sys::resource::{Resource, getrlimit};
 use serde::Serialize;
 
@@ -121,15 +121,8 @@ fn kvm() -> Check {
     if report.usable() {
         return Check::good("KVM", format!("{}{speed}", report.detail));
     }
-    let remedy = match report.kind {
-        KvmKind::Emulated => {
-            "microVMs are not usable here: choose a host with hardware or nested virtualisation; developers: ./dev lab"
-        }
-        KvmKind::Missing => "load kvm_intel or kvm_amd, or enable virtualisation in the firmware",
-        KvmKind::Denied => "usermod -aG kvm $USER, then log in again",
-        _ => "use Linux 5.10 or newer with KVM",
-    };
-    Check::bad("KVM", report.detail, remedy)
+    // The detail ends in the remedy.
+    Check::bad("KVM", report.detail, "")
 }
 
 fn guest_files() -> Check {

@@ -64,7 +64,7 @@ impl CliError {
         let mut shown = self.to_string();
         let mut next = self.source.source();
         while let Some(cause) = next {
-            let text = cause.to_string();
+            let text = plain(&cause.to_string());
             if !shown.ends_with(&text) {
                 causes.push(text.clone());
             }
@@ -77,14 +77,25 @@ impl CliError {
 
 impl fmt::Display for CliError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // One line whatever was put into it.
-        let text = self.source.to_string();
-        let clean: String = text
-            .chars()
-            .map(|c| if c.is_control() { ' ' } else { c })
-            .collect();
-        f.write_str(clean.trim_end())
+        f.write_str(&plain(&self.source.to_string()))
     }
+}
+
+/// One line whatever was put into it, and words only: the standard library adds `(os error 2)`.
+fn plain(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find(" (os error ") {
+        out.push_str(rest.get(..at).unwrap_or_default());
+        let tail = rest.get(at..).unwrap_or_default();
+        rest = tail.split_once(')').map_or("", |(_, after)| after);
+    }
+    out.push_str(rest);
+    let clean: String = out
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
+    clean.trim_end().to_owned()
 }
 
 impl From<EngineError> for CliError {
@@ -147,6 +158,8 @@ mod tests {
     fn one_line_whatever_the_guest_says() {
         let error = CliError::new("x", "a\nb\x1b[2J\n");
         assert_eq!(error.to_string(), "a b [2J");
+        let error = CliError::new("x", "disk d: not found (os error 2): give another");
+        assert_eq!(error.to_string(), "disk d: not found: give another");
     }
 
     #[test]

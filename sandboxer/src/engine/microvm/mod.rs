@@ -185,14 +185,19 @@ impl Sandbox for MicroVm {
         let tail = self.vm.console_tail();
         // The tail may be longer than a socket buffer, and the reader reads only after we return.
         let start = tail.len().saturating_sub(32 << 10);
-        self.console
+        let number = self
+            .console
             .attach(
                 ours.try_clone().map_err(failed())?,
                 tail.get(start..).unwrap_or_default(),
             )
             .map_err(failed())?;
         let vm = Arc::downgrade(&self.vm);
-        super::agent::spawn_brief("console", move || type_on(&vm, ours))?;
+        let hub = self.console.clone();
+        super::agent::spawn_brief("console", move || {
+            type_on(&vm, ours);
+            hub.detach(number);
+        })?;
         Ok(theirs)
     }
 }
