@@ -38,12 +38,26 @@ pub fn controllers() -> Vec<String> {
         .collect()
 }
 
-/// Lets cgroups below the root use all controllers. Best effort: one may be in use elsewhere.
-pub fn enable_controllers() {
-    let control = Path::new(ROOT).join("cgroup.subtree_control");
-    for controller in controllers() {
-        let _ = fs::write(&control, format!("+{controller}"));
+/// Makes the parent of all containers' cgroups and lets it and them use all controllers. Best
+/// effort: one may be in use elsewhere. Here, because libcontainer stumbles when two containers
+/// are the first at once.
+pub fn set_up() {
+    let parent = Path::new(ROOT).join(PARENT);
+    let controllers = controllers();
+    let enable = |cgroup: &Path| {
+        for controller in &controllers {
+            let _ = fs::write(
+                cgroup.join("cgroup.subtree_control"),
+                format!("+{controller}"),
+            );
+        }
+    };
+    enable(Path::new(ROOT));
+    if let Err(error) = fs::create_dir_all(&parent) {
+        crate::warning!("make {}: {error}", parent.display());
+        return;
     }
+    enable(&parent);
 }
 
 /// A container's cgroup.

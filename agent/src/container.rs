@@ -3,11 +3,14 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bulkhead_protocol::rpc::Code;
 use bulkhead_protocol::sandbox::{EventKind, ExitEvent, OomEvent};
 use bulkhead_protocol::types::ProcessStatus;
 use serde_json::Value;
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
 
@@ -24,6 +27,9 @@ use crate::stdio::{self, Pumps, Streaming};
 pub const BUNDLES: &str = "/run/bulkhead/c";
 /// Execs one container may have at once.
 const MAX_EXECS: usize = 1024;
+
+/// Time for the first process to execute its program.
+const EXECUTE_TIME: Duration = Duration::from_secs(60);
 
 /// What a request says about stdio, kept for State.
 #[derive(Clone, Debug, Default)]
@@ -52,6 +58,8 @@ struct Process {
     names: StdioNames,
     pumps: Option<Pumps>,
     announced: Option<Announced>,
+    /// Ends when the program is executed. Only of a container's first process.
+    executed: Option<UnixStream>,
 }
 
 /// What State answers.
@@ -177,6 +185,7 @@ impl Container {
                     names: new.names,
                     pumps: Some(pumps),
                     announced: None,
+                    executed: Some(made.executed),
                 },
                 execs: HashMap::new(),
                 paused: false,
@@ -304,7 +313,7 @@ impl Container {
     pub async fn start(self: &Arc<Self>, exec_id: &str, reaper: &Reaper) -> Result<u32> {
         let _operation = self.operation.lock().await;
         if exec_id.is_empty() {
-            return self.start_init();
+            return self.start_init().await;
         }
         let init = self.view("")?;
         if init.status != ProcessStatus::Running {
@@ -352,7 +361,7 @@ impl Container {
         }
     }
 
-    fn start_init(&self) -> Result<u32> {
+    async fn start_init(&self) -> Result<u32> {
         let view = self.view("")?;
         if view.status != ProcessStatus::Created {
             return Err(Error::State(format!(
@@ -369,6 +378,14 @@ impl Container {
                 code: Code::Internal,
                 message: format!("container {}: start: {error}", self.id),
             })?;
+        let executed = self.with("", |process, _| Ok(process.executed.take()))?;
+        if let Some(mut executed) = executed {
+            // Nothing is ever written here: what counts is that the last copy of the other end
+            // is closed. A program on a file system that hangs must not hold us for ever.
+            let mut nothing = [0];
+            let ended = executed.read(&mut nothing);
+            let _ = tokio::time::timeout(EXECUTE_TIME, ended).await;
+        }
         self.with("", |process, _| {
             // It may have been fast.
             if process.status == ProcessStatus::Created {
@@ -389,8 +406,13 @@ impl Container {
         let mut process = process;
         let terminal = process["terminal"] == true;
         spec::apply_defaults(&mut process, &self.defaults);
-        let root = std::fs::File::open(format!("/proc/{init}/root"))
-            .context(|| format!("open the root of container {}", self.id))?;
+        let root = std::fs::File::open(format!("/proc/{init}/root")).map_err(|error| {
+            // Its end has not been reaped yet.
+            Error::State(format!(
+                "container {} is ending: no process can join it ({error})",
+                self.id
+            ))
+        })?;
         let owner = spec::prepare_process(&mut process, &root, terminal)?;
         let size = spec::console_size(&process);
         let invalid =
@@ -444,6 +466,7 @@ impl Container {
                 names,
                 pumps: None,
                 announced: Some(Announced { process, streaming }),
+                executed: None,
             },
         );
         Ok(())

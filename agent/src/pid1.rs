@@ -64,7 +64,7 @@ pub fn mount_all() {
             let _ = std::os::unix::fs::symlink(target, link);
         }
     }
-    cgroup::enable_controllers();
+    cgroup::set_up();
 }
 
 /// Takes `agent.KEY=VALUE` from the kernel's command line.

@@ -103,7 +103,7 @@ fn set_up_namespaces() -> std::io::Result<()> {
         MsFlags::empty(),
         none,
     ) {
-        Ok(()) => cgroup::enable_controllers(),
+        Ok(()) => cgroup::set_up(),
         Err(errno) => crate::warning!("no cgroup v2 here ({errno}); going on without"),
     }
     net::loopback_up()

@@ -64,13 +64,15 @@ pub fn run(job: Exec) -> Result<(i32, Option<OwnedFd>), Failure> {
         "look at the container's namespaces",
         foreign_namespaces(job.init),
     )?;
-    // Before /proc and /sys/fs/cgroup are the container's.
-    if let Some(cgroup) = &job.cgroup {
-        step(
-            "join the container's cgroup",
-            std::fs::write(cgroup.join("cgroup.procs"), "0"),
-        )?;
-    }
+    // Before /proc and /sys/fs/cgroup are the container's. The new process joins by this: the
+    // helper stays out, so that it is not seen, frozen or killed with the container.
+    let cgroup = match &job.cgroup {
+        None => None,
+        Some(path) => Some(step(
+            "open the container's cgroup",
+            File::options().write(true).open(path.join("cgroup.procs")),
+        )?),
+    };
     if let Some(score) = process.oom_score_adj() {
         step(
             "set the oom score",
@@ -109,7 +111,7 @@ pub fn run(job: Exec) -> Result<(i32, Option<OwnedFd>), Failure> {
     };
     if pid == 0 {
         let terminal = terminal.as_ref().map(|t| t.slave.as_fd().as_raw_fd());
-        let failure = child(&job, terminal, in_user_namespace);
+        let failure = child(&job, cgroup, terminal, in_user_namespace);
         let _ = (&error_pipe)
             .write_all(format!("{} {}", failure.code as i32, failure.message).as_bytes());
         // SAFETY: ends this forked process without running its parent's exit handlers.
@@ -141,7 +143,17 @@ pub fn run(job: Exec) -> Result<(i32, Option<OwnedFd>), Failure> {
 }
 
 /// In the new process, up to its program. Returns only on failure.
-fn child(job: &Exec, terminal: Option<RawFd>, in_user_namespace: bool) -> Failure {
+fn child(
+    job: &Exec,
+    cgroup: Option<File>,
+    terminal: Option<RawFd>,
+    in_user_namespace: bool,
+) -> Failure {
+    if let Some(mut cgroup) = cgroup
+        && let Err(failure) = step("join the container's cgroup", cgroup.write_all(b"0"))
+    {
+        return failure;
+    }
     match prepare_and_execute(job, terminal, in_user_namespace) {
         Ok(message) => Failure {
             code: payload::code_of(&message),

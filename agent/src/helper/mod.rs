@@ -81,6 +81,8 @@ pub struct Made {
     pub end: tokio::sync::oneshot::Receiver<Exit>,
     /// Its terminal's master.
     pub master: Option<OwnedFd>,
+    /// Ends when the process executes its program, or ends.
+    pub executed: UnixStream,
 }
 
 /// Runs `job` with `ends` as its stdio.
@@ -103,7 +105,7 @@ pub async fn run(reaper: &Reaper, job: &Job, ends: ChildEnds) -> Result<Made> {
     drop(theirs);
     let helper_pid = i32::try_from(helper.id()).unwrap_or(0);
     let exchange = exchange(ours, job, reaper.wait(helper_pid));
-    let (reply, master) = match tokio::time::timeout(TIME, exchange).await {
+    let (reply, master, executed) = match tokio::time::timeout(TIME, exchange).await {
         Ok(result) => result?,
         Err(_) => {
             let _ = nix::sys::signal::kill(
@@ -121,6 +123,7 @@ pub async fn run(reaper: &Reaper, job: &Job, ends: ChildEnds) -> Result<Made> {
             pid,
             end: reaper.wait(pid),
             master,
+            executed,
         },
         _ => {
             return Err(Error::Helper {
@@ -139,7 +142,7 @@ async fn exchange(
     ours: StdUnixStream,
     job: &Job,
     mut helper_end: tokio::sync::oneshot::Receiver<Exit>,
-) -> Result<(Reply, Option<OwnedFd>)> {
+) -> Result<(Reply, Option<OwnedFd>, UnixStream)> {
     let what = || "talk to a helper".to_owned();
     ours.set_nonblocking(true).context(what)?;
     let mut ours = UnixStream::from_std(ours).context(what)?;
@@ -153,9 +156,14 @@ async fn exchange(
     let mut ended = false;
     while !bytes.ends_with(b"\n") && bytes.len() <= MAX_REPLY {
         let mut buffer = [0; 4096];
-        let received = ours.try_io(Interest::READABLE, || {
+        let received = if ended {
+            // The runtime may not know yet that there is something to read.
             receive(ours.as_raw_fd(), &mut buffer)
-        });
+        } else {
+            ours.try_io(Interest::READABLE, || {
+                receive(ours.as_raw_fd(), &mut buffer)
+            })
+        };
         match received {
             Ok((0, _)) => break,
             Ok((n, fd)) => {
@@ -176,7 +184,7 @@ async fn exchange(
         }
     }
     match serde_json::from_slice(&bytes) {
-        Ok(reply) => Ok((reply, master)),
+        Ok(reply) => Ok((reply, master, ours)),
         Err(_) => Err(Error::Helper {
             code: Code::Internal,
             message: "the helper that makes processes died; out of memory?".to_owned(),

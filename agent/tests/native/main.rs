@@ -256,13 +256,13 @@ async fn processes_join_a_container() {
     agent.start_exec("c1", "e").await.unwrap();
     agent.kill("c1", "", libc::SIGKILL).await.unwrap();
     assert_eq!(agent.wait("c1", "e").await, 137);
+    assert_eq!(agent.wait("c1", "").await, 137);
     let error = agent
         .announce("c1", "late", &process(&["true"]), false, ["", "", ""])
         .await;
     assert!(error.is_ok());
     let error = agent.start_exec("c1", "late").await.unwrap_err();
     assert_eq!(error.code(), Some(Code::FailedPrecondition), "{error}");
-    agent.wait("c1", "").await;
     agent.delete("c1", "").await;
     assert_eq!(agent.leftovers(), Vec::<String>::new());
 }
