@@ -19,8 +19,16 @@ kernel:
 rootfs:
     #!/usr/bin/env bash
     set -euo pipefail
-    agent=$(agent/build | tail -n1)
-    rootfs/build "$agent"
+    # The agent is built anew only when something it is made of has changed.
+    key=$(git ls-files -s -o -c --exclude-standard agent Cargo.lock Cargo.toml rust-toolchain.toml \
+        | awk '{print $NF}' | sort -u | xargs sha256sum | sha256sum | cut -c1-24)
+    kept="$BULKHEAD_CACHE/agent/$key/bulkhead-agent"
+    if [ ! -x "$kept" ]; then
+        agent=$(agent/build | tail -n1)
+        mkdir -p "${kept%/*}"
+        install -m 755 "$agent" "$kept.new" && mv "$kept.new" "$kept"
+    fi
+    rootfs/build "$kept"
 
 # Build kernel and image and make them the ones vmmctl finds by default
 guest:
