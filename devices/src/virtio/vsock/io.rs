@@ -90,7 +90,8 @@ impl Active {
         match result {
             Ok(more) => more,
             Err(error) => {
-                mux.log.warn(format_args!("{error}; the device needs a reset"));
+                mux.log
+                    .warn(format_args!("{error}; the device needs a reset"));
                 self.interrupt.fail();
                 self.broken = true;
                 false
