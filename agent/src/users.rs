@@ -82,7 +82,7 @@ fn find(passwd: &str, group: &str, wanted: &str) -> Result<User> {
         None => match number {
             Some(uid) => (None, uid, 0, None),
             None => {
-                return Err(Error::NotFound(format!(
+                return Err(Error::Invalid(format!(
                     "user {name:?} is not in the container's /etc/passwd; use a numeric id"
                 )));
             }
@@ -106,7 +106,7 @@ fn find(passwd: &str, group: &str, wanted: &str) -> Result<User> {
             .map(|(_, gid, _)| gid)
             .or_else(|| wanted.parse().ok())
             .ok_or_else(|| {
-                Error::NotFound(format!(
+                Error::Invalid(format!(
                     "group {wanted:?} is not in the container's /etc/group; use a numeric id"
                 ))
             })?;
@@ -157,8 +157,8 @@ mod tests {
         let g = find("www:audio").unwrap();
         assert_eq!((g.gid, g.groups.len()), (29, 0));
         assert_eq!(find("0:77").unwrap().gid, 77);
-        assert!(matches!(find("nobody"), Err(Error::NotFound(_))));
-        assert!(matches!(find("www:none"), Err(Error::NotFound(_))));
+        assert!(matches!(find("nobody"), Err(Error::Invalid(_))));
+        assert!(matches!(find("www:none"), Err(Error::Invalid(_))));
         assert!(find("").is_err());
     }
 

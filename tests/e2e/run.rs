@@ -141,20 +141,14 @@ fn a_program_sees_our_kernel_and_its_image() {
 
 #[test]
 fn exit_codes_are_passed_on() {
-    for (script, code) in [
-        ("exit 7", 7),
-        ("exit 0", 0),
-        ("kill -9 $$", 137),
-        ("kill -15 $$", 143),
-    ] {
-        let output = run(&[], "busybox", &["sh", "-c", script]);
-        assert_eq!(
-            output.status.code(),
-            Some(code),
-            "{script}: {}",
-            stderr(&output)
-        );
+    for code in [0, 7] {
+        let output = run(&[], "busybox", &["sh", "-c", &format!("exit {code}")]);
+        assert_eq!(output.status.code(), Some(code), "{}", stderr(&output));
     }
+    // Killed from outside: the first process of a PID namespace cannot kill itself.
+    let mut vm = Running::start("to-be-killed", &[], "while :; do sleep 1; done");
+    succeeded(&vm.ctl("kill", &["-s=KILL"]));
+    assert_eq!(vm.child.0.wait().unwrap().code(), Some(128 + 9));
     let missing = run(&[], "busybox", &["no-such-program"]);
     assert_eq!(missing.status.code(), Some(127), "{}", stderr(&missing));
     assert!(stderr(&missing).contains("no-such-program"));
