@@ -149,9 +149,32 @@ pub fn program_error(command: &str, what: &str, error: RpcError) -> EngineError 
     if missing || refused {
         return EngineError::Program {
             command: command.to_owned(),
-            reason: status.message.clone(),
+            reason: program_reason(&status.message),
             missing,
         };
     }
     failed(what)(error)
+}
+
+/// The part of the agent's message that is about the program: `… exec: "NAME": REASON`.
+fn program_reason(message: &str) -> String {
+    let reason = message
+        .rsplit_once("exec: \"")
+        .and_then(|(_, rest)| rest.split_once("\": "));
+    reason.map_or(message, |(_, reason)| reason).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_with_a_program_is_said_once() {
+        let message = "container x: failed: exec: \"nosuch\": executable file not found in PATH";
+        assert_eq!(program_reason(message), "executable file not found in PATH");
+        assert_eq!(
+            program_reason("working directory /x is missing"),
+            "working directory /x is missing"
+        );
+    }
 }

@@ -60,17 +60,16 @@ async fn open_streams(
     wiring: Wiring,
 ) -> Result<(Streams, Names), EngineError> {
     let id = |what: &str| format!("{prefix}-{what}");
-    let stdin = if wiring.stdin {
-        Some(agent.stream(&id("stdin")).await?)
-    } else {
-        None
+    let optional = async |wanted: bool, what: &str| match wanted {
+        true => agent.stream(&id(what)).await.map(Some),
+        false => Ok(None),
     };
-    let stdout = agent.stream(&id("stdout")).await?;
-    let stderr = if wiring.terminal {
-        None
-    } else {
-        Some(agent.stream(&id("stderr")).await?)
-    };
+    // At once: each costs a few exchanges with the guest.
+    let (stdin, stdout, stderr) = tokio::try_join!(
+        optional(wiring.stdin, "stdin"),
+        async { agent.stream(&id("stdout")).await },
+        optional(!wiring.terminal, "stderr"),
+    )?;
     let name = |present: bool, what: &str| {
         if present {
             uri(&id(what))

@@ -1,6 +1,7 @@
 //! OCI images: reading, verifying, unpacking, caching, and a writable root for each container.
 
 mod error;
+pub mod fuzz;
 mod layer;
 mod manifest;
 mod source;

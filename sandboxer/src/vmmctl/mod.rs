@@ -222,9 +222,9 @@ mod tests {
         for line in [
             "vmmctl run busybox.tar -- uname -a",
             "vmmctl run busybox.tar uname -a",
-            "vmmctl run -it --rm -v ./d:/data:ro -e A=b -w / -u 1000 --cpus 2 --memory 512M x.tar sh -c 'ls -l'",
+            "vmmctl run -it --rm -v ./d:/data:ro -e A=b -w / -u 1000 --cpus 2 --memory 512M x.tar sh -c ls",
             "vmmctl run --net none --read-only --name web x.tar",
-            "vmmctl boot vmlinux --initramfs i --disk d:ro --share t=/tmp --cmdline 'a b' --gdb 127.0.0.1:1",
+            "vmmctl boot vmlinux --initramfs i --disk d:ro --share t=/tmp --cmdline quiet --gdb 127.0.0.1:1",
             "vmmctl exec -it a41f sh -c ls",
             "vmmctl ps -a --json",
             "vmmctl kill -s TERM a41f",

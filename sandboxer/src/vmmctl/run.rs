@@ -267,7 +267,7 @@ fn prepare(
         hugepages: args.hugepages,
         kernel: files.kernel,
         cmdline: format!(
-            "{}root=/dev/vda rootfstype=erofs ro init=/sbin/agent {}",
+            "{}root=/dev/vda rootfstype=erofs ro init=/sbin/agent dummy.numdummies=0 {}",
             // Each byte on the console costs exits; without somebody who looks, none are written.
             if context.verbose > 1 { "" } else { "quiet " },
             args.cmdline

@@ -65,7 +65,12 @@ impl Signals {
         );
         for signal in PASSED_ON {
             // SAFETY: the handler does only what a signal handler may.
-            unsafe { sigaction(signal, &action) }?;
+            let before = unsafe { sigaction(signal, &action) }?;
+            // nohup: the terminal's end is not to end the program.
+            if signal == Signal::SIGHUP && matches!(before.handler(), SigHandler::SigIgn) {
+                // SAFETY: puts back what was there.
+                unsafe { sigaction(signal, &before) }?;
+            }
         }
         Ok(Self { read })
     }

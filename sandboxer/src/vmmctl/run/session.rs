@@ -222,8 +222,7 @@ async fn session(
     let vm = Arc::clone(&prepared.vm);
     let agent = reach_agent(&vm).await?;
     vm.vm().mark("agent answers");
-    agent.hello().await?;
-    configure(&agent, prepared).await?;
+    tokio::try_join!(agent.hello(), configure(&agent, prepared))?;
     let wiring = Wiring {
         stdin: args.interactive,
         terminal: args.tty,
