@@ -15,6 +15,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
 
 use crate::cgroup::Cgroup;
+use crate::devices;
 use crate::error::{Context, Error, Result};
 use crate::events::{Events, timestamp};
 use crate::helper::{self, Job, create, exec};
@@ -166,6 +167,11 @@ impl Container {
             terminal: new.names.terminal,
         });
         let made = helper::run(reaper, &job, child_ends).await?;
+        let cgroup = Cgroup::of(new.id);
+        if cgroup.exists() {
+            // Before it starts. On failure the caller cleans up, which kills it.
+            devices::restrict(cgroup.path(), &new.prepared.devices)?;
+        }
         let pumps = our_ends.start(made.master)?;
         if let (Some(terminal), Some((columns, rows))) =
             (pumps.terminal(), new.prepared.console_size)
@@ -175,7 +181,7 @@ impl Container {
         let container = Arc::new(Self {
             id: new.id.to_owned(),
             bundle: new.bundle.to_owned(),
-            cgroup: Cgroup::of(new.id),
+            cgroup,
             defaults: new.prepared.defaults,
             state: Mutex::new(State {
                 init: Process {

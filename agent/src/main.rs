@@ -7,6 +7,7 @@
 mod boot;
 mod cgroup;
 mod container;
+mod devices;
 mod error;
 mod events;
 mod helper;
@@ -82,6 +83,7 @@ fn guest() -> ! {
         std::panic::set_hook(Box::new(|info| error!("panic: {info}")));
         pid1::read_command_line();
         pid1::raise_limits();
+        pid1::be_quiet();
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
         if let Err(error) = net::loopback_up() {
             warning!("bring lo up: {error}");

@@ -84,6 +84,22 @@ pub fn read_command_line() {
     }
 }
 
+/// Keeps an idle guest quiet: each of these wakes it, and every wake-up is an exit for the host.
+/// Measured: 13 idle exits a second without, 2 with (kernel-config/README.md).
+const QUIET: [(&str, &str); 4] = [
+    ("vm/compaction_proactiveness", "0"),
+    ("vm/stat_interval", "10"),
+    ("net/ipv4/neigh/default/interval_probe_time_ms", "60000"),
+    ("net/ipv6/neigh/default/interval_probe_time_ms", "60000"),
+];
+
+/// Sets [`QUIET`]. A kernel may lack any of them.
+pub fn be_quiet() {
+    for (name, value) in QUIET {
+        let _ = fs::write(Path::new("/proc/sys").join(name), value);
+    }
+}
+
 /// Raises what limits the agent and, by inheritance, containers that set no limits.
 pub fn raise_limits() {
     use nix::sys::resource::{Resource, setrlimit};

@@ -23,6 +23,8 @@ pub struct Prepared {
     pub owner: (u32, u32),
     /// Initial size of the terminal: columns, rows.
     pub console_size: Option<(u16, u16)>,
+    /// `linux.resources.devices`.
+    pub devices: Value,
     /// For processes that join later.
     pub defaults: Defaults,
 }
@@ -108,6 +110,10 @@ pub fn prepare(options: &ContainerOptions, place: Place<'_>, shares: &Shares) ->
         config: serde_json::to_vec(&spec).map_err(invalid)?,
         owner,
         console_size,
+        devices: spec
+            .pointer("/linux/resources/devices")
+            .cloned()
+            .unwrap_or(Value::Null),
         defaults,
     })
 }

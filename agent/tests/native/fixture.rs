@@ -1,6 +1,11 @@
 //! An agent in namespaces of this host, and containers of a static busybox in it.
+//!
+//! Or an agent in a VM: `BULKHEAD_AGENT_VM=CID:DIR` names its vsock address and the directory
+//! behind its virtio-fs device "share" (tests/vm starts one). All tests share it, so they must run
+//! one at a time.
 
 use std::io::{BufRead, BufReader};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -8,7 +13,8 @@ use std::time::Duration;
 
 use bulkhead_protocol::client::{Client, RpcError, SandboxClient, TaskClient};
 use bulkhead_protocol::types::{Any, Mount};
-use bulkhead_protocol::{sandbox, stream, task};
+use bulkhead_protocol::{CONTROL_PORT, STREAM_PORT, sandbox, stream, task};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect, socket};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -20,10 +26,20 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
+/// Where the agent runs.
+enum Place {
+    /// In namespaces here, with its sockets and its share in a directory.
+    Here {
+        process: Child,
+        dir: tempfile::TempDir,
+    },
+    /// In a VM.
+    Vm { cid: u32, share: PathBuf },
+}
+
 /// A running agent.
 pub struct Agent {
-    process: Child,
-    dir: tempfile::TempDir,
+    place: Place,
     pub tasks: TaskClient,
     pub sandbox: SandboxClient,
 }
@@ -65,36 +81,27 @@ fn busybox() -> Option<PathBuf> {
 impl Agent {
     /// Starts one; `None`, with a line saying why, where that is impossible.
     pub async fn start() -> Option<Self> {
-        if let Some(reason) = obstacle() {
-            println!("SKIPPED: {reason}");
-            return None;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::create_dir_all(dir.path().join("share/rootfs")).unwrap();
-        std::fs::create_dir_all(dir.path().join("share/volumes")).unwrap();
-        let mut process = Command::new(env!("CARGO_BIN_EXE_bulkhead-agent"))
-            .arg("--test-listen")
-            .arg(dir.path())
-            .arg(format!("share={}", dir.path().join("share").display()))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(process.stdout.take().unwrap())
-            .read_line(&mut line)
-            .unwrap();
-        assert_eq!(line, "listening\n");
-        let control = UnixStream::connect(dir.path().join("control.sock"))
-            .await
-            .unwrap();
+        let place = match vm() {
+            Some((cid, share)) => Place::Vm { cid, share },
+            None => match obstacle() {
+                Some(reason) => {
+                    println!("SKIPPED: {reason}");
+                    return None;
+                }
+                None => start_here(),
+            },
+        };
+        let control = place.connect(CONTROL_PORT).await;
         let client = Client::new(control).with_timeout(Some(PATIENCE));
         let agent = Self {
-            process,
-            dir,
+            place,
             tasks: TaskClient::new(client.clone()),
             sandbox: SandboxClient::new(client),
         };
+        agent.clear().await;
+        for directory in ["rootfs", "volumes"] {
+            std::fs::create_dir_all(agent.share(directory)).unwrap();
+        }
         agent
             .sandbox
             .configure_sandbox(&sandbox::ConfigureSandboxRequest {
@@ -111,13 +118,49 @@ impl Agent {
         Some(agent)
     }
 
-    /// The pid of the agent itself, as the host sees it.
-    pub fn pid(&self) -> u32 {
-        self.try_pid().unwrap()
+    /// Whether it runs in a VM, with all that a guest has.
+    pub fn in_vm(&self) -> bool {
+        matches!(self.place, Place::Vm { .. })
     }
 
-    fn try_pid(&self) -> Option<u32> {
-        let parent = self.process.id();
+    /// Whether the guest has a feature.
+    pub async fn has(&self, feature: &str) -> bool {
+        let info = self.sandbox.get_info(&sandbox::GetInfoRequest {}).await;
+        info.unwrap().features.iter().any(|f| f == feature)
+    }
+
+    /// Removes what earlier tests have left in a VM.
+    async fn clear(&self) {
+        if !self.in_vm() {
+            return;
+        }
+        for n in 0..20 {
+            let id = format!("c{n}");
+            let state = task::StateRequest {
+                id: id.clone(),
+                ..Default::default()
+            };
+            if self.tasks.state(&state).await.is_ok() {
+                let delete = task::DeleteRequest {
+                    id: id.clone(),
+                    ..Default::default()
+                };
+                if self.tasks.delete(&delete).await.is_err() {
+                    self.destroy(&id).await;
+                }
+            }
+        }
+        for directory in ["rootfs", "volumes"] {
+            let _ = std::fs::remove_dir_all(self.share(directory));
+        }
+    }
+
+    /// The pid of an agent that runs here.
+    fn pid(&self) -> Option<u32> {
+        let Place::Here { process, .. } = &self.place else {
+            return None;
+        };
+        let parent = process.id();
         std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"))
             .ok()?
             .split_whitespace()
@@ -128,38 +171,39 @@ impl Agent {
 
     /// A path of the share, on the host.
     pub fn share(&self, path: &str) -> PathBuf {
-        self.dir.path().join("share").join(path)
+        match &self.place {
+            Place::Here { dir, .. } => dir.path().join("share").join(path),
+            Place::Vm { share, .. } => share.join(path),
+        }
     }
 
     /// A connection to the agent of its own.
     pub async fn connect(&self) -> Client {
-        Client::new(
-            UnixStream::connect(self.dir.path().join("control.sock"))
-                .await
-                .unwrap(),
-        )
+        Client::new(self.place.connect(CONTROL_PORT).await)
     }
 
     /// Opens a stream; gives it and the name to use in requests.
     pub async fn stream(&self) -> (UnixStream, String) {
-        let id = format!("s{}", NEXT.fetch_add(1, Ordering::Relaxed));
-        let mut connection = UnixStream::connect(self.dir.path().join("stream.sock"))
-            .await
-            .unwrap();
+        let id = format!(
+            "s{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
+        let mut connection = self.raw_stream().await;
         stream::connect(&mut connection, &id).await.unwrap();
         (connection, stream::uri(&id))
     }
 
     /// A connection to the stream port, without its header.
     pub async fn raw_stream(&self) -> UnixStream {
-        UnixStream::connect(self.dir.path().join("stream.sock"))
-            .await
-            .unwrap()
+        self.place.connect(STREAM_PORT).await
     }
 
-    /// Waits for the agent's own end, which must be in order.
+    /// Waits for the agent's own end, which must be in order. Of a VM, tests/vm sees it.
     pub fn wait_end(&mut self) {
-        assert!(self.process.wait().unwrap().success());
+        if let Place::Here { process, .. } = &mut self.place {
+            assert!(process.wait().unwrap().success());
+        }
     }
 
     /// A root file system of busybox for container `id`.
@@ -174,7 +218,7 @@ impl Agent {
         for tool in [
             "sh", "cat", "echo", "sleep", "id", "ls", "mkdir", "rm", "stty", "tty", "head", "yes",
             "grep", "ps", "hostname", "env", "pwd", "touch", "wc", "dd", "ip", "mount", "kill",
-            "true", "tr", "readlink", "ln", "stat", "test", "umask", "printf",
+            "true", "tr", "tail", "date", "readlink", "ln", "stat", "test", "umask", "printf",
         ] {
             let _ = std::os::unix::fs::symlink("busybox", root.join("bin").join(tool));
         }
@@ -368,7 +412,9 @@ impl Agent {
 
     /// What a container leaves behind in the agent: bundles and mounts.
     pub fn leftovers(&self) -> Vec<String> {
-        let pid = self.pid();
+        let Some(pid) = self.pid() else {
+            return Vec::new();
+        };
         let mut left: Vec<String> = Vec::new();
         for dir in ["c", "libcontainer"] {
             let path = format!("/proc/{pid}/root/run/bulkhead/{dir}");
@@ -388,22 +434,94 @@ impl Agent {
 
     /// Descriptors the agent has open.
     pub fn descriptors(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.pid()))
-            .unwrap()
-            .count()
+        self.pid().map_or(0, |pid| {
+            std::fs::read_dir(format!("/proc/{pid}/fd"))
+                .unwrap()
+                .count()
+        })
     }
 }
 
 impl Drop for Agent {
     fn drop(&mut self) {
         // PID 1 of its namespace: everything in it ends too.
-        if let Some(Ok(pid)) = self.try_pid().map(i32::try_from) {
+        if let Some(Ok(pid)) = self.pid().map(i32::try_from) {
             let _ = nix::sys::signal::kill(
                 nix::unistd::Pid::from_raw(pid),
                 nix::sys::signal::Signal::SIGKILL,
             );
         }
-        let _ = self.process.wait();
+        if let Place::Here { process, .. } = &mut self.place {
+            let _ = process.wait();
+        }
+    }
+}
+
+/// The VM to test against.
+fn vm() -> Option<(u32, PathBuf)> {
+    let value = std::env::var("BULKHEAD_AGENT_VM").ok()?;
+    let (cid, share) = value.split_once(':').expect("CID:DIR");
+    Some((cid.parse().expect("a CID"), PathBuf::from(share)))
+}
+
+fn start_here() -> Place {
+    let dir = tempfile::tempdir().unwrap();
+    let share = dir.path().join("share");
+    std::fs::create_dir(&share).unwrap();
+    let mut process = Command::new(env!("CARGO_BIN_EXE_bulkhead-agent"))
+        .arg("--test-listen")
+        .arg(dir.path())
+        .arg(format!("share={}", share.display()))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(process.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    assert_eq!(line, "listening\n");
+    Place::Here { process, dir }
+}
+
+impl Place {
+    /// Connects to a port of the agent.
+    async fn connect(&self, port: u32) -> UnixStream {
+        match self {
+            Self::Here { dir, .. } => {
+                let name = if port == CONTROL_PORT {
+                    "control.sock"
+                } else {
+                    "stream.sock"
+                };
+                UnixStream::connect(dir.path().join(name)).await.unwrap()
+            }
+            Self::Vm { cid, .. } => {
+                let address = VsockAddr::new(*cid, port);
+                let deadline = std::time::Instant::now() + PATIENCE;
+                loop {
+                    let fd = socket(
+                        AddressFamily::Vsock,
+                        SockType::Stream,
+                        SockFlag::SOCK_CLOEXEC,
+                        None,
+                    )
+                    .unwrap();
+                    match connect(fd.as_raw_fd(), &address) {
+                        Ok(()) => {
+                            let stream = std::os::unix::net::UnixStream::from(fd);
+                            stream.set_nonblocking(true).unwrap();
+                            return UnixStream::from_std(stream).unwrap();
+                        }
+                        // It may still boot.
+                        Err(_) if std::time::Instant::now() < deadline => {
+                            tokio::time::sleep(Duration::from_millis(20)).await;
+                        }
+                        Err(errno) => panic!("connect to {address}: {errno}"),
+                    }
+                }
+            }
+        }
     }
 }
 

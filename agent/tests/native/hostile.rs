@@ -57,6 +57,33 @@ async fn a_container_cannot_lie_about_users_or_terminals() {
 }
 
 #[tokio::test]
+async fn devices_are_out_of_reach_even_with_mknod() {
+    let agent = agent!();
+    let script = "busybox mknod /tmp/disk b 254 0; busybox mknod /tmp/kmsg c 1 11
+        busybox mknod /tmp/null c 1 3
+        cat /tmp/disk 2>&1; cat /tmp/kmsg 2>&1; echo fine > /tmp/null && echo null-works";
+    let (request, mut spec) = agent.request("c1", &["sh", "-c", script]);
+    let caps = json!(["CAP_MKNOD", "CAP_DAC_OVERRIDE"]);
+    spec["process"]["capabilities"] =
+        json!({"bounding": caps, "effective": caps, "permitted": caps});
+    // A volume may forbid devices altogether; a tmpfs of the container does not.
+    spec["mounts"].as_array_mut().unwrap().push(
+        json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["mode=1777"]}),
+    );
+    let output = agent.run_spec(request, &spec, "").await;
+    if !agent.has("cgroup2").await {
+        println!("SKIPPED: no cgroup v2 here: device rules");
+        return;
+    }
+    assert!(output.stdout.contains("null-works"), "{output:?}");
+    assert_eq!(
+        output.stdout.matches("Operation not permitted").count(),
+        2,
+        "{output:?}"
+    );
+}
+
+#[tokio::test]
 async fn wrong_requests_are_answered_by_name_and_leave_nothing() {
     let agent = agent!();
     let before = agent.descriptors();

@@ -1,9 +1,11 @@
 //! The agent's service, run natively: real containers in new namespaces of this host.
 //!
-//! Where that is not allowed, each test prints "SKIPPED: reason" and ends.
+//! Where that is not allowed, each test prints "SKIPPED: reason" and ends. The same tests run
+//! against an agent in a VM (tests/vm), where also what needs cgroup controllers is tested.
 
 mod fixture;
 mod hostile;
+mod limits;
 mod stdio;
 
 use bulkhead_protocol::metrics::Metrics;
@@ -421,7 +423,7 @@ async fn roots_mounts_and_users_are_as_the_spec_says() {
         .create(request, &spec, "nobody-here")
         .await
         .unwrap_err();
-    assert_eq!(error.code(), Some(Code::NotFound), "{error}");
+    assert_eq!(error.code(), Some(Code::InvalidArgument), "{error}");
 }
 
 #[tokio::test]
