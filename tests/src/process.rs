@@ -79,30 +79,71 @@ pub struct Memory {
     pub guest: u64,
 }
 
-/// Reads `/proc/PID/smaps`. Guest memory is any single mapping of at least `guest_bytes`, or one
-/// whose name says so.
+/// One mapping of `/proc/PID/smaps`, in KiB.
+#[derive(Debug, Default)]
+struct Mapping {
+    /// Device and inode, where a file is behind it.
+    file: Option<(String, String)>,
+    size: u64,
+    pss: u64,
+    anonymous: u64,
+}
+
+/// Reads `/proc/PID/smaps`. Guest memory is what maps a file with at least `guest_bytes` in all
+/// (a VM's memory may be several mappings of one file), or one anonymous mapping of that size.
 ///
 /// # Errors
 /// When the process is gone.
 pub fn memory(pid: u32, guest_bytes: u64) -> Result<Memory> {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-    let mut sum = Memory::default();
-    let mut is_guest = false;
+    let mut mappings: Vec<Mapping> = Vec::new();
     for line in text.lines() {
-        let mut words = line.split_whitespace();
-        let Some(first) = words.next() else { continue };
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let Some((first, rest)) = words.split_first() else {
+            continue;
+        };
         if let Some((from, to)) = first.split_once('-')
             && let (Ok(from), Ok(to)) = (u64::from_str_radix(from, 16), u64::from_str_radix(to, 16))
         {
-            is_guest = to - from >= guest_bytes || line.contains("memfd:bulkhead-guest-ram");
+            let file = match rest {
+                [_, _, device, inode, ..] if *inode != "0" => {
+                    Some(((*device).to_owned(), (*inode).to_owned()))
+                }
+                _ => None,
+            };
+            mappings.push(Mapping {
+                file,
+                size: (to - from) >> 10,
+                ..Mapping::default()
+            });
             continue;
         }
-        let value: u64 = words.next().and_then(|v| v.parse().ok()).unwrap_or(0);
-        match (first, is_guest) {
-            ("Pss:", false) => sum.pss += value,
-            ("Pss:", true) => sum.guest += value,
-            ("Anonymous:", false) => sum.anonymous += value,
-            _ => {}
+        let value: u64 = rest.first().and_then(|v| v.parse().ok()).unwrap_or(0);
+        if let Some(mapping) = mappings.last_mut() {
+            match *first {
+                "Pss:" => mapping.pss = value,
+                "Anonymous:" => mapping.anonymous = value,
+                _ => {}
+            }
+        }
+    }
+    let mut of_file: BTreeMap<&(String, String), u64> = BTreeMap::new();
+    for mapping in &mappings {
+        if let Some(file) = &mapping.file {
+            *of_file.entry(file).or_insert(0) += mapping.size;
+        }
+    }
+    let mut sum = Memory::default();
+    for mapping in &mappings {
+        let whole = mapping
+            .file
+            .as_ref()
+            .map_or(mapping.size, |file| of_file[file]);
+        if whole >= guest_bytes >> 10 {
+            sum.guest += mapping.pss;
+        } else {
+            sum.pss += mapping.pss;
+            sum.anonymous += mapping.anonymous;
         }
     }
     Ok(sum)

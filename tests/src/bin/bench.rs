@@ -19,9 +19,16 @@ fn main() -> Result<()> {
             let samples = args.next().map_or(Ok(9), |n| n.parse())?;
             let linux = args.next().map_or(Ok(3), |n| n.parse())?;
             let scratch = tempfile::tempdir()?;
+            // From a local file system, as an installed program would be: the lab's shared
+            // directories are slow, and the peer's program is in the page cache too.
+            let local = |path: PathBuf, name: &str| -> Result<PathBuf> {
+                let copy = scratch.path().join(name);
+                std::fs::copy(&path, &copy).with_context(|| path.display().to_string())?;
+                Ok(copy)
+            };
             let inputs = boot::Inputs {
-                vmmctl,
-                kernel,
+                vmmctl: local(vmmctl, "vmmctl")?,
+                kernel: local(kernel, "vmlinux")?,
                 scratch: scratch.path().into(),
             };
             let report = match what.as_str() {
