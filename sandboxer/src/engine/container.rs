@@ -1,6 +1,9 @@
 //! One process in a guest, container or exec, with its standard streams: create, start, signal,
 //! resize, wait.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use bulkhead_protocol::sandbox::{
     CONTAINER_OPTIONS_TYPE_URL, ContainerOptions, OCI_PROCESS_TYPE_URL,
 };
@@ -12,6 +15,7 @@ use bulkhead_protocol::task::{
 use bulkhead_protocol::types::{Any, Mount};
 use prost::Message;
 use tokio::net::UnixStream;
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use super::EngineError;
@@ -19,6 +23,11 @@ use super::agent::{Agent, failed, program_error};
 use super::stdio::{Standard, drain, feed, split};
 use crate::spec::Spec;
 use crate::timeouts;
+
+const SIGKILL: u32 = 9;
+const SIGPIPE: u32 = 13;
+/// What a program gets to end after its output has lost its reader.
+const PIPE_GRACE: Duration = Duration::from_secs(1);
 
 /// Which standard streams the process gets.
 #[derive(Debug, Clone, Copy)]
@@ -37,7 +46,9 @@ pub struct Process {
     exec: String,
     command: String,
     input: Option<JoinHandle<std::io::Result<()>>>,
-    output: Vec<JoinHandle<std::io::Result<()>>>,
+    output: Vec<JoinHandle<()>>,
+    /// Told when nobody reads our output any more.
+    broken: Arc<Notify>,
 }
 
 #[derive(Debug)]
@@ -183,15 +194,24 @@ impl Process {
     ) -> Result<Self, EngineError> {
         let standard = EngineError::io("standard streams");
         let mut output = Vec::new();
+        let broken = Arc::new(Notify::new());
+        let pass_on = |from, to| {
+            let broken = Arc::clone(&broken);
+            tokio::spawn(async move {
+                if drain(from, to).await.is_err() {
+                    broken.notify_one();
+                }
+            })
+        };
         let result: std::io::Result<Option<JoinHandle<_>>> = (|| {
             // Dropping the write half would half-close the stream.
             let (from, unused) = split(streams.stdout);
             unused.forget();
-            output.push(tokio::spawn(drain(from, Standard::output()?)));
+            output.push(pass_on(from, Standard::output()?));
             if let Some(stderr) = streams.stderr {
                 let (from, unused) = split(stderr);
                 unused.forget();
-                output.push(tokio::spawn(drain(from, Standard::error()?)));
+                output.push(pass_on(from, Standard::error()?));
             }
             Ok(streams.stdin.map(|stdin| {
                 let (_, to) = split(stdin);
@@ -206,6 +226,7 @@ impl Process {
             command,
             input,
             output,
+            broken,
         })
     }
 
@@ -251,19 +272,35 @@ impl Process {
         kill(&self.agent, &self.container, &self.exec, signal).await
     }
 
-    /// Waits for its end: exit code, or 128 + signal.
+    /// Waits for its end: exit code, or 128 + signal. When the reader of our output leaves
+    /// (`vmmctl run … | head`), the program gets SIGPIPE as in any pipeline, and is killed if it
+    /// does not heed that: a container's first process is deaf to signals it does not handle.
     ///
     /// # Errors
     /// The guest has gone.
     pub async fn wait(&self) -> Result<u32, EngineError> {
+        let end = self.end();
+        tokio::pin!(end);
+        tokio::select! {
+            code = &mut end => return code,
+            () = self.broken.notified() => {}
+        }
+        // Fails if it has just ended.
+        let _ = self.kill(SIGPIPE).await;
+        if let Ok(code) = tokio::time::timeout(PIPE_GRACE, &mut end).await {
+            return code;
+        }
+        let _ = self.kill(SIGKILL).await;
+        end.await.map(|_| 128 + SIGPIPE)
+    }
+
+    async fn end(&self) -> Result<u32, EngineError> {
         let request = WaitRequest {
             id: self.container.clone(),
             exec_id: self.exec.clone(),
         };
-        self.agent
-            .tasks()
-            .wait(&request)
-            .await
+        let answer = self.agent.tasks().wait(&request).await;
+        answer
             .map(|a| a.exit_status)
             .map_err(failed("waiting for the program"))
     }

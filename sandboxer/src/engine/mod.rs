@@ -99,7 +99,7 @@ pub enum EngineError {
     #[error(transparent)]
     Vm(#[from] bulkhead_vmm::VmError),
     /// The guest ended when it should not have.
-    #[error("guest ended while {during}: {reason}{console}")]
+    #[error("guest ended while {during}: {reason}{console}{remedy}")]
     GuestEnded {
         /// What was going on.
         during: &'static str,
@@ -107,6 +107,8 @@ pub enum EngineError {
         reason: String,
         /// Last line of its console, if it helps.
         console: String,
+        /// What to do about it, if that is known.
+        remedy: &'static str,
     },
     /// The guest does not answer.
     #[error(
@@ -131,7 +133,7 @@ pub enum EngineError {
         wanted: u32,
     },
     /// The agent refused a call.
-    #[error("{what}: {source}")]
+    #[error("{what}: {}", short(source))]
     Agent {
         /// What was asked for.
         what: String,
@@ -174,6 +176,14 @@ pub enum EngineError {
         #[source]
         source: std::io::Error,
     },
+}
+
+/// What the agent says, without the name of the call and the code, which `-v` shows.
+fn short(error: &bulkhead_protocol::client::RpcError) -> String {
+    match error {
+        bulkhead_protocol::client::RpcError::Status { status, .. } => status.message.clone(),
+        other => other.to_string(),
+    }
 }
 
 impl EngineError {

@@ -136,6 +136,8 @@ struct Prepared {
     share: PodShare,
     tap: Option<(std::net::Ipv4Addr, std::net::Ipv4Addr)>,
     spec: Spec,
+    /// When the VM began to be built: an import is not part of the boot.
+    vm_begin: Instant,
     dir: RunDir,
 }
 
@@ -166,7 +168,7 @@ pub fn run(args: Args, context: &Context) -> Result<u8, CliError> {
     let can_mount = enter_private_mounts();
     let mut prepared = prepare(&args, context, &signals, files, can_mount, &kvm)?;
     let vm = Arc::clone(&prepared.vm);
-    let result = session::drive(&args, &signals, &mut prepared, begin);
+    let result = session::drive(&args, &signals, &mut prepared);
     vm.vm().stop();
     let timeline = vm.vm().stats().timeline;
     let image = prepared.dir.state().image.clone();
@@ -285,6 +287,7 @@ fn prepare(
         ..VmConfig::default()
     };
     let console = (context.verbose > 1).then(stderr).transpose()?;
+    let vm_begin = Instant::now();
     let vm = Arc::new(MicroVm::create(config, ConsoleHub::new(console))?);
     dir.update(|s| {
         s.command = spec.command();
@@ -296,6 +299,7 @@ fn prepare(
         share,
         tap,
         spec,
+        vm_begin,
         dir,
     })
 }

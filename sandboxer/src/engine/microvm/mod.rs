@@ -86,6 +86,7 @@ impl MicroVm {
         let reason = exit.map_or_else(|| "unknown reason".to_owned(), |e| e.to_string());
         EngineError::GuestEnded {
             during,
+            remedy: remedy(&reason),
             reason,
             console,
         }
@@ -98,6 +99,21 @@ impl MicroVm {
             seconds: waited.as_secs(),
             console: last_line(&self.vm.console_tail()),
         }
+    }
+}
+
+/// What a user can do about the ends that have one likely cause.
+fn remedy(reason: &str) -> &'static str {
+    if reason.contains("Requested init") || reason.contains("No working init") {
+        "; the guest image holds no agent this kernel can run: give another with --image"
+    } else if reason.contains("Unable to mount root fs") {
+        "; the guest has no root file system it can read: give an erofs image with --image, or \
+         with boot --initramfs or --disk and root= in --cmdline"
+    } else if reason.contains("out of memory") || reason.contains("System is deadlocked on memory")
+    {
+        "; give it more with --memory"
+    } else {
+        ""
     }
 }
 

@@ -83,9 +83,9 @@ impl Tap {
             || wanted.len() > NAME_MAX
             || wanted.bytes().any(|b| b == b'/' || b.is_ascii_whitespace())
         {
-            return Err(failed("not an interface name")(
-                io::ErrorKind::InvalidInput.into(),
-            ));
+            let rule = "an interface name has at most 15 characters, no '/' and no blanks";
+            let source = io::Error::new(io::ErrorKind::InvalidInput, rule);
+            return Err(failed("cannot be a tap")(source));
         }
         let existed = name.is_some_and(|n| std::path::Path::new("/sys/class/net").join(n).exists());
         let tun = File::options()

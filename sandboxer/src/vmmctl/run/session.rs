@@ -60,7 +60,6 @@ pub(super) fn drive(
     args: &Args,
     signals: &Signals,
     prepared: &mut Prepared,
-    begin: Instant,
 ) -> Result<Outcome, CliError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -69,7 +68,7 @@ pub(super) fn drive(
     let result = runtime.block_on(async {
         let around = Surroundings::new(signals, prepared)?;
         prepared.vm.vm().start()?;
-        let session = session(args, prepared, &around, begin);
+        let session = session(args, prepared, &around);
         around.watch(session).await
     });
     // Threads that still wait for the guest are not waited for.
@@ -154,7 +153,8 @@ impl<'a> Surroundings<'a> {
                         debug::serve_connection(stream, self.vm.clone());
                     }
                 }
-                () = deadline => return Err(CliError::new("stopped", "stopped: the program did not end in time").code(137)),
+                // As asked for, and as if killed.
+                () = deadline => return Ok(Outcome { exit_code: 137, boot: Duration::ZERO }),
             }
         }
     }
@@ -217,7 +217,6 @@ async fn session(
     args: &Args,
     prepared: &mut Prepared,
     around: &Surroundings<'_>,
-    begin: Instant,
 ) -> Result<Outcome, CliError> {
     let vm = Arc::clone(&prepared.vm);
     let agent = reach_agent(&vm).await?;
@@ -249,7 +248,7 @@ async fn session(
     }
     process.start().await?;
     vm.vm().mark("process started");
-    let boot = begin.elapsed();
+    let boot = prepared.vm_begin.elapsed();
     *around.phase.borrow_mut() = Phase::Running(agent.clone());
     prepared.dir.update(|s| s.state = "running".into())?;
     let exit_code = process.wait().await?;
