@@ -226,6 +226,8 @@ pub fn main(socket: RawFd) -> std::process::ExitCode {
     // Rust's start-up ignores SIGPIPE, and programs inherit that: `yes | head` would never end.
     // SAFETY: resets a signal to its default; no handler of ours is involved.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    // The agent must not be killed for lack of memory, and programs inherit that.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "0");
     // Standard error is the container's.
     std::panic::set_hook(Box::new(|_| {}));
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {

@@ -129,6 +129,22 @@ impl Agent {
         info.unwrap().features.iter().any(|f| f == feature)
     }
 
+    /// The number of the newest event.
+    pub async fn newest_event(&self) -> u64 {
+        let mut after = 0;
+        loop {
+            let request = sandbox::WaitEventRequest {
+                after,
+                timeout_ms: 1,
+            };
+            let events = self.sandbox.wait_event(&request).await.unwrap().events;
+            match events.last() {
+                Some(event) => after = event.sequence,
+                None => return after,
+            }
+        }
+    }
+
     /// Removes what earlier tests have left in a VM.
     async fn clear(&self) {
         if !self.in_vm() {

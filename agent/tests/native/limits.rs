@@ -41,19 +41,7 @@ async fn update(agent: &Agent, id: &str, resources: &Value) {
 #[tokio::test]
 async fn a_container_over_its_memory_is_killed_and_reported() {
     let agent = vm_agent!();
-    let newest = sandbox::WaitEventRequest {
-        after: 0,
-        timeout_ms: 1,
-    };
-    let mut after = 0;
-    loop {
-        let request = sandbox::WaitEventRequest { after, ..newest };
-        let events = agent.sandbox.wait_event(&request).await.unwrap().events;
-        match events.last() {
-            Some(event) => after = event.sequence,
-            None => break,
-        }
-    }
+    let mut after = agent.newest_event().await;
     let (request, mut spec) = agent.request("c1", &["tail", "/dev/zero"]);
     spec["linux"]["resources"]["memory"] = json!({"limit": 16 << 20, "swap": 16 << 20});
     let output = agent.run_spec(request, &spec, "").await;

@@ -487,9 +487,10 @@ async fn events_tell_of_every_end() {
         after,
         timeout_ms: 60_000,
     };
+    let newest = agent.newest_event().await;
     let first = tokio::spawn({
         let sandbox = agent.sandbox.clone();
-        async move { sandbox.wait_event(&wait(0)).await.unwrap().events }
+        async move { sandbox.wait_event(&wait(newest)).await.unwrap().events }
     });
     agent.launch("c1", &["sh", "-c", "exit 5"]).await;
     let events = first.await.unwrap();

@@ -138,7 +138,7 @@ async fn a_terminal_of_the_first_process() {
     let agent = agent!();
     let (request, mut spec) = agent.request(
         "c1",
-        &["sh", "-c", "trap 'stty size; W=1' WINCH; tty; stty size; echo ready; while test -z \"$W\"; do sleep 0.02; done; while read line; do echo got $line; done; echo bye; exit 4"],
+        &["sh", "-c", "tty; stty size; echo ready; while test \"$(stty size)\" != \"50 120\"; do sleep 0.02; done; echo resized; while read line; do echo got $line; done; echo bye; exit 4"],
     );
     spec["process"]["consoleSize"] = json!({"width": 91, "height": 33});
     let (mut stdin, in_name) = agent.stream().await;
@@ -165,8 +165,7 @@ async fn a_terminal_of_the_first_process() {
         height: 50,
     };
     agent.tasks.resize_pty(&resize).await.unwrap();
-    // The trap has seen SIGWINCH.
-    read_until(&mut stdout, "50 120").await;
+    read_until(&mut stdout, "resized").await;
     write(&mut stdin, "one\n").await;
     read_until(&mut stdout, "got one").await;
     // The end of the input stream is the terminal's end-of-file character.
