@@ -235,7 +235,8 @@ impl Cgroup {
     }
 }
 
-fn remove_children(path: &Path, depth: usize) {
+/// Removes the empty cgroups below a cgroup.
+pub fn remove_children(path: &Path, depth: usize) {
     // Bounded: a container can nest its cgroups deeply, and our stack is not endless. What is
     // left makes the removal fail and stays.
     if depth > 64 {

@@ -129,7 +129,7 @@ fn remove_own_cgroup(path: Option<PathBuf>) {
     if let Some(parent) = path.parent() {
         let _ = fs::write(parent.join("cgroup.procs"), "0");
     }
-    let _ = fs::write(path.join("cgroup.kill"), "1");
-    let _ = fs::remove_dir(path.join("containers"));
+    // Whatever was in it ended with the pid namespace.
+    cgroup::remove_children(&path, 0);
     let _ = fs::remove_dir(&path);
 }

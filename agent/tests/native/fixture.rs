@@ -468,7 +468,15 @@ impl Drop for Agent {
             );
         }
         if let Place::Here { process, .. } = &mut self.place {
+            let id = process.id();
             let _ = process.wait();
+            for hierarchy in ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
+                let left = Path::new(hierarchy).join(format!("bulkhead-agent-test-{id}"));
+                assert!(
+                    !left.exists() || std::thread::panicking(),
+                    "{left:?} is left"
+                );
+            }
         }
     }
 }
