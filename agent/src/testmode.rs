@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
@@ -53,14 +53,7 @@ fn run(args: &[String]) -> std::io::Result<ExitCode> {
     println!("listening");
     // A cgroup of our own, so that what we make stays below it.
     let own_cgroup = make_own_cgroup();
-    unshare(
-        CloneFlags::CLONE_NEWNS
-            | CloneFlags::CLONE_NEWPID
-            | CloneFlags::CLONE_NEWUTS
-            | CloneFlags::CLONE_NEWIPC
-            | CloneFlags::CLONE_NEWNET
-            | CloneFlags::CLONE_NEWCGROUP,
-    )?;
+    unshare(CloneFlags::CLONE_NEWPID)?;
     // SAFETY: this process has a single thread, so the child may do anything.
     match unsafe { fork() }? {
         ForkResult::Parent { child } => {
@@ -77,7 +70,7 @@ fn run(args: &[String]) -> std::io::Result<ExitCode> {
         ForkResult::Child => {
             // With the test that started us.
             nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
-            set_up_namespaces()?;
+            set_up_namespaces(own_cgroup.as_deref())?;
             let listeners = || {
                 Ok((
                     Listener::Unix(UnixListener::from_std(control)?),
@@ -90,7 +83,17 @@ fn run(args: &[String]) -> std::io::Result<ExitCode> {
     }
 }
 
-fn set_up_namespaces() -> std::io::Result<()> {
+fn set_up_namespaces(own_cgroup: Option<&Path>) -> std::io::Result<()> {
+    if let Some(cgroup) = own_cgroup {
+        fs::write(cgroup.join("cgroup.procs"), "0")?;
+    }
+    unshare(
+        CloneFlags::CLONE_NEWNS
+            | CloneFlags::CLONE_NEWUTS
+            | CloneFlags::CLONE_NEWIPC
+            | CloneFlags::CLONE_NEWNET
+            | CloneFlags::CLONE_NEWCGROUP,
+    )?;
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
     mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none)?;
@@ -120,15 +123,11 @@ fn hierarchy() -> Option<PathBuf> {
 fn make_own_cgroup() -> Option<PathBuf> {
     let path = hierarchy()?.join(format!("bulkhead-agent-test-{}", std::process::id()));
     fs::create_dir(&path).ok()?;
-    fs::write(path.join("cgroup.procs"), "0").ok()?;
     Some(path)
 }
 
 fn remove_own_cgroup(path: Option<PathBuf>) {
     let Some(path) = path else { return };
-    if let Some(parent) = path.parent() {
-        let _ = fs::write(parent.join("cgroup.procs"), "0");
-    }
     // Whatever was in it ended with the pid namespace.
     cgroup::remove_children(&path, 0);
     let _ = fs::remove_dir(&path);
