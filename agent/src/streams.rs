@@ -45,7 +45,7 @@ impl Streams {
         })?;
         match self.state().waiting.remove(id) {
             Some((_, stream)) => Ok(Some(stream)),
-            None => Err(Error::NotFound(format!(
+            None => Err(Error::State(format!(
                 "stream {id:?} is not connected; open it on port {} before naming it",
                 bulkhead_protocol::STREAM_PORT
             ))),

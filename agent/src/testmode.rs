@@ -45,6 +45,8 @@ fn run(args: &[String]) -> std::io::Result<ExitCode> {
         .collect();
     TESTING.store(true, Ordering::Relaxed);
     log::set_level(log::Level::Info);
+    // With the test that starts this.
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
     // Sockets first: /run and /tmp are about to change.
     let control = std::os::unix::net::UnixListener::bind(directory.join("control.sock"))?;
     let streaming = std::os::unix::net::UnixListener::bind(directory.join("stream.sock"))?;
@@ -68,7 +70,7 @@ fn run(args: &[String]) -> std::io::Result<ExitCode> {
             Ok(ExitCode::from(status))
         }
         ForkResult::Child => {
-            // With the test that started us.
+            // The parent dies with the test that started it, and this with the parent.
             nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
             set_up_namespaces(own_cgroup.as_deref())?;
             let listeners = || {

@@ -46,6 +46,10 @@
 //!   mounted; options `ro`, `rbind`;
 //! - `erofs`, `ext4`, `tmpfs`, `overlay`, `bind`: as in containerd, with guest paths.
 //!
+//! The program itself is at fault when CreateTask, or Start of an exec, answers NOT_FOUND (there is
+//! no such program: exit code 127 to a user) or PERMISSION_DENIED (it cannot be executed: 126).
+//! Start answers when the program has been executed.
+//!
 //! **Exec.** `spec`: an `Any` whose value is the OCI `process` object as JSON (containerd's own
 //! type URL is [`sandbox::OCI_PROCESS_TYPE_URL`]). **Update**: `resources` is an `Any` with OCI
 //! `linux.resources` JSON. **Stats** answers an `Any` of

@@ -135,7 +135,7 @@ async fn wrong_requests_are_answered_by_name_and_leave_nothing() {
         ..request.clone()
     };
     let error = attempt(unknown_stream, &spec).await;
-    assert_eq!(error.code(), Some(Code::NotFound));
+    assert_eq!(error.code(), Some(Code::FailedPrecondition));
     assert!(error.to_string().contains("never-opened"));
     let fifo = task::CreateTaskRequest {
         stdout: "/run/fifo".into(),

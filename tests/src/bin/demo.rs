@@ -65,18 +65,21 @@ fn main() -> Result<ExitCode> {
             0,
             "job ok: 4 threads",
         ),
-        plain(
-            "redis",
-            &[
-                "sh",
-                "-c",
-                "redis-server --daemonize yes --save '' --logfile /tmp/redis.log >/dev/null; \
+        Job {
+            // The image's own entrypoint is the server.
+            options: vec!["--entrypoint".into(), "sh".into()],
+            ..plain(
+                "redis",
+                &[
+                    "-c",
+                    "redis-server --daemonize yes --save '' --logfile /tmp/redis.log >/dev/null; \
                  until redis-cli ping >/dev/null 2>&1; do :; done; \
                  redis-cli set demo works >/dev/null; redis-cli get demo; redis-cli shutdown nosave",
-            ],
-            0,
-            "works",
-        ),
+                ],
+                0,
+                "works",
+            )
+        },
         plain(
             "busybox",
             &["sh", "-c", "echo leaving with 7; exit 7"],
