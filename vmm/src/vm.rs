@@ -594,8 +594,8 @@ impl Vm {
         Ok(json!(all))
     }
 
-    /// Writes an ELF core of the guest (memory and registers) that `gdb` and `crash` read. A
-    /// running VM is paused meanwhile.
+    /// Writes an ELF core of the guest (memory and registers) that `gdb` reads (`crash` has not been
+    /// tried). A running VM is paused meanwhile.
     ///
     /// # Errors
     /// When the file cannot be written; a partial one is removed.
