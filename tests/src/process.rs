@@ -158,13 +158,25 @@ pub fn threads(pid: u32) -> Result<usize> {
     let mut count = 0;
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {
         // A thread may end while we look.
-        if let Ok(name) = fs::read_to_string(task?.path().join("comm"))
-            && !name.starts_with("kvm-nx-lpage")
+        if let Ok(stat) = fs::read_to_string(task?.path().join("stat"))
+            && is_live_thread(&stat)
         {
             count += 1;
         }
     }
     Ok(count)
+}
+
+/// Whether a line of `/proc/PID/task/TID/stat` is of a thread of the program that runs. One that
+/// has been joined may still be listed for a moment, on its way out (PF_EXITING of linux/sched.h,
+/// field 9).
+fn is_live_thread(stat: &str) -> bool {
+    const PF_EXITING: u64 = 4;
+    let Some((name, rest)) = stat.rsplit_once(')') else {
+        return false;
+    };
+    let flags = rest.split_whitespace().nth(6).and_then(|f| f.parse().ok());
+    !name.contains("(kvm-nx-lpage") && flags.is_some_and(|f: u64| f & PF_EXITING == 0)
 }
 
 /// Open descriptors of a process.

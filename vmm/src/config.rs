@@ -117,6 +117,8 @@ pub struct VmConfig {
     /// Waits for a debugger on this address (`127.0.0.1:1234` or a socket path) before the first
     /// instruction.
     pub gdb: Option<String>,
+    /// Where to write a core of a guest that panics or triple-faults; the file must not exist.
+    pub crash_core: Option<PathBuf>,
     /// Runs even where KVM is emulated and far too slow.
     pub allow_emulated_kvm: bool,
 }
@@ -141,6 +143,7 @@ impl Default for VmConfig {
             balloon: false,
             console: Console::None,
             gdb: None,
+            crash_core: None,
             allow_emulated_kvm: false,
         }
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -151,6 +151,8 @@ pub struct Vm {
     pub(crate) id: String,
     pub(crate) vcpu_count: u8,
     debugger: Mutex<Option<crate::gdb::Debugger>>,
+    /// Where the core of a crash goes; taken by the one who writes it.
+    crash_core: Mutex<Option<PathBuf>>,
 }
 
 /// A VM whose vCPUs have no state yet: what creation and restore share.
@@ -278,6 +280,7 @@ impl Frame {
             id: config.id,
             vcpu_count: count,
             debugger: Mutex::new(debugger),
+            crash_core: Mutex::new(config.crash_core),
         })
     }
 }
@@ -414,6 +417,7 @@ impl Vm {
     /// Ends the VM at once: all its threads are gone when this returns.
     pub fn stop(&self) {
         self.exit.set(VmExit::Stopped);
+        self.keep_crash();
         let mut phase = self.phase();
         if *phase == Phase::Ended {
             return;
@@ -434,6 +438,21 @@ impl Vm {
         let _ = self.exit.wait(None);
         self.stop();
         self.exit_reason().unwrap_or(VmExit::Stopped)
+    }
+
+    /// Writes the core of a guest that has crashed, while its vCPUs are still there.
+    fn keep_crash(&self) {
+        let path = self.crash_core.lock().ok().and_then(|mut path| path.take());
+        let crashed = matches!(
+            self.exit_reason(),
+            Some(VmExit::GuestPanic { .. } | VmExit::TripleFault { .. })
+        );
+        if let Some(path) = path.filter(|_| crashed && *self.phase() != Phase::Ended) {
+            match crate::dump::write_core(self, &path) {
+                Ok(()) => log::warn!("VM {}: crashed; core in {}", self.id, path.display()),
+                Err(error) => log::warn!("VM {}: crashed; no core: {error}", self.id),
+            }
+        }
     }
 
     /// Like [`Self::wait`], for at most `timeout`; `None` if the VM goes on.

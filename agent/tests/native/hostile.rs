@@ -72,7 +72,7 @@ async fn devices_are_out_of_reach_even_with_mknod() {
     );
     let output = agent.run_spec(request, &spec, "").await;
     if !agent.has("cgroup2").await {
-        println!("SKIPPED: no cgroup v2 here: device rules");
+        crate::fixture::skipped("no cgroup v2 here: device rules");
         return;
     }
     assert!(output.stdout.contains("null-works"), "{output:?}");

@@ -13,7 +13,7 @@ macro_rules! vm_agent {
     () => {{
         let agent = crate::agent!();
         if !agent.in_vm() {
-            println!("SKIPPED: only in a VM (agent/tests/vm)");
+            crate::fixture::skipped("only in a VM (agent/tests/vm)");
             return;
         }
         agent

@@ -535,7 +535,7 @@ async fn pids_pause_and_statistics() {
     assert!(info.kernel.starts_with("Linux "));
     assert!(info.boot.iter().any(|s| s.name == "listening"));
     if !info.features.iter().any(|f| f == "cgroup2") {
-        println!("SKIPPED: no cgroup v2 can be mounted here: pause, statistics");
+        crate::fixture::skipped("no cgroup v2 can be mounted here: pause, statistics");
         return;
     }
     agent

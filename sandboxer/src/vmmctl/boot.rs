@@ -78,6 +78,9 @@ pub struct Args {
     /// Guest memory, for example 512M or 2G.
     #[arg(short, long, default_value = "256M", value_parser = units::memory_mib)]
     memory: u64,
+    /// If the guest panics or triple-faults, write a core of it to FILE for gdb or crash.
+    #[arg(long, value_name = "FILE")]
+    crash_core: Option<PathBuf>,
     /// Wait for gdb on this address (HOST:PORT or a socket path) before the first instruction.
     #[arg(long, value_name = "ADDR")]
     gdb: Option<String>,
@@ -243,6 +246,7 @@ fn start_and_watch(
         rng: args.rng,
         balloon: args.balloon,
         gdb: args.gdb.clone(),
+        crash_core: args.crash_core,
         allow_emulated_kvm: args.allow_emulated_kvm,
         ..VmConfig::default()
     };

@@ -99,6 +99,9 @@ pub struct Args {
     /// Back guest memory with huge pages of the host.
     #[arg(long)]
     hugepages: bool,
+    /// If the guest panics or triple-faults, write a core of it to FILE for gdb or crash.
+    #[arg(long, value_name = "FILE")]
+    crash_core: Option<PathBuf>,
     /// Print the boot's time line on standard error at the end.
     #[arg(long)]
     timing: bool,
@@ -283,6 +286,7 @@ fn prepare(
         nets,
         vsock_cid: Some(3),
         rng: true,
+        crash_core: args.crash_core.clone(),
         allow_emulated_kvm: args.allow_emulated_kvm || !kvm.usable(),
         ..VmConfig::default()
     };
