@@ -1,0 +1,244 @@
+//! Serves a program that answers HTTP requests: each request has an instance of its own, made from
+//! a prepared one, gone afterwards.
+
+use std::convert::Infallible;
+use std::net::TcpListener as StdListener;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, oneshot};
+use tokio::task::JoinSet;
+use wasmtime_wasi_http::io::TokioIo;
+use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
+use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
+use wasmtime_wasi_http::{WasiBody, WasiHttpView};
+
+use crate::exit::Exit;
+use crate::program::Code;
+use crate::run::Setup;
+use crate::state::ComponentState;
+
+/// Queue of connections the kernel keeps for us.
+const BACKLOG: i32 = 1024;
+/// Connections open on one thread; more wait in the kernel's queue.
+const MAX_CONNECTIONS: usize = 1024;
+
+/// Serves until it is ended, or asked to finish.
+pub(crate) async fn serve(setup: &Arc<Setup>) -> Exit {
+    let config = &setup.config.http;
+    let listener = match listen(config.listen) {
+        Ok(listener) => listener,
+        Err(e) => return Exit::failed(format!("listening on {}: {e}", config.listen)),
+    };
+    setup.inner.control.serve();
+    let requests = Arc::new(Semaphore::new(config.concurrent.max(1)));
+    let mut others = Vec::new();
+    for _ in 1..config.threads.max(1) {
+        let Ok(listener) = listener.try_clone() else {
+            break;
+        };
+        let (done, wait) = oneshot::channel::<()>();
+        let (setup_there, requests) = (Arc::clone(setup), Arc::clone(&requests));
+        let started = setup.inner.pod.threads.run(Box::new(move |runtime| {
+            let _cpu = setup_there.inner.control.cpu.attach();
+            runtime.block_on(accept(&setup_there, listener, requests));
+            drop(done);
+        }));
+        // Fewer threads serve as well.
+        if started.is_err() {
+            break;
+        }
+        others.push(wait);
+    }
+    accept(setup, listener, requests).await;
+    for other in others {
+        let _ = other.await;
+    }
+    match setup.inner.control.signal() {
+        Some(signal) => Exit::signal(signal),
+        None => Exit::code(0),
+    }
+}
+
+fn listen(address: std::net::SocketAddr) -> std::io::Result<StdListener> {
+    use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage};
+    let family = if address.is_ipv4() {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    };
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket::socket(family, SockType::Stream, flags, None)?;
+    socket::setsockopt(&fd, socket::sockopt::ReuseAddr, &true)?;
+    socket::bind(
+        std::os::fd::AsRawFd::as_raw_fd(&fd),
+        &SockaddrStorage::from(address),
+    )?;
+    socket::listen(&fd, Backlog::new(BACKLOG)?)?;
+    Ok(StdListener::from(fd))
+}
+
+/// Takes connections on one thread.
+async fn accept(setup: &Arc<Setup>, listener: StdListener, requests: Arc<Semaphore>) {
+    let Ok(listener) = TcpListener::from_std(listener) else {
+        return;
+    };
+    let control = Arc::clone(&setup.inner.control);
+    let mut connections = JoinSet::new();
+    loop {
+        while connections.try_join_next().is_some() {}
+        let room = connections.len() < MAX_CONNECTIONS;
+        tokio::select! {
+            biased;
+            () = control.draining() => break,
+            accepted = listener.accept(), if room => {
+                let Ok((stream, _)) = accepted else {
+                    // No descriptors left, most likely: the ones in use come back.
+                    tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+                    continue;
+                };
+                let _ = stream.set_nodelay(true);
+                let (setup, requests) = (Arc::clone(setup), Arc::clone(&requests));
+                connections.spawn(connection(setup, stream, requests));
+            }
+            _ = connections.join_next(), if !room => {}
+        }
+    }
+    drop(listener);
+    tokio::select! {
+        biased;
+        _ = control.killed() => {}
+        () = async { while connections.join_next().await.is_some() {} } => {}
+    }
+}
+
+async fn connection(setup: Arc<Setup>, stream: tokio::net::TcpStream, requests: Arc<Semaphore>) {
+    let control = Arc::clone(&setup.inner.control);
+    let service = service_fn(|request| {
+        let (setup, requests) = (Arc::clone(&setup), Arc::clone(&requests));
+        async move { Ok::<_, Infallible>(answer(setup, request, requests).await) }
+    });
+    let connection = http1::Builder::new()
+        .keep_alive(true)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    tokio::select! {
+        // What clients send wrongly is theirs to see.
+        _ = connection.as_mut() => return,
+        () = control.draining() => connection.as_mut().graceful_shutdown(),
+    }
+    let _ = connection.await;
+}
+
+fn error(status: StatusCode, text: &str) -> Response<WasiBody> {
+    let body = Full::new(Bytes::copy_from_slice(text.as_bytes()))
+        .map_err(|never| match never {})
+        .boxed_unsync();
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    response
+}
+
+/// Answers one request. A program that fails is told to the client as little as possible and to
+/// the program's own log as much as is known.
+async fn answer(
+    setup: Arc<Setup>,
+    request: Request<Incoming>,
+    requests: Arc<Semaphore>,
+) -> Response<WasiBody> {
+    let Ok(permit) = requests.acquire_owned().await else {
+        return error(StatusCode::SERVICE_UNAVAILABLE, "shutting down\n");
+    };
+    let (sender, receiver) = oneshot::channel();
+    let timeout = setup.config.http.timeout;
+    // The instance lives on after its response's head: the body, and what comes after it.
+    let work = tokio::spawn(async move {
+        let result = setup
+            .guarded(Some(timeout), handle(&setup, request, sender))
+            .await;
+        drop(permit);
+        match result {
+            Ok(Ok(())) => None,
+            Ok(Err(e)) => Some(setup.request_failed(&e)),
+            Err(exit) => Some(exit),
+        }
+    });
+    match receiver.await {
+        Ok(Ok(response)) => response,
+        Ok(Err(e)) => error(
+            StatusCode::BAD_GATEWAY,
+            &format!("the program gave up: {e:?}\n"),
+        ),
+        Err(_) => {
+            let exit = work.await.ok().flatten();
+            match exit.map(|e| e.reason) {
+                Some(crate::Reason::OutOfMemory) => {
+                    error(StatusCode::INSUFFICIENT_STORAGE, "out of memory\n")
+                }
+                Some(crate::Reason::Deadline) => {
+                    error(StatusCode::GATEWAY_TIMEOUT, "the program took too long\n")
+                }
+                Some(crate::Reason::Failed) => error(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    "no instance could be made\n",
+                ),
+                _ => error(
+                    StatusCode::INTERNAL_SERVER_ERROR,
+                    "the program failed; see its log\n",
+                ),
+            }
+        }
+    }
+}
+
+type Reply = oneshot::Sender<Result<Response<HyperOutgoingBody>, ErrorCode>>;
+
+async fn handle(setup: &Setup, request: Request<Incoming>, reply: Reply) -> Result<(), Failed> {
+    match &setup.config.program.0.code {
+        Code::Http(pre) => p2(setup, pre, request, reply).await,
+        _ => Err(Failed {
+            error: wasmtime::Error::msg("not an HTTP program"),
+            instantiated: false,
+        }),
+    }
+}
+
+/// A failed request.
+pub(crate) struct Failed {
+    pub(crate) error: wasmtime::Error,
+    pub(crate) instantiated: bool,
+}
+
+async fn p2(
+    setup: &Setup,
+    pre: &wasmtime_wasi_http::p2::bindings::ProxyPre<ComponentState>,
+    request: Request<Incoming>,
+    reply: Reply,
+) -> Result<(), Failed> {
+    let before = |error| Failed {
+        error,
+        instantiated: false,
+    };
+    let after = |error| Failed {
+        error,
+        instantiated: true,
+    };
+    let mut store = setup.component_store().map_err(before)?;
+    let mut http = store.data_mut().http();
+    let request = http
+        .new_incoming_request(Scheme::Http, request)
+        .map_err(before)?;
+    let out = http.new_response_outparam(reply).map_err(before)?;
+    let proxy = pre.instantiate_async(&mut store).await.map_err(before)?;
+    proxy
+        .wasi_http_incoming_handler()
+        .call_handle(&mut store, request, out)
+        .await
+        .map_err(after)
+}

@@ -1,0 +1,219 @@
+//! Threads of one pod: they run its programs and do its host calls, and nobody else's.
+//!
+//! A thread enters the pod's network namespace before anything else; the runtime's helper threads
+//! are its children and inherit that, as they inherit a cgroup or seccomp filter set by the hook.
+//! Idle threads wait a moment for the next program and then go, so that an idle pod has none.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use nix::sched::{CloneFlags, setns};
+use tokio::runtime::Runtime;
+
+use crate::error::WasmError;
+
+/// How long an idle thread waits for work.
+const KEEP: Duration = Duration::from_secs(2);
+/// Threads that wait for disks and the like, beside each program's own.
+const MAX_BLOCKING_THREADS: usize = 4;
+/// Host functions run on the program's fiber; this is for the thread itself.
+const STACK_BYTES: usize = 1 << 20;
+
+pub(crate) type Job = Box<dyn FnOnce(&Runtime) + Send>;
+
+/// Called on each new thread of a pod, in the pod's network namespace, before anything of the pod
+/// runs on it: joins a cgroup, loads a seccomp filter.
+pub type ThreadHook = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
+/// Starts a thread by name. A daemon whose threads are filtered passes its unfiltered spawner.
+pub type Spawner = Arc<dyn Fn(String, Box<dyn FnOnce() + Send>) -> io::Result<()> + Send + Sync>;
+
+/// Which network a pod's programs see.
+#[derive(Debug, Default)]
+pub enum Network {
+    /// None: no sockets, no names.
+    #[default]
+    None,
+    /// The namespace behind this descriptor.
+    Namespace(OwnedFd),
+    /// That of the process.
+    Host,
+}
+
+pub(crate) struct Threads {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    name: String,
+    network: Network,
+    hook: Option<ThreadHook>,
+    spawner: Spawner,
+    idle: Mutex<Vec<(u64, mpsc::Sender<Job>)>>,
+    next: AtomicU64,
+    closed: AtomicBool,
+}
+
+impl fmt::Debug for Threads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Threads")
+            .field("name", &self.shared.name)
+            .field("network", &self.shared.network)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Plain threads of the standard library.
+pub(crate) fn default_spawner() -> Spawner {
+    Arc::new(|name, work| {
+        std::thread::Builder::new()
+            .name(name)
+            .stack_size(STACK_BYTES)
+            .spawn(work)
+            .map(drop)
+    })
+}
+
+impl Threads {
+    pub(crate) fn new(
+        pod: &str,
+        network: Network,
+        hook: Option<ThreadHook>,
+        spawner: Option<Spawner>,
+    ) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                // The kernel shows 15 characters.
+                name: format!("wasm-{}", pod.chars().take(10).collect::<String>()),
+                network,
+                hook,
+                spawner: spawner.unwrap_or_else(default_spawner),
+                idle: Mutex::new(Vec::new()),
+                next: AtomicU64::new(0),
+                closed: AtomicBool::new(false),
+            }),
+        }
+    }
+
+    pub(crate) fn has_network(&self) -> bool {
+        !matches!(self.shared.network, Network::None)
+    }
+
+    /// Runs `job` on a thread of the pod.
+    pub(crate) fn run(&self, mut job: Job) -> Result<(), WasmError> {
+        loop {
+            let idle = self.shared.idle().pop();
+            let Some((_, sender)) = idle else { break };
+            match sender.send(job) {
+                Ok(()) => return Ok(()),
+                // It has just gone.
+                Err(mpsc::SendError(back)) => job = back,
+            }
+        }
+        let shared = Arc::clone(&self.shared);
+        let (report, ready) = mpsc::sync_channel(1);
+        let fail = |e| WasmError::io(format!("thread of pod {}", self.shared.name), e);
+        (self.shared.spawner)(
+            self.shared.name.clone(),
+            Box::new(move || {
+                let made = shared.enter().and_then(|()| shared.runtime());
+                match made {
+                    Ok(runtime) => {
+                        let _ = report.send(Ok(()));
+                        shared.work(&runtime, job);
+                    }
+                    Err(e) => {
+                        let _ = report.send(Err(e));
+                    }
+                }
+            }),
+        )
+        .map_err(fail)?;
+        match ready.recv() {
+            Ok(result) => result.map_err(fail),
+            Err(_) => Err(fail(io::Error::other("ended while it was set up"))),
+        }
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.shared.closed.store(true, Ordering::Release);
+        // Their receivers disconnect.
+        self.shared.idle().clear();
+    }
+}
+
+impl Shared {
+    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<(u64, mpsc::Sender<Job>)>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enter(&self) -> io::Result<()> {
+        if let Network::Namespace(namespace) = &self.network {
+            setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET)?;
+        }
+        match &self.hook {
+            Some(hook) => hook(),
+            None => Ok(()),
+        }
+    }
+
+    fn runtime(&self) -> io::Result<Runtime> {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .enable_time()
+            // A program that only computes yields once a tick; sockets and timers are looked at
+            // each time, not at every 61st.
+            .event_interval(1)
+            .max_blocking_threads(MAX_BLOCKING_THREADS)
+            .thread_keep_alive(KEEP)
+            .thread_name(self.name.clone())
+            .build()
+    }
+
+    fn work(&self, runtime: &Runtime, first: Job) {
+        let mut job = Some(first);
+        while let Some(work) = job.take() {
+            // A bug in a host function ends this program; the thread and the process go on. The
+            // program's exit is told by a guard that is dropped on the way.
+            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(runtime)));
+            job = self.wait();
+        }
+    }
+
+    fn wait(&self) -> Option<Job> {
+        let (sender, receiver) = mpsc::channel();
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        {
+            let mut idle = self.idle();
+            // Looked at under the lock that the closing side takes afterwards.
+            if self.closed.load(Ordering::Acquire) {
+                return None;
+            }
+            idle.push((number, sender));
+        }
+        match receiver.recv_timeout(KEEP) {
+            Ok(job) => Some(job),
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) => {
+                let mut idle = self.idle();
+                match idle.iter().position(|(n, _)| *n == number) {
+                    Some(at) => {
+                        idle.remove(at);
+                        None
+                    }
+                    None => {
+                        // Chosen a moment ago: the job is on its way, or the pod is gone.
+                        drop(idle);
+                        receiver.recv().ok()
+                    }
+                }
+            }
+        }
+    }
+}
