@@ -140,6 +140,14 @@ pub async fn clean_up(id: &str) {
     let _ = std::fs::remove_dir_all(Path::new(create::STATE_DIR).join(id));
 }
 
+/// Makes the kernel forget names and files nobody uses. Otherwise the host would have to keep those
+/// of a container that is gone, and with them its mounts, for as long as this guest runs.
+fn forget_files() {
+    if !crate::testing() {
+        let _ = std::fs::write("/proc/sys/vm/drop_caches", "2");
+    }
+}
+
 /// What [`Container::create`] needs.
 pub struct New<'a> {
     /// The container's id.
@@ -621,6 +629,7 @@ impl Container {
             }
         }
         clean_up(&self.id).await;
+        forget_files();
         let mut state = self.state();
         state.execs.clear();
         state.init.pumps = None;

@@ -12,6 +12,7 @@ use bulkhead_protocol::sandbox::*;
 use bulkhead_protocol::server::SandboxService;
 use bulkhead_protocol::types::Empty;
 use nix::errno::Errno;
+use nix::mount::MsFlags;
 use tokio::sync::mpsc;
 
 use crate::boot;
@@ -20,6 +21,9 @@ use crate::error::{Context, Error, Result};
 use crate::net;
 use crate::spec::ETC_DIR;
 use crate::tasks::Tasks;
+
+/// The sandbox's shared memory.
+const SHM_DIR: &str = "/run/bulkhead/shm";
 
 /// Random bytes taken in one call; the kernel's pool is smaller.
 const MAX_ENTROPY: usize = 512;
@@ -155,6 +159,7 @@ fn configure(
             .shares
             .mount(&share.tag, &share.path, &share.options)?;
     }
+    make_shared_memory()?;
     if !request.hostname.is_empty() {
         nix::unistd::sethostname(&request.hostname)
             .context(|| format!("set the host name to {:?}", request.hostname))?;
@@ -170,6 +175,18 @@ fn configure(
         }
     }
     net::configure(&request.interfaces, &request.routes, &request.neighbours)
+}
+
+/// Shared memory of all containers that want to share it: they bind it to /dev/shm.
+fn make_shared_memory() -> Result<()> {
+    if crate::testing() || Path::new(SHM_DIR).exists() {
+        return Ok(());
+    }
+    fs::create_dir_all(SHM_DIR).context(|| format!("make {SHM_DIR}"))?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let data = Some("mode=1777,size=65536k");
+    nix::mount::mount(Some("shm"), SHM_DIR, Some("tmpfs"), flags, data)
+        .context(|| format!("mount a tmpfs at {SHM_DIR}"))
 }
 
 /// Text for a file: no line of it may become two.

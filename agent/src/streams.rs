@@ -1,12 +1,13 @@
 //! Stdio streams the host has opened and no call has named yet.
 
 use std::collections::HashMap;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bulkhead_protocol::{STREAM_CLAIM_SECONDS, stream};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
+use tokio::net::{TcpStream, UnixStream};
 
 use crate::error::{Error, Result};
 
@@ -61,6 +62,9 @@ impl Streams {
                 .await;
             return;
         };
+        if let Some(port) = id.strip_prefix(stream::TCP) {
+            return forward(connection, port).await;
+        }
         // Hold the stream back from takers until the host has its answer.
         let refusal = {
             let state = self.state();
@@ -91,6 +95,33 @@ impl Streams {
         let mut state = self.state();
         if state.waiting.get(&id).is_some_and(|(n, _)| *n == number) {
             state.waiting.remove(&id);
+        }
+    }
+}
+
+/// A connection to a port of this guest's loopback, as the host's port-forwarding wants it.
+async fn forward(mut connection: UnixStream, port: &str) {
+    let refuse = |reason: String| stream::error_answer(&reason);
+    let reached = match port.parse::<u16>() {
+        Ok(port) if port > 0 => {
+            let addresses = [
+                SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
+                SocketAddr::from((Ipv6Addr::LOCALHOST, port)),
+            ];
+            let reached = TcpStream::connect(addresses.as_slice()).await;
+            reached.map_err(|e| refuse(format!("port {port} of the sandbox: {e}")))
+        }
+        _ => Err(refuse("no port number".to_owned())),
+    };
+    match reached {
+        Ok(mut tcp) => {
+            if connection.write_all(stream::OK).await.is_ok() {
+                // Either side may half-close; an error of one ends both.
+                let _ = tokio::io::copy_bidirectional(&mut connection, &mut tcp).await;
+            }
+        }
+        Err(answer) => {
+            let _ = connection.write_all(&answer).await;
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The host side of Bulkhead: images, engines and `vmmctl`.
 
+pub mod daemon;
 pub mod debug;
 pub mod engine;
 pub mod fsutil;

@@ -53,14 +53,22 @@ pub fn bzimage() -> Result<PathBuf> {
 /// # Errors
 /// When it is not built.
 pub fn vmmctl() -> Result<PathBuf> {
+    built("vmmctl")
+}
+
+/// A program of this build: beside the running test program.
+///
+/// # Errors
+/// When it is not built.
+pub fn built(name: &str) -> Result<PathBuf> {
     let exe = std::env::current_exe()?;
     let path = exe
         .ancestors()
         .skip(1)
         .take(3)
-        .map(|dir| dir.join("vmmctl"))
+        .map(|dir| dir.join(name))
         .find(|path| path.is_file())
-        .with_context(|| format!("no vmmctl near {}: run `just build`", exe.display()))?;
+        .with_context(|| format!("no {name} near {}: run `just build`", exe.display()))?;
     Ok(path)
 }
 

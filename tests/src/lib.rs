@@ -1,5 +1,6 @@
 //! What end-to-end tests and benchmarks share: where things are, and how to measure a process.
 
 pub mod bench;
+pub mod cri;
 pub mod env;
 pub mod process;

@@ -33,6 +33,8 @@
 //! - The host half-closes stdin to give the process EOF (on a terminal: the VEOF character).
 //!   `CloseIO` does the same after the bytes that had arrived by then.
 //! - If the host drops an output stream, further output is discarded and the process goes on.
+//! - The id `tcp:<port>` is no stream of a process: the guest connects to that port of its loopback
+//!   (127.0.0.1, else ::1) and answers when it has; then the bytes are the connection's.
 //! - Nothing is dropped for a slow reader: the process blocks, and only that process.
 //!
 //! **CreateTask.** `id`: 1 to 128 of `[A-Za-z0-9_.+-]`, not starting with a dot. `bundle` may be

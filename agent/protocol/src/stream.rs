@@ -11,6 +11,8 @@ pub const MAX_HEADER: usize = MAX_ID + 1;
 pub const MAX_ANSWER: usize = 256;
 /// Scheme of a stream in the `stdin`, `stdout` and `stderr` fields of Task requests.
 pub const SCHEME: &str = "stream:";
+/// Start of an id that stands for a connection to a TCP port of the guest's loopback: `tcp:8080`.
+pub const TCP: &str = "tcp:";
 /// The guest's answer when it has taken the stream.
 pub const OK: &[u8] = b"ok\n";
 

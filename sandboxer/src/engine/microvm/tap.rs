@@ -69,6 +69,26 @@ fn ioctl(fd: &impl AsRawFd, request: libc::c_ulong, argument: &mut IfReq) -> io:
 
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 
+/// Opens the tap `name`, making it if it is not there, in the network namespace of this thread;
+/// `%d` in the name becomes a free number. Gives its real name and its queue.
+///
+/// # Errors
+/// There is no `/dev/net/tun` (load the module tun), the name is taken, or privileges are missing.
+pub fn create_tap(name: &str) -> io::Result<(String, File)> {
+    let tun = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")?;
+    let mut request = IfReq::new(name).flags(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
+    ioctl(&tun, TUNSETIFF, &mut request)?;
+    let end = request.name.iter().position(|b| *b == 0);
+    let real = request
+        .name
+        .get(..end.unwrap_or(NAME_MAX))
+        .unwrap_or_default();
+    Ok((String::from_utf8_lossy(real).into_owned(), tun))
+}
+
 impl Tap {
     /// Opens the tap `name`, or makes one and gives it an address of the /30 network number
     /// `network` (0 to 16,383) in 172.31.0.0/16.
@@ -88,21 +108,9 @@ impl Tap {
             return Err(failed("cannot be a tap")(source));
         }
         let existed = name.is_some_and(|n| std::path::Path::new("/sys/class/net").join(n).exists());
-        let tun = File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/net/tun")
-            .map_err(failed("/dev/net/tun (load the module tun, run as root)"))?;
-        let mut request =
-            IfReq::new(wanted).flags(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
-        ioctl(&tun, TUNSETIFF, &mut request)
-            .map_err(failed("cannot be made (is it in use? are you root?)"))?;
-        let end = request
-            .name
-            .iter()
-            .position(|b| *b == 0)
-            .unwrap_or(NAME_MAX);
-        let real = String::from_utf8_lossy(&request.name[..end]).into_owned();
+        let (real, tun) = create_tap(wanted).map_err(failed(
+            "cannot be made (is it in use? are you root? is there /dev/net/tun?)",
+        ))?;
         if existed {
             return Ok(Self {
                 name: real,

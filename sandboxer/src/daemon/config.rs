@@ -1,0 +1,230 @@
+//! The daemon's configuration file (TOML). Every key has a default; a key nobody knows is an
+//! error, named with its line.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+/// Where the file is looked for when none is named.
+pub const DEFAULT_PATH: &str = "/etc/bulkhead/sandboxer.toml";
+
+/// The configuration.
+#[derive(Debug, Clone, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Where sockets and state of running pods are; must not survive a reboot.
+    pub run_dir: PathBuf,
+    /// Socket of the sandbox controller; `address` in containerd's `[proxy_plugins]`.
+    pub socket: PathBuf,
+    /// containerd's ttrpc socket, to which events are sent.
+    pub containerd_ttrpc: PathBuf,
+    /// `[log]`
+    pub log: Log,
+    /// `[microvm]`
+    pub microvm: Microvm,
+}
+
+/// What is logged.
+#[derive(Debug, Clone, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// `error`, `warn`, `info`, `debug` or `trace`, or a filter as for `RUST_LOG`.
+    pub level: String,
+}
+
+/// Pods in VMs with a Linux guest.
+#[derive(Debug, Clone, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Microvm {
+    /// Guest kernel; found where it is installed if left out.
+    pub kernel: Option<PathBuf>,
+    /// Guest image; found where it is installed if left out.
+    pub image: Option<PathBuf>,
+    /// Appended to the guest kernel's command line.
+    pub cmdline: String,
+    /// vCPUs of a pod that has no CPU limit.
+    pub default_cpus: u8,
+    /// Most vCPUs of a pod.
+    pub max_cpus: u8,
+    /// Memory of a pod that has no memory limit, in MiB.
+    pub default_memory_mib: u64,
+    /// Added to the limit of a pod that has one, for the guest's kernel and agent, in MiB.
+    pub overhead_mib: u64,
+    /// Most memory of a pod, in MiB.
+    pub max_memory_mib: u64,
+    /// Back guest memory with huge pages of the host.
+    pub hugepages: bool,
+    /// Run where KVM is emulated and a boot takes minutes.
+    pub allow_emulated_kvm: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            run_dir: "/run/bulkhead".into(),
+            socket: "/run/bulkhead/microvm.sock".into(),
+            containerd_ttrpc: "/run/containerd/containerd.sock.ttrpc".into(),
+            log: Log::default(),
+            microvm: Microvm::default(),
+        }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self {
+            level: "info".into(),
+        }
+    }
+}
+
+impl Default for Microvm {
+    fn default() -> Self {
+        Self {
+            kernel: None,
+            image: None,
+            cmdline: String::new(),
+            default_cpus: 1,
+            max_cpus: 32,
+            default_memory_mib: 256,
+            overhead_mib: 64,
+            max_memory_mib: 65_536,
+            hugepages: false,
+            allow_emulated_kvm: false,
+        }
+    }
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("configuration {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The host's answer.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("configuration {}, line {line}: {reason}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where.
+        line: usize,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A value cannot be.
+    #[error("configuration: {key}: {reason}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+impl Config {
+    /// Reads the file that is named; or the default one, if it is there.
+    ///
+    /// # Errors
+    /// It cannot be read, or is wrong.
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let named = path.is_some();
+        let path = path.unwrap_or(Path::new(DEFAULT_PATH));
+        let config = match std::fs::read_to_string(path) {
+            Ok(text) => Self::parse(&text, path)?,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !named => Self::default(),
+            Err(source) => {
+                return Err(ConfigError::Read {
+                    path: path.to_owned(),
+                    source,
+                });
+            }
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        toml::from_str(text).map_err(|e| {
+            let at = e.span().map_or(0, |span| span.start);
+            let line = text.bytes().take(at).filter(|b| *b == b'\n').count() + 1;
+            ConfigError::Parse {
+                path: path.to_owned(),
+                line,
+                reason: e.message().to_owned(),
+            }
+        })
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let wrong = |key, reason: &str| {
+            Err(ConfigError::Value {
+                key,
+                reason: reason.to_owned(),
+            })
+        };
+        // "/pods/", an id of 76 bytes, "/task.sock", and the 108 bytes of a socket address.
+        if self.run_dir.as_os_str().len() > 14 || !self.run_dir.is_absolute() {
+            return wrong("run_dir", "must be absolute and have at most 14 characters");
+        }
+        if !self.socket.is_absolute() {
+            return wrong("socket", "must be absolute");
+        }
+        let vm = &self.microvm;
+        if vm.default_cpus == 0 || vm.default_cpus > vm.max_cpus || vm.max_cpus > 32 {
+            return wrong(
+                "microvm.default_cpus",
+                "must be at least 1 and at most max_cpus, which is at most 32",
+            );
+        }
+        if vm.default_memory_mib < 48 || vm.default_memory_mib > vm.max_memory_mib {
+            return wrong(
+                "microvm.default_memory_mib",
+                "must be at least 48 and at most max_memory_mib",
+            );
+        }
+        if vm.overhead_mib < 32 {
+            return wrong(
+                "microvm.overhead_mib",
+                "must be at least 32: guest kernel and agent need that",
+            );
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        let config = Config::parse(text, Path::new("x.toml")).map_err(|e| e.to_string())?;
+        config.check().map_err(|e| e.to_string())?;
+        Ok(config)
+    }
+
+    #[test]
+    fn mistakes_are_named_with_their_line() {
+        let error = parse("[microvm]\ndefault_cpus = 2\nmemroy = 3\n").expect_err("unknown key");
+        assert!(
+            error.contains("line 3") && error.contains("memroy"),
+            "{error}"
+        );
+        let error = parse("[microvm]\ndefault_cpus = \"x\"\n").expect_err("type");
+        assert!(error.contains("line 2"), "{error}");
+        assert!(parse("run_dir = \"/run/a/very/long/name\"").is_err());
+        assert!(parse("[microvm]\ndefault_cpus = 0").is_err());
+    }
+
+    #[test]
+    fn what_is_left_out_has_its_default() {
+        let config = parse("[microvm]\ndefault_memory_mib = 512\n").expect("config");
+        assert_eq!(config.microvm.default_memory_mib, 512);
+        assert_eq!(config.socket, Path::new("/run/bulkhead/microvm.sock"));
+    }
+}

@@ -1,0 +1,286 @@
+//! From the OCI spec that containerd's CRI makes for a container on this host to the one that its
+//! guest can run: paths of volumes, namespaces, and what only a host has.
+
+use serde_json::{Value, json};
+
+use bulkhead_protocol::rpc::{Code, Status};
+
+/// Where the agent keeps the pod's shared memory.
+const SHM: &str = "/run/bulkhead/shm";
+/// Mounts a container may have.
+const MAX_MOUNTS: usize = 1000;
+/// Devices that every guest has under the same numbers.
+const COMMON_DEVICES: [&str; 8] = [
+    "/dev/null",
+    "/dev/zero",
+    "/dev/full",
+    "/dev/random",
+    "/dev/urandom",
+    "/dev/tty",
+    "/dev/net/tun",
+    "/dev/fuse",
+];
+
+fn invalid(text: impl Into<String>) -> Status {
+    Status::new(Code::InvalidArgument, text)
+}
+
+/// A bind mount whose source is on the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostBind {
+    /// Which of the spec's mounts.
+    pub index: usize,
+    /// Path on the host.
+    pub source: String,
+    /// Neither the container nor the guest may write.
+    pub read_only: bool,
+}
+
+/// Changes the spec in place; gives the volumes that the guest needs to see, whose sources are to
+/// be replaced with [`set_source`].
+///
+/// # Errors
+/// The spec asks for what a VM cannot give.
+pub fn rewrite(spec: &mut Value) -> Result<Vec<HostBind>, Status> {
+    if !spec.is_object() || !spec["linux"].is_object() {
+        return Err(invalid("the container's OCI spec has no linux part"));
+    }
+    namespaces(spec)?;
+    resources(spec);
+    devices(spec)?;
+    mounts(spec)
+}
+
+/// Puts the guest's path of a volume into the spec.
+pub fn set_source(spec: &mut Value, bind: &HostBind, guest_path: String) {
+    if let Some(mount) = spec["mounts"].get_mut(bind.index) {
+        mount["source"] = json!(guest_path);
+    }
+}
+
+fn namespaces(spec: &mut Value) -> Result<(), Status> {
+    let Some(list) = spec["linux"]["namespaces"].as_array_mut() else {
+        return Err(invalid("the container's OCI spec names no namespaces"));
+    };
+    let mut own_uts = false;
+    for ns in list.iter_mut() {
+        let kind = ns["type"].as_str().unwrap_or_default().to_owned();
+        let shared = ns["path"].as_str().is_some_and(|p| !p.is_empty());
+        match kind.as_str() {
+            "user" => {
+                return Err(invalid(
+                    "user namespaces of the host mean nothing in a VM: leave hostUsers at its default",
+                ));
+            }
+            "uts" => own_uts = !shared,
+            // Those of the pod are the guest's own, which the agent knows.
+            "pid" if shared => {
+                if let Some(ns) = ns.as_object_mut() {
+                    ns.remove("path");
+                }
+            }
+            _ => {}
+        }
+    }
+    if !list.iter().any(|ns| ns["type"] == "pid") {
+        list.push(json!({"type": "pid"}));
+    }
+    if !own_uts && let Some(spec) = spec.as_object_mut() {
+        // Setting it would need a namespace of the container's own.
+        spec.remove("hostname");
+        spec.remove("domainname");
+    }
+    Ok(())
+}
+
+fn resources(spec: &mut Value) {
+    let Some(resources) = spec["linux"]["resources"].as_object_mut() else {
+        return;
+    };
+    strip_resources(resources);
+}
+
+/// Takes out of OCI resources what means nothing in a guest: numbers of the host's CPUs, memory
+/// nodes and block devices, and controllers that guests do not have.
+pub fn strip_resources(resources: &mut serde_json::Map<String, Value>) {
+    for key in ["hugepageLimits", "rdma", "blockIO", "network"] {
+        resources.remove(key);
+    }
+    if let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) {
+        cpu.remove("cpus");
+        cpu.remove("mems");
+        for key in ["realtimePeriod", "realtimeRuntime"] {
+            cpu.remove(key);
+        }
+    }
+    if let Some(unified) = resources.get_mut("unified").and_then(Value::as_object_mut) {
+        unified.retain(|key, _| {
+            key.starts_with("memory.") || key.starts_with("pids.") || key.starts_with("cpu.")
+        });
+    }
+}
+
+fn devices(spec: &mut Value) -> Result<(), Status> {
+    // A privileged container may use every device there is: those of its guest.
+    let privileged = spec["linux"]["resources"]["devices"]
+        .as_array()
+        .is_some_and(|rules| {
+            rules.iter().any(|r| {
+                r["allow"] == true
+                    && r["major"].is_null()
+                    && r["minor"].is_null()
+                    && (r["type"].is_null() || r["type"] == "a" || r["type"] == "")
+            })
+        });
+    let Some(list) = spec["linux"]["devices"].as_array_mut() else {
+        return Ok(());
+    };
+    let mut foreign = None;
+    list.retain(|device| {
+        let path = device["path"].as_str().unwrap_or_default();
+        let common = COMMON_DEVICES.contains(&path);
+        if !common {
+            foreign.get_or_insert_with(|| path.to_owned());
+        }
+        common
+    });
+    match foreign {
+        Some(path) if !privileged => Err(invalid(format!(
+            "device {path:?}: devices of the host cannot be given to a VM"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn mounts(spec: &mut Value) -> Result<Vec<HostBind>, Status> {
+    let Some(list) = spec["mounts"].as_array_mut() else {
+        return Ok(Vec::new());
+    };
+    if list.len() > MAX_MOUNTS {
+        return Err(invalid(format!("more than {MAX_MOUNTS} mounts")));
+    }
+    let mut binds = Vec::new();
+    for (index, mount) in list.iter_mut().enumerate() {
+        if mount.get("uidMappings").is_some_and(|m| !m.is_null()) {
+            return Err(invalid("idmapped mounts cannot be given to a VM"));
+        }
+        let has = |mount: &Value, option: &str| {
+            let options = mount["options"].as_array();
+            options.is_some_and(|all| all.iter().any(|o| o == option))
+        };
+        let is_bind = mount["type"] == "bind" || has(mount, "bind") || has(mount, "rbind");
+        let source = mount["source"].as_str().unwrap_or_default().to_owned();
+        if mount["destination"] == "/dev/shm" && (source == "/dev/shm" || !is_bind) {
+            // One for all containers of the pod.
+            *mount = json!({
+                "destination": "/dev/shm", "type": "bind", "source": SHM,
+                "options": ["rbind", "rprivate", "nosuid", "noexec", "nodev"],
+            });
+            continue;
+        }
+        if !is_bind {
+            continue;
+        }
+        if !source.starts_with('/') {
+            return Err(invalid(format!(
+                "mount at {}: source {source:?} is not an absolute path",
+                mount["destination"]
+            )));
+        }
+        binds.push(HostBind {
+            index,
+            source,
+            read_only: has(mount, "ro") || has(mount, "rro"),
+        });
+        // Propagation between host and guest there is none; inside of the guest nobody else
+        // mounts there.
+        if let Some(options) = mount["options"].as_array_mut() {
+            options.retain(|o| {
+                !matches!(
+                    o.as_str(),
+                    Some(
+                        "rshared" | "shared" | "rslave" | "slave" | "rro" | "private" | "rprivate"
+                    )
+                )
+            });
+            options.push(json!("rprivate"));
+        }
+    }
+    Ok(binds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> Value {
+        json!({
+            "hostname": "x",
+            "process": {"args": ["sh"]},
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/dev/shm", "type": "tmpfs", "source": "shm"},
+                {"destination": "/data", "type": "bind", "source": "/srv/data", "options": ["rbind", "rslave", "ro"]},
+            ],
+            "linux": {
+                "namespaces": [
+                    {"type": "pid"}, {"type": "mount"},
+                    {"type": "network", "path": "/proc/7/ns/net"},
+                    {"type": "uts", "path": "/proc/7/ns/uts"},
+                    {"type": "ipc", "path": "/proc/7/ns/ipc"},
+                ],
+                "resources": {"cpu": {"cpus": "0-3", "shares": 2}, "hugepageLimits": [{"pageSize": "2MB", "limit": 0}]},
+                "devices": [{"path": "/dev/null"}],
+            },
+        })
+    }
+
+    #[test]
+    fn what_only_a_host_has_goes() {
+        let mut spec = spec();
+        let binds = rewrite(&mut spec).expect("rewritten");
+        assert_eq!(
+            binds,
+            [HostBind {
+                index: 2,
+                source: "/srv/data".into(),
+                read_only: true
+            }]
+        );
+        set_source(&mut spec, &binds[0], "/run/bulkhead/volumes/1".into());
+        assert_eq!(spec["mounts"][2]["source"], "/run/bulkhead/volumes/1");
+        assert_eq!(
+            spec["mounts"][2]["options"],
+            json!(["rbind", "ro", "rprivate"])
+        );
+        assert_eq!(spec["mounts"][1]["source"], SHM);
+        assert!(spec.get("hostname").is_none());
+        let resources = &spec["linux"]["resources"];
+        assert_eq!(resources["cpu"], json!({"shares": 2}));
+        assert!(resources.get("hugepageLimits").is_none());
+    }
+
+    #[test]
+    fn what_a_vm_cannot_give_is_refused() {
+        let mut user = spec();
+        user["linux"]["namespaces"] = json!([{"type": "user"}]);
+        assert!(rewrite(&mut user).is_err());
+        let mut device = spec();
+        device["linux"]["devices"] = json!([{"path": "/dev/sda"}]);
+        assert!(rewrite(&mut device).is_err());
+        device["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+        assert!(rewrite(&mut device).is_ok());
+        assert_eq!(device["linux"]["devices"], json!([]));
+        assert!(rewrite(&mut json!([])).is_err());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_mounts_are_answered(text in "[a-z/\\[\\]{}\":,]{0,200}") {
+            let mounts: Value = serde_json::from_str(&text).unwrap_or(json!([text]));
+            let mut spec = spec();
+            spec["mounts"] = mounts;
+            let _ = rewrite(&mut spec);
+        }
+    }
+}

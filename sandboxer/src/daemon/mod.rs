@@ -1,0 +1,280 @@
+//! The node daemon: containerd's sandbox plugin.
+//!
+//! One process serves all pods. containerd asks it for sandboxes by gRPC ([`controller`]) and for
+//! containers by ttrpc, on a socket per pod ([`ttrpc`], [`task`]); see `docs/cri.md`.
+
+pub mod cgroup;
+pub mod config;
+pub mod container_spec;
+pub mod controller;
+pub mod events;
+pub mod grpc;
+pub mod guest;
+pub mod netlink;
+pub mod network;
+pub mod pod;
+pub mod proto;
+pub mod state;
+pub mod stdio;
+pub mod storage;
+pub mod streaming;
+pub mod task;
+pub mod ttrpc;
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Parser;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::engine::microvm::share::enter_private_mounts;
+use crate::fsutil;
+use config::Config;
+use controller::{Controller, Endpoint};
+use events::Events;
+use pod::Pod;
+use state::State;
+
+/// Open files the daemon wants to be able to have.
+const NOFILE: u64 = 1 << 20;
+
+/// Bulkhead's node daemon: runs containerd's pods in sandboxes.
+#[derive(Debug, Parser)]
+#[command(name = "sandboxer", version)]
+struct Args {
+    /// Configuration file.
+    #[arg(long, short, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Check the configuration and exit.
+    #[arg(long)]
+    check: bool,
+}
+
+/// Why the daemon does not run.
+#[derive(Debug, thiserror::Error)]
+enum DaemonError {
+    #[error(transparent)]
+    Config(#[from] config::ConfigError),
+    #[error("{what}: {source}")]
+    Io {
+        what: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("another sandboxer runs with {}; stop it first", .0.display())]
+    Running(PathBuf),
+}
+
+fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> DaemonError {
+    let what = what.into();
+    move |source| DaemonError::Io { what, source }
+}
+
+/// Runs the daemon.
+pub fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<(), DaemonError> {
+    let config = Config::load(args.config.as_deref())?;
+    if args.check {
+        return Ok(());
+    }
+    let filter = std::env::var("RUST_LOG").unwrap_or_else(|_| config.log.level.clone());
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::new(filter))
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .init();
+    private_dir(&config.run_dir)?;
+    let lock_file = config.run_dir.join("sandboxer.lock");
+    let _lock = fsutil::lock(&lock_file, false).map_err(|e| match e.kind() {
+        io::ErrorKind::WouldBlock => DaemonError::Running(config.run_dir.clone()),
+        _ => io_error(lock_file.display().to_string())(e),
+    })?;
+    raise_nofile();
+    // Before any thread: mounts of ours must not outlive us, and those of the host must reach us.
+    if !root_is_shared() {
+        tracing::warn!(
+            "the root mount is not shared: volumes that are mounted later would not be seen in a \
+             namespace of our own, so our mounts are made in the host's"
+        );
+    } else if !enter_private_mounts() {
+        return Err(io_error("mount namespace of our own (are you root?)")(
+            io::Error::last_os_error(),
+        ));
+    }
+    let workers = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 4));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers)
+        .thread_keep_alive(Duration::from_secs(2))
+        .enable_all()
+        .build()
+        .map_err(io_error("starting the runtime"))?;
+    let result = runtime.block_on(serve(Arc::new(config)));
+    // Threads that still wait for a guest are not waited for.
+    runtime.shutdown_background();
+    result
+}
+
+fn private_dir(path: &Path) -> Result<(), DaemonError> {
+    std::fs::create_dir_all(path)
+        .and_then(|()| std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o711)))
+        .map_err(io_error(path.display().to_string()))
+}
+
+fn raise_nofile() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return;
+    };
+    let wanted = NOFILE.max(soft);
+    // Root may raise the hard limit; others get what there is.
+    let got = [(wanted, wanted.max(hard)), (hard, hard)]
+        .into_iter()
+        .find(|(soft, hard)| setrlimit(Resource::RLIMIT_NOFILE, *soft, *hard).is_ok());
+    if let Some((soft, _)) = got
+        && soft < NOFILE
+    {
+        tracing::warn!(
+            limit = soft,
+            "few open files are allowed; set LimitNOFILE=1048576"
+        );
+    }
+}
+
+/// Whether mounts of the host reach other namespaces: `shared:` in the line of `/`.
+fn root_is_shared() -> bool {
+    let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    text.lines()
+        .rfind(|line| line.split(' ').nth(4) == Some("/"))
+        .is_some_and(|line| line.contains(" shared:"))
+}
+
+async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
+    let events = Events::start(config.containerd_ttrpc.clone());
+    let controller = Controller::new(Arc::clone(&config), events.clone());
+    recover(&config, &events, &controller);
+    let listener = bind(&config.socket)?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(io_error("signals"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(io_error("signals"))?;
+    notify("READY=1");
+    tracing::info!(socket = %config.socket.display(), "ready");
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => {
+                    let endpoint = Arc::new(Endpoint(Arc::clone(&controller)));
+                    tokio::spawn(async move {
+                        if let Err(error) = grpc::serve(stream, endpoint).await {
+                            tracing::debug!(%error, "a connection of containerd broke");
+                        }
+                    });
+                }
+                Err(error) => {
+                    tracing::error!(%error, "no connection can be accepted");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            },
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+        }
+    }
+    notify("STOPPING=1");
+    drop(listener);
+    end_all(&controller).await;
+    tracing::info!("ended");
+    Ok(())
+}
+
+/// Their VMs are threads of ours: they end with us, in order where there is time.
+async fn end_all(controller: &Controller) {
+    let mut stops = tokio::task::JoinSet::new();
+    for pod in controller.all() {
+        stops.spawn(async move { pod.stop(Duration::from_secs(1)).await });
+    }
+    let all = async { while stops.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(Duration::from_secs(60), all).await;
+}
+
+/// Cleans up after earlier processes. What they ran has ended with them; containerd learns that
+/// from the records that are kept until it removes the pods.
+fn recover(config: &Arc<Config>, events: &Events, controller: &Controller) {
+    for entry in std::fs::read_dir(config.run_dir.join("pods"))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let dir = entry.path();
+        match State::read(&dir) {
+            Ok(state)
+                if state.started.is_some() && task::check_id("sandbox", &state.id).is_ok() =>
+            {
+                tracing::warn!(sandbox = state.id, "ended with an earlier sandboxer");
+                let pod = Pod::recover(Arc::clone(config), events.clone(), dir, state);
+                controller.add(pod);
+            }
+            // Never started: containerd has been told so, or will create it anew.
+            other => {
+                if let Ok(state) = &other {
+                    if !state.netns.is_empty() {
+                        network::clean(Path::new(&state.netns));
+                    }
+                    cgroup::remove(&state.cgroups);
+                }
+                storage::clean(&dir);
+                if let Err(error) = fsutil::remove_dir(&dir) {
+                    tracing::warn!(%error, dir = %dir.display(), "cannot be removed");
+                }
+            }
+        }
+    }
+}
+
+/// The controller's socket, for root only.
+fn bind(path: &Path) -> Result<UnixListener, DaemonError> {
+    let failed = || io_error(format!("socket {}", path.display()));
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir).map_err(failed())?;
+    }
+    // We hold the lock: whoever made it has gone.
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed()(e)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path).map_err(failed())?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed())?;
+    Ok(listener)
+}
+
+/// Tells systemd, if it started us.
+fn notify(text: &str) {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
+        return;
+    };
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::ffi::OsStrExt;
+    let sent = std::os::unix::net::UnixDatagram::unbound().and_then(|socket| {
+        match path.as_bytes().strip_prefix(b"@") {
+            Some(name) => {
+                let address = std::os::unix::net::SocketAddr::from_abstract_name(name)?;
+                socket.send_to_addr(text.as_bytes(), &address)
+            }
+            None => socket.send_to(text.as_bytes(), &path),
+        }
+    });
+    if let Err(error) = sent {
+        tracing::warn!(%error, "systemd cannot be told");
+    }
+}

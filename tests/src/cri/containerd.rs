@@ -1,0 +1,341 @@
+//! A containerd and a sandboxer of the tests' own, in directories that are fresh in the lab. Needs
+//! root, cgroup v2, and nobody else's containerd.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use super::Cri;
+use crate::process::Guard;
+
+/// Handler of our runtime.
+pub const OURS: &str = "bulkhead-microvm";
+/// Where everything is.
+const DIR: &str = "/run/cri-test";
+const SOCKET: &str = "/run/containerd/containerd.sock";
+const PAUSE: &str = "localhost/bulkhead/pause:latest";
+
+/// How containerd passes standard streams on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IoType {
+    /// By FIFOs.
+    Fifo,
+    /// By streams on the sandbox's own socket.
+    Streaming,
+}
+
+/// A node.
+#[derive(Debug)]
+pub struct Node {
+    containerd: Option<Guard>,
+    sandboxer: Option<Guard>,
+    program: PathBuf,
+}
+
+impl Node {
+    /// Starts the daemons and imports images.
+    ///
+    /// # Errors
+    /// Something does not start; the logs say why.
+    pub fn start(sandboxer: &Path, images: &[&str], io: IoType) -> Result<Self> {
+        for dir in ["", "logs", "cni"] {
+            fs::create_dir_all(Path::new(DIR).join(dir))?;
+        }
+        fs::write(at("config.toml"), config(io))?;
+        fs::write(at("cni/10-bridge.conflist"), serde_json::to_string(&cni())?)?;
+        fs::write(
+            at("sandboxer.toml"),
+            "[log]\nlevel = \"info\"\n[microvm]\ndefault_memory_mib = 192\n",
+        )?;
+        let mut node = Self {
+            containerd: None,
+            sandboxer: None,
+            program: sandboxer.to_owned(),
+        };
+        node.start_sandboxer()?;
+        node.start_containerd()?;
+        for image in images {
+            node.import(image)?;
+        }
+        node.import_pause()?;
+        Ok(node)
+    }
+
+    /// Starts containerd (again).
+    ///
+    /// # Errors
+    /// It does not answer in time.
+    pub fn start_containerd(&mut self) -> Result<()> {
+        let child = Command::new("containerd")
+            .args(["--config", &at("config.toml")])
+            .stdin(Stdio::null())
+            .stdout(log("containerd.log")?)
+            .stderr(log("containerd.log")?)
+            .spawn()
+            .context("containerd")?;
+        self.containerd = Some(Guard(child));
+        self.wait_for("containerd", |_| {
+            Cri::connect(Path::new(SOCKET), OURS)?.ready()
+        })
+    }
+
+    /// Starts the sandboxer (again).
+    ///
+    /// # Errors
+    /// It does not answer in time.
+    pub fn start_sandboxer(&mut self) -> Result<()> {
+        let child = Command::new(&self.program)
+            .args(["--config", &at("sandboxer.toml")])
+            .stdin(Stdio::null())
+            .stdout(log("sandboxer.log")?)
+            .stderr(log("sandboxer.log")?)
+            .spawn()
+            .with_context(|| self.program.display().to_string())?;
+        self.sandboxer = Some(Guard(child));
+        self.wait_for("sandboxer", |_| {
+            std::os::unix::net::UnixStream::connect("/run/bulkhead/microvm.sock")?;
+            Ok(())
+        })
+    }
+
+    fn wait_for(&mut self, what: &str, ready: impl Fn(&Self) -> Result<()>) -> Result<()> {
+        let begin = Instant::now();
+        loop {
+            let error = match ready(self) {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            };
+            let child = match what {
+                "containerd" => &mut self.containerd,
+                _ => &mut self.sandboxer,
+            };
+            let ended = match child {
+                Some(guard) => guard.0.try_wait()?,
+                None => None,
+            };
+            if ended.is_some() || begin.elapsed() > crate::env::PATIENCE {
+                bail!(
+                    "{what} is not ready ({ended:?}): {error:#}\n{}",
+                    self.logs()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// A client.
+    ///
+    /// # Errors
+    /// containerd has gone.
+    pub fn cri(&self, handler: &str) -> Result<Cri> {
+        Cri::connect(Path::new(SOCKET), handler)
+    }
+
+    /// Process of the sandboxer.
+    pub fn sandboxer_pid(&self) -> u32 {
+        self.sandboxer.as_ref().map_or(0, |g| g.0.id())
+    }
+
+    /// Kills the sandboxer without a warning.
+    pub fn kill_sandboxer(&mut self) {
+        self.sandboxer = None;
+    }
+
+    /// Kills containerd without a warning.
+    pub fn kill_containerd(&mut self) {
+        self.containerd = None;
+    }
+
+    /// Ends the sandboxer by SIGTERM and waits for it.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub fn terminate_sandboxer(&mut self) -> Result<()> {
+        let Some(mut guard) = self.sandboxer.take() else {
+            return Ok(());
+        };
+        terminate(&mut guard.0)
+    }
+
+    /// The ends of the logs, for failures.
+    pub fn logs(&self) -> String {
+        let mut out = String::new();
+        for name in ["sandboxer.log", "containerd.log"] {
+            let text = fs::read_to_string(at(name)).unwrap_or_default();
+            let lines: Vec<&str> = text
+                .lines()
+                .filter(|l| !l.contains("level=info msg=\"loading plugin"))
+                .collect();
+            let from = lines.len().saturating_sub(40);
+            out.push_str(&format!("--- {name}\n{}\n", lines[from..].join("\n")));
+        }
+        out
+    }
+
+    fn ctr(&self, args: &[&str]) -> Result<()> {
+        let output = Command::new("ctr")
+            .args(["--address", SOCKET, "--namespace", "k8s.io"])
+            .args(args)
+            .output()
+            .context("ctr")?;
+        if !output.status.success() {
+            bail!("ctr {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(())
+    }
+
+    fn import(&self, name: &str) -> Result<()> {
+        let image = bulkhead_fixtures::find_image(name)?
+            .with_context(|| format!("image {name} is missing: run `just fixtures`"))?;
+        let tar = image.oci_tar.display().to_string();
+        self.ctr(&["images", "import", "--all-platforms", &tar])
+    }
+
+    /// runc wants an image whose program sleeps for ever: busybox's, with another command.
+    fn import_pause(&self) -> Result<()> {
+        let image = bulkhead_fixtures::find_image("busybox")?.context("busybox is missing")?;
+        let layout = PathBuf::from(at("pause"));
+        let _ = fs::remove_dir_all(&layout);
+        let status = Command::new("cp")
+            .arg("-a")
+            .arg(&image.layout)
+            .arg(&layout)
+            .status()?;
+        if !status.success() {
+            bail!("copying {} failed", image.layout.display());
+        }
+        let read = |path: &Path| -> Result<Value> { Ok(serde_json::from_slice(&fs::read(path)?)?) };
+        let blob = |digest: &str| layout.join("blobs").join(digest.replace(':', "/"));
+        let store = |value: &Value| -> Result<(String, usize)> {
+            let text = serde_json::to_vec(value)?;
+            let digest = format!("sha256:{:x}", Sha256::digest(&text));
+            fs::write(blob(&digest), &text)?;
+            Ok((digest, text.len()))
+        };
+        let mut index = read(&layout.join("index.json"))?;
+        let digest = index["manifests"][0]["digest"].as_str().context("digest")?;
+        let mut manifest = read(&blob(digest))?;
+        let digest = manifest["config"]["digest"].as_str().context("digest")?;
+        let mut image_config = read(&blob(digest))?;
+        image_config["config"]["Entrypoint"] = json!(["/bin/sleep"]);
+        image_config["config"]["Cmd"] = json!(["1000000"]);
+        let (digest, size) = store(&image_config)?;
+        manifest["config"]["digest"] = json!(digest);
+        manifest["config"]["size"] = json!(size);
+        let (digest, size) = store(&manifest)?;
+        let entry = &mut index["manifests"][0];
+        entry["digest"] = json!(digest);
+        entry["size"] = json!(size);
+        entry["annotations"] = json!({
+            "io.containerd.image.name": PAUSE,
+            "org.opencontainers.image.ref.name": "latest",
+        });
+        fs::write(layout.join("index.json"), serde_json::to_vec(&index)?)?;
+        let tar = at("pause.tar");
+        let status = Command::new("tar")
+            .args(["-C", &layout.display().to_string(), "-cf", &tar, "."])
+            .status()?;
+        if !status.success() {
+            bail!("tar failed");
+        }
+        self.ctr(&["images", "import", "--all-platforms", &tar])
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        // containerd first: it would wait for the sandboxer.
+        for guard in [&mut self.containerd, &mut self.sandboxer] {
+            if let Some(guard) = guard {
+                let _ = terminate(&mut guard.0);
+            }
+        }
+    }
+}
+
+/// SIGTERM, and waiting.
+fn terminate(child: &mut Child) -> Result<()> {
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
+    let begin = Instant::now();
+    while child.try_wait()?.is_none() {
+        if begin.elapsed() > crate::env::PATIENCE {
+            bail!("process {pid} ignores SIGTERM");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+fn at(name: &str) -> String {
+    format!("{DIR}/{name}")
+}
+
+fn log(name: &str) -> Result<File> {
+    Ok(File::options().create(true).append(true).open(at(name))?)
+}
+
+fn config(io: IoType) -> String {
+    let io = match io {
+        IoType::Fifo => "fifo",
+        IoType::Streaming => "streaming",
+    };
+    let plugins = ["/usr/lib/cni", "/opt/cni/bin"]
+        .into_iter()
+        .find(|dir| Path::new(dir).join("bridge").exists())
+        .unwrap_or("/opt/cni/bin");
+    format!(
+        r#"version = 3
+root = "/var/lib/containerd"
+state = "/run/containerd"
+[debug]
+  level = "info"
+[proxy_plugins.{OURS}]
+  type = "sandbox"
+  address = "/run/bulkhead/microvm.sock"
+[plugins.'io.containerd.cri.v1.images']
+  snapshotter = "overlayfs"
+  stats_collect_period = 3600
+[plugins.'io.containerd.cri.v1.images'.pinned_images]
+  sandbox = "{PAUSE}"
+[plugins.'io.containerd.cri.v1.runtime']
+  disable_apparmor = true
+[plugins.'io.containerd.cri.v1.runtime'.cni]
+  bin_dirs = ["{plugins}"]
+  conf_dir = "{DIR}/cni"
+  max_conf_num = 1
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+  runtime_type = "io.containerd.runc.v2"
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{OURS}]
+  runtime_type = "io.containerd.{OURS}.v1"
+  sandboxer = "{OURS}"
+  io_type = "{io}"
+  privileged_without_host_devices = true
+"#
+    )
+}
+
+fn cni() -> Value {
+    json!({
+        "cniVersion": "1.0.0",
+        "name": "cri-test",
+        "plugins": [{
+            "type": "bridge",
+            "bridge": "critest0",
+            "isGateway": true,
+            "ipMasq": false,
+            "hairpinMode": true,
+            "ipam": {
+                "type": "host-local",
+                "dataDir": at("ipam"),
+                "ranges": [[{"subnet": "10.77.0.0/16"}], [{"subnet": "fd77::/64"}]],
+                "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+            },
+        }],
+    })
+}
