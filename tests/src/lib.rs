@@ -2,5 +2,6 @@
 
 pub mod bench;
 pub mod cri;
+pub mod demo;
 pub mod env;
 pub mod process;

@@ -28,7 +28,7 @@ QEMU_SUITES = {
     "10.0-stable": ["trixie"],
     "11": ["forky"],
 }
-QEMU_DEFAULT = "10.0"
+QEMU_DEFAULT = "11"
 
 KERNEL_SUITE = "trixie"
 KERNEL_PACKAGE = r"linux-image-6\.12\.[0-9.+a-z]*-cloud-amd64"
