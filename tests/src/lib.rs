@@ -5,3 +5,4 @@ pub mod cri;
 pub mod demo;
 pub mod env;
 pub mod process;
+pub mod wasm;

@@ -186,17 +186,17 @@ impl Engine {
                     .custom_flags(libc::O_NONBLOCK)
                     .open(path)
                     .map_err(|e| WasmError::io(format!("program {}", path.display()), e))?;
-                self.load_file(&one_line(&name), &file)
+                self.file(&one_line(&name), &file)
             }
-            Source::Open { name, file } => self.load_file(&one_line(name), file),
+            Source::Open { name, file } => self.file(&one_line(name), file),
             Source::Bytes { name, bytes } => {
                 let digest: Sha = Sha256::digest(bytes).into();
-                self.load_bytes(name, &digest, bytes)
+                self.bytes(name, &digest, bytes)
             }
         }
     }
 
-    fn load_file(&self, name: &str, file: &File) -> Result<Program, WasmError> {
+    fn file(&self, name: &str, file: &File) -> Result<Program, WasmError> {
         let fail = |e| WasmError::io(format!("program {name}"), e);
         let meta = file.metadata().map_err(fail)?;
         if !meta.is_file() {
@@ -215,7 +215,7 @@ impl Engine {
         let bytes = read_limited(file, self.0.max_module_bytes).map_err(fail)?;
         self.check_size(name, bytes.len() as u64)?;
         let digest: Sha = Sha256::digest(&bytes).into();
-        let program = self.load_bytes(name, &digest, &bytes)?;
+        let program = self.bytes(name, &digest, &bytes)?;
         if let Some(cache) = &self.0.cache {
             // Changed while it was read: the digest is that of neither state.
             if file.metadata().is_ok_and(|now| {
@@ -251,7 +251,7 @@ impl Engine {
         let cache = self.0.cache.as_ref()?;
         let key = program::code_key(digest, &self.0.configuration);
         let file = cache.get(&key)?;
-        match self.from_file(name, &file, Origin::Disk) {
+        match self.load_file(name, &file, Origin::Disk) {
             Ok(loaded) => Some(self.keep(*digest, loaded)),
             Err(_) => {
                 cache.remove(&key);
@@ -266,7 +266,7 @@ impl Engine {
         Program(loaded)
     }
 
-    fn load_bytes(&self, name: &str, digest: &Sha, bytes: &[u8]) -> Result<Program, WasmError> {
+    fn bytes(&self, name: &str, digest: &Sha, bytes: &[u8]) -> Result<Program, WasmError> {
         self.check_size(name, bytes.len() as u64)?;
         let format = Format::of(name, bytes)?;
         if let Some(program) = self.loaded(digest).or_else(|| self.cached(name, digest)) {
@@ -279,8 +279,8 @@ impl Engine {
             cache.put(&key, &code).ok()
         });
         let loaded = match stored {
-            Some(file) => self.from_file(name, &file, Origin::Compiled)?,
-            None => self.from_bytes(name, format, &code)?,
+            Some(file) => self.load_file(name, &file, Origin::Compiled)?,
+            None => self.load_bytes(name, format, &code)?,
         };
         Ok(self.keep(*digest, loaded))
     }
@@ -309,7 +309,7 @@ impl Engine {
         })
     }
 
-    fn from_file(&self, name: &str, file: &File, origin: Origin) -> Result<Loaded, WasmError> {
+    fn load_file(&self, name: &str, file: &File, origin: Origin) -> Result<Loaded, WasmError> {
         let engine = &self.0.wasmtime;
         let fail = |e: wasmtime::Error| WasmError::engine(&e);
         // The very file that was verified, not one that has its name by now.
@@ -334,7 +334,7 @@ impl Engine {
         }
     }
 
-    fn from_bytes(&self, name: &str, format: Format, code: &[u8]) -> Result<Loaded, WasmError> {
+    fn load_bytes(&self, name: &str, format: Format, code: &[u8]) -> Result<Loaded, WasmError> {
         let engine = &self.0.wasmtime;
         let fail = |e: wasmtime::Error| WasmError::engine(&e);
         match format {

@@ -14,11 +14,14 @@ use hyper::{Request, Response, StatusCode};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
+use wasmtime::AsContextMut;
+use wasmtime_wasi_http::handler::{Prepared, Proxy};
 use wasmtime_wasi_http::io::TokioIo;
 use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
-use wasmtime_wasi_http::{WasiBody, WasiHttpView};
+use wasmtime_wasi_http::{Error, WasiBody, WasiHttpView};
 
+use crate::error::one_line;
 use crate::exit::Exit;
 use crate::program::Code;
 use crate::run::Setup;
@@ -173,7 +176,7 @@ async fn answer(
         Ok(Ok(response)) => response,
         Ok(Err(e)) => error(
             StatusCode::BAD_GATEWAY,
-            &format!("the program gave up: {e:?}\n"),
+            &format!("the program gave up: {e}\n"),
         ),
         Err(_) => {
             let exit = work.await.ok().flatten();
@@ -197,11 +200,13 @@ async fn answer(
     }
 }
 
-type Reply = oneshot::Sender<Result<Response<HyperOutgoingBody>, ErrorCode>>;
+/// Without a response: the program gave up, and says how.
+type Reply = oneshot::Sender<Result<Response<HyperOutgoingBody>, String>>;
 
 async fn handle(setup: &Setup, request: Request<Incoming>, reply: Reply) -> Result<(), Failed> {
     match &setup.config.program.0.code {
         Code::Http(pre) => p2(setup, pre, request, reply).await,
+        Code::HttpP3(pre) => p3(setup, pre, request, reply).await,
         _ => Err(Failed {
             error: wasmtime::Error::msg("not an HTTP program"),
             instantiated: false,
@@ -234,11 +239,62 @@ async fn p2(
     let request = http
         .new_incoming_request(Scheme::Http, request)
         .map_err(before)?;
-    let out = http.new_response_outparam(reply).map_err(before)?;
+    let out = http
+        .new_response_outparam_from_callback(move |response: Result<_, ErrorCode>| {
+            // The client may have gone.
+            let _ = reply.send(response.map_err(|e| one_line(&format!("{e:?}"))));
+        })
+        .map_err(before)?;
     let proxy = pre.instantiate_async(&mut store).await.map_err(before)?;
     proxy
         .wasi_http_incoming_handler()
         .call_handle(&mut store, request, out)
         .await
         .map_err(after)
+}
+
+async fn p3(
+    setup: &Setup,
+    pre: &wasmtime_wasi_http::p3::bindings::ServicePre<ComponentState>,
+    request: Request<Incoming>,
+    reply: Reply,
+) -> Result<(), Failed> {
+    let before = |error| Failed {
+        error,
+        instantiated: false,
+    };
+    let after = |error| Failed {
+        error,
+        instantiated: true,
+    };
+    let mut store = setup.component_store().map_err(before)?;
+    let proxy = Proxy::P3(pre.instantiate_async(&mut store).await.map_err(before)?);
+    let request = request.map(|body| body.map_err(Error::from).boxed_unsync());
+    let (sender, receiver) = futures_channel::oneshot::channel();
+    let prepared = Prepared::new(
+        store.as_context_mut(),
+        &proxy,
+        request,
+        ComponentState::http,
+        sender,
+    )
+    .map_err(before)?;
+    // The head of the response goes out while the program still works on the body.
+    let head = async move {
+        match receiver.await {
+            Ok(Ok(response)) => {
+                let _ = reply.send(Ok(response));
+                Ok(())
+            }
+            Ok(Err(e)) => Err(e),
+            Err(_) => Err(wasmtime::Error::msg("no response")),
+        }
+    };
+    let work = store.run_concurrent(async |accessor| {
+        prepared.run(accessor, std::future::pending()).await?;
+        std::future::poll_fn(|cx| accessor.poll_no_interesting_tasks(cx)).await;
+        wasmtime::error::Ok(())
+    });
+    let (head, work) = tokio::join!(head, work);
+    head.and(work.flatten()).map_err(after)
 }

@@ -78,10 +78,11 @@ pub(crate) fn component(engine: &Engine) -> wasmtime::Result<ComponentLinker<Com
 }
 
 type Found = Result<std::vec::IntoIter<IpAddr>, ErrorCode>;
+type Asked = std::pin::Pin<Box<dyn Future<Output = Result<Vec<IpAddr>, NameError>> + Send>>;
 
 /// A look-up on its way. Polled by the program's own thread.
 struct Lookup {
-    future: Option<std::pin::Pin<Box<dyn Future<Output = Result<Vec<IpAddr>, NameError>> + Send>>>,
+    future: Option<Asked>,
     found: Option<Found>,
 }
 

@@ -130,7 +130,23 @@ pub(crate) async fn container(
     };
     let exit = match &setup.config.program.0.code {
         Code::Http(_) | Code::HttpP3(_) if setup.config.function.is_none() => {
-            http::serve(&setup).await
+            let serving = http::serve(&setup);
+            tokio::pin!(serving);
+            let over = async {
+                match setup.config.deadline {
+                    Some(limit) => tokio::time::sleep(limit).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                exit = &mut serving => exit,
+                () = over => {
+                    inner.control.kill(9);
+                    inner.pod.engine.interrupt();
+                    serving.await;
+                    Exit::deadline()
+                }
+            }
         }
         _ => {
             let deadline = setup.config.deadline;

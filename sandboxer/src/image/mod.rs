@@ -10,9 +10,11 @@ pub mod tarball;
 #[cfg(test)]
 mod tests;
 mod unpack;
+mod wasm;
 
 pub use error::ImageError;
 pub use layer::ContainerRoot;
 pub use manifest::ImageConfig;
 pub use source::{display_name, hex_digest};
 pub use store::{Image, Progress, Silent, Store};
+pub use wasm::{WasmImage, open_in_image};

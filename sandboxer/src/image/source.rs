@@ -213,12 +213,60 @@ pub enum Source {
     Directory(PathBuf),
 }
 
+/// For which kind of sandbox an image is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// A Linux root filesystem.
+    Linux,
+    /// A WebAssembly module, as an artifact or in a root filesystem.
+    Wasm,
+}
+
+impl Wanted {
+    /// How well an image for this platform fits: 0 is not at all.
+    fn rank(self, os: &str, architecture: &str) -> u8 {
+        let linux = matches!(os, "" | "linux") && matches!(architecture, "" | "amd64" | "x86_64");
+        let wasm = matches!(architecture, "wasm" | "wasm32") || os.starts_with("wasi");
+        match self {
+            Self::Wasm if wasm => 2,
+            Self::Linux | Self::Wasm if linux => 1,
+            _ => 0,
+        }
+    }
+}
+
 /// Finds out what `path` is and reads the image's documents. `scratch` takes the decompressed
 /// copy of a compressed archive.
 ///
 /// # Errors
 /// See [`ImageError`].
 pub fn open(path: &Path, scratch: &Path, max_bytes: u64) -> Result<Source, ImageError> {
+    let source = open_for(Wanted::Linux, path, scratch, max_bytes)?;
+    if let Source::Image(found) = &source
+        && let Some(wasm) = found.layers.iter().find(|l| l.media_type.contains("wasm"))
+    {
+        return Err(ImageError::Corrupt {
+            image: display_name(path),
+            what: "layer".into(),
+            reason: format!(
+                "is a WebAssembly module ({}), not a Linux root filesystem; run it with vmmctl wasm run",
+                shorten(&wasm.media_type)
+            ),
+        });
+    }
+    Ok(source)
+}
+
+/// As [`open`], for one kind of sandbox.
+///
+/// # Errors
+/// See [`ImageError`].
+pub fn open_for(
+    wanted: Wanted,
+    path: &Path,
+    scratch: &Path,
+    max_bytes: u64,
+) -> Result<Source, ImageError> {
     let image = display_name(path);
     let meta = std::fs::metadata(path).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => ImageError::NotFound {
@@ -252,25 +300,15 @@ pub fn open(path: &Path, scratch: &Path, max_bytes: u64) -> Result<Source, Image
         });
     };
     let found = if blobs.has("index.json") {
-        find_oci(&image, blobs)?
+        find_oci(wanted, &image, blobs)?
     } else if blobs.has("manifest.json") {
-        find_docker(&image, blobs)?
+        find_docker(wanted, &image, blobs)?
     } else {
         return Err(ImageError::NotAnImage {
             path: path.to_owned(),
             reason: "has neither index.json (OCI layout) nor manifest.json (docker save)".into(),
         });
     };
-    if let Some(wasm) = found.layers.iter().find(|l| l.media_type.contains("wasm")) {
-        return Err(ImageError::Corrupt {
-            image,
-            what: "layer".into(),
-            reason: format!(
-                "is a WebAssembly module ({}), not a Linux root filesystem",
-                wasm.media_type
-            ),
-        });
-    }
     Ok(Source::Image(Box::new(found)))
 }
 
@@ -529,11 +567,11 @@ fn is_index(media_type: &str) -> bool {
     media_type.ends_with("image.index.v1+json") || media_type.ends_with("manifest.list.v2+json")
 }
 
-fn find_oci(image: &str, blobs: Blobs) -> Result<Found, ImageError> {
+fn find_oci(wanted: Wanted, image: &str, blobs: Blobs) -> Result<Found, ImageError> {
     let mut index: Index = parse(image, "index.json", &blobs.read_small(image, "index.json")?)?;
     let mut seen: Vec<String> = Vec::new();
     for _ in 0..MAX_INDEX_DEPTH {
-        let Some(descriptor) = choose(&index.manifests, &mut seen) else {
+        let Some(descriptor) = choose(wanted, &index.manifests, &mut seen) else {
             break;
         };
         let data = blobs.read_blob(image, &descriptor)?;
@@ -551,7 +589,7 @@ fn find_oci(image: &str, blobs: Blobs) -> Result<Found, ImageError> {
             "configuration",
             &blobs.read_blob(image, &manifest.config)?,
         )?;
-        check_platform(image, &file)?;
+        check_platform(wanted, image, &file)?;
         let layers = manifest
             .layers
             .iter()
@@ -582,30 +620,30 @@ fn find_oci(image: &str, blobs: Blobs) -> Result<Found, ImageError> {
     })
 }
 
-/// Takes the linux/amd64 entry; entries without platform are taken if nothing better exists.
-fn choose(manifests: &[Descriptor], seen: &mut Vec<String>) -> Option<Descriptor> {
+/// Takes the entry that fits best; entries without platform are taken if nothing better exists.
+fn choose(wanted: Wanted, manifests: &[Descriptor], seen: &mut Vec<String>) -> Option<Descriptor> {
+    let mut best: Option<(u8, &Descriptor)> = None;
     let mut fallback = None;
     for descriptor in manifests {
         match &descriptor.platform {
-            Some(p) if p.os == "linux" && matches!(p.architecture.as_str(), "amd64" | "x86_64") => {
-                return Some(descriptor.clone());
-            }
             Some(p) if !p.architecture.is_empty() => {
+                let rank = wanted.rank(&p.os, &p.architecture);
+                if rank > best.map_or(0, |(rank, _)| rank) {
+                    best = Some((rank, descriptor));
+                }
                 let name = shorten(&format!("{}/{}", p.os, p.architecture));
-                if seen.len() < 16 && !seen.contains(&name) {
+                if rank == 0 && seen.len() < 16 && !seen.contains(&name) {
                     seen.push(name);
                 }
             }
             _ => fallback = fallback.or(Some(descriptor)),
         }
     }
-    fallback.cloned()
+    best.map(|(_, descriptor)| descriptor).or(fallback).cloned()
 }
 
-fn check_platform(image: &str, file: &ImageFile) -> Result<(), ImageError> {
-    let arch_ok = matches!(file.architecture.as_str(), "" | "amd64" | "x86_64");
-    let os_ok = matches!(file.os.as_str(), "" | "linux");
-    if arch_ok && os_ok {
+fn check_platform(wanted: Wanted, image: &str, file: &ImageFile) -> Result<(), ImageError> {
+    if wanted.rank(&file.os, &file.architecture) > 0 {
         return Ok(());
     }
     Err(ImageError::NoPlatform {
@@ -614,7 +652,7 @@ fn check_platform(image: &str, file: &ImageFile) -> Result<(), ImageError> {
     })
 }
 
-fn find_docker(image: &str, blobs: Blobs) -> Result<Found, ImageError> {
+fn find_docker(wanted: Wanted, image: &str, blobs: Blobs) -> Result<Found, ImageError> {
     let entries: Vec<DockerEntry> = parse(
         image,
         "manifest.json",
@@ -630,7 +668,7 @@ fn find_docker(image: &str, blobs: Blobs) -> Result<Found, ImageError> {
         })?;
     let config = blobs.read_small(image, &entry.config)?;
     let file: ImageFile = parse(image, "configuration", &config)?;
-    check_platform(image, &file)?;
+    check_platform(wanted, image, &file)?;
     let layers = entry
         .layers
         .iter()

@@ -135,13 +135,25 @@ impl Store {
                 rootfs,
                 config: ImageConfig::default(),
             }),
-            Source::Image(found) => {
-                if let Some(image) = self.cached(&found.id, &name) {
-                    return Ok(image);
-                }
-                self.import(&name, &found, progress)
-            }
+            Source::Image(found) => self.take(&name, &found, progress),
         }
+    }
+
+    /// The unpacked image, from the cache or by importing it.
+    pub(super) fn take(
+        &self,
+        name: &str,
+        found: &Found,
+        progress: &mut dyn Progress,
+    ) -> Result<Image, ImageError> {
+        match self.cached(&found.id, name) {
+            Some(image) => Ok(image),
+            None => self.import(name, found, progress),
+        }
+    }
+
+    pub(super) fn max_bytes(&self) -> u64 {
+        self.max_bytes
     }
 
     fn cached(&self, id: &str, name: &str) -> Option<Image> {

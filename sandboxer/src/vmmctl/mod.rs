@@ -13,6 +13,7 @@ mod signals;
 mod stats;
 mod table;
 mod terminal;
+mod wasm;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -75,6 +76,7 @@ enum Command {
     Resume(control::IdArgs),
     Stop(control::StopArgs),
     Kill(control::KillArgs),
+    Wasm(wasm::Args),
     Doctor(doctor::Args),
     Completions(CompletionArgs),
 }
@@ -162,6 +164,7 @@ fn dispatch(command: Command, context: &Context) -> Result<u8, CliError> {
         Command::Resume(args) => control::each(&args, context, "running", |vm| vm.resume()),
         Command::Stop(args) => control::stop(&args, context),
         Command::Kill(args) => control::kill(&args, context),
+        Command::Wasm(args) => wasm::run(args, context),
         Command::Doctor(args) => doctor::run(&args, context),
         Command::Completions(args) => {
             clap_complete::generate(

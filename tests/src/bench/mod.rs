@@ -3,3 +3,4 @@
 pub mod boot;
 pub mod fs;
 pub mod report;
+pub mod wasm;

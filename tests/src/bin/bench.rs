@@ -1,14 +1,14 @@
-//! `bench boot|fs OUT_DIR …`: see the modules of `bulkhead_tests::bench`.
+//! `bench boot|fs|wasm OUT_DIR …`: see the modules of `bulkhead_tests::bench`.
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use bulkhead_tests::bench::report::Report;
-use bulkhead_tests::bench::{boot, fs};
+use bulkhead_tests::bench::{boot, fs, wasm};
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
-    let what = args.next().context("which benchmark? boot or fs")?;
+    let what = args.next().context("which benchmark? boot, fs or wasm")?;
     match what.as_str() {
         "boot" | "fs" => {
             let mut path = || args.next().map(PathBuf::from);
@@ -36,6 +36,10 @@ fn main() -> Result<()> {
                 _ => boot::run(&inputs, samples, linux, args.next().is_some())?,
             };
             report.finish(&out)
+        }
+        "wasm" => {
+            let out = PathBuf::from(args.next().context("bench wasm OUT_DIR")?);
+            wasm::run()?.finish(&out)
         }
         "many" => {
             let usage = "bench many COUNT KERNEL INITRAMFS";

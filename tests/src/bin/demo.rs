@@ -1,4 +1,4 @@
-//! `./dev demo`: one part for each way to run them, then the table of both.
+//! `./dev demo`: one part in the lab, one on the machine itself, then the table of both.
 
 use std::fs;
 use std::path::Path;
@@ -12,6 +12,7 @@ fn main() -> Result<ExitCode> {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args.as_slice() {
         ["microvm", out] => write(out, &demo::microvm::rows()?)?,
+        ["wasm", out] => write(out, &demo::wasm::rows()?)?,
         ["show", out, parts @ ..] => {
             let mut rows: Vec<Row> = Vec::new();
             for part in parts {
@@ -25,7 +26,7 @@ fn main() -> Result<ExitCode> {
                 return Ok(ExitCode::FAILURE);
             }
         }
-        _ => bail!("usage: demo microvm OUT.json | demo show OUT.json PART.json..."),
+        _ => bail!("usage: demo microvm|wasm OUT.json | demo show OUT.json PART.json..."),
     }
     Ok(ExitCode::SUCCESS)
 }

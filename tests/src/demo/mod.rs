@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 pub mod microvm;
+pub mod wasm;
 
 /// One run, as it stands in `target/demo.json`.
 #[derive(Debug, Serialize, Deserialize)]

@@ -191,6 +191,20 @@ fn a_component_runs() {
 }
 
 #[test]
+fn a_component_of_the_next_generation_runs() {
+    let program = load(
+        r#"(component
+          (core module $m (func (export "run") (result i32) (i32.const 1)))
+          (core instance $i (instantiate $m))
+          (func $run async (result (result)) (canon lift (core func $i "run")))
+          (instance $run-instance (export "run" (func $run)))
+          (export "wasi:cli/run@0.3.0" (instance $run-instance)))"#,
+    );
+    assert_eq!(program.kind(), ProgramKind::CommandP3);
+    assert_eq!(run(ContainerConfig::new("c", program)).code, 1);
+}
+
+#[test]
 fn a_cached_start_never_compiles() {
     let dir = tempfile::tempdir().expect("tempdir");
     let config = EngineConfig {
