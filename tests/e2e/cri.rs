@@ -12,6 +12,12 @@ use bulkhead_tests::cri::containerd::{IoType, Node, OURS};
 
 #[path = "cri/basic.rs"]
 mod basic;
+#[path = "cri/recovery.rs"]
+mod recovery;
+#[path = "cri/validation.rs"]
+mod validation;
+#[path = "cri/wide.rs"]
+mod wide;
 
 /// A test: its name, whether runc can do it too, and what it does.
 type Test = (&'static str, bool, fn(&mut Node, &str) -> Result<()>);
@@ -41,14 +47,21 @@ fn run() -> Result<bool> {
             _ => filters.push(arg),
         }
     }
-    let tests: Vec<&Test> = basic::TESTS
-        .iter()
+    let all = [
+        basic::TESTS,
+        wide::TESTS,
+        validation::TESTS,
+        recovery::TESTS,
+    ];
+    let tests: Vec<&Test> = all
+        .into_iter()
+        .flatten()
         .filter(|t| handler == OURS || t.1)
         .filter(|t| filters.is_empty() || filters.iter().any(|f| t.0.contains(f.as_str())))
         .collect();
     println!("running {} tests ({handler}, {io:?})", tests.len());
     let program = bulkhead_tests::env::built("sandboxer")?;
-    let mut node = Node::start(&program, &["busybox"], io)?;
+    let mut node = Node::start(&program, &["busybox", "python3"], io)?;
     let (mut passed, mut failed) = (0, Vec::new());
     for (name, _, test) in tests {
         let begin = Instant::now();

@@ -32,8 +32,19 @@ pub struct HostBind {
     pub index: usize,
     /// Path on the host.
     pub source: String,
+    /// What the guest may do with it.
+    pub access: Access,
+}
+
+/// How a volume is shared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Access {
     /// Neither the container nor the guest may write.
     pub read_only: bool,
+    /// Nor to what is mounted below.
+    pub recursive: bool,
+    /// What the host mounts below later is seen too.
+    pub follow_mounts: bool,
 }
 
 /// Changes the spec in place; gives the volumes that the guest needs to see, whose sources are to
@@ -187,24 +198,38 @@ fn mounts(spec: &mut Value) -> Result<Vec<HostBind>, Status> {
                 mount["destination"]
             )));
         }
-        binds.push(HostBind {
-            index,
-            source,
+        if has(mount, "rshared") || has(mount, "shared") {
+            return Err(invalid(format!(
+                "mount at {}: what a VM mounts cannot appear on the host: use another \
+                 mountPropagation than Bidirectional, or a runtime without VMs for this pod",
+                mount["destination"]
+            )));
+        }
+        let access = Access {
             read_only: has(mount, "ro") || has(mount, "rro"),
-        });
-        // Propagation between host and guest there is none; inside of the guest nobody else
-        // mounts there.
+            recursive: has(mount, "rro"),
+            follow_mounts: has(mount, "rslave") || has(mount, "slave"),
+        };
+        // The host's part is done there; inside of the guest nobody else mounts below. Read-only
+        // is the host's part as well: the guest, for which all of it is one file system, would
+        // close writable mounts below too.
         if let Some(options) = mount["options"].as_array_mut() {
             options.retain(|o| {
                 !matches!(
                     o.as_str(),
-                    Some(
-                        "rshared" | "shared" | "rslave" | "slave" | "rro" | "private" | "rprivate"
-                    )
-                )
+                    Some("rslave" | "slave" | "rro" | "private" | "rprivate")
+                ) && (o != "ro" || access.recursive)
             });
             options.push(json!("rprivate"));
+            if access.recursive {
+                options.push(json!("ro"));
+            }
         }
+        binds.push(HostBind {
+            index,
+            source,
+            access,
+        });
     }
     Ok(binds)
 }
@@ -244,15 +269,16 @@ mod tests {
             [HostBind {
                 index: 2,
                 source: "/srv/data".into(),
-                read_only: true
+                access: Access {
+                    read_only: true,
+                    recursive: false,
+                    follow_mounts: true,
+                },
             }]
         );
         set_source(&mut spec, &binds[0], "/run/bulkhead/volumes/1".into());
         assert_eq!(spec["mounts"][2]["source"], "/run/bulkhead/volumes/1");
-        assert_eq!(
-            spec["mounts"][2]["options"],
-            json!(["rbind", "ro", "rprivate"])
-        );
+        assert_eq!(spec["mounts"][2]["options"], json!(["rbind", "rprivate"]));
         assert_eq!(spec["mounts"][1]["source"], SHM);
         assert!(spec.get("hostname").is_none());
         let resources = &spec["linux"]["resources"];
@@ -265,6 +291,9 @@ mod tests {
         let mut user = spec();
         user["linux"]["namespaces"] = json!([{"type": "user"}]);
         assert!(rewrite(&mut user).is_err());
+        let mut shared = spec();
+        shared["mounts"][2]["options"] = json!(["rbind", "rshared"]);
+        assert!(rewrite(&mut shared).is_err());
         let mut device = spec();
         device["linux"]["devices"] = json!([{"path": "/dev/sda"}]);
         assert!(rewrite(&mut device).is_err());

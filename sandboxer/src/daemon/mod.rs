@@ -7,13 +7,16 @@ pub mod cgroup;
 pub mod config;
 pub mod container_spec;
 pub mod controller;
+pub mod debug_socket;
 pub mod events;
 pub mod grpc;
 pub mod guest;
 pub mod netlink;
 pub mod network;
 pub mod pod;
+pub mod portforward;
 pub mod proto;
+pub mod shim;
 pub mod state;
 pub mod stdio;
 pub mod storage;
@@ -165,6 +168,8 @@ fn root_is_shared() -> bool {
 async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
     let events = Events::start(config.containerd_ttrpc.clone());
     let controller = Controller::new(Arc::clone(&config), events.clone());
+    // VMs of an earlier process went with it.
+    crate::rundir::clean_stale(&config.run_dir);
     recover(&config, &events, &controller);
     let listener = bind(&config.socket)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(io_error("signals"))?;

@@ -17,9 +17,11 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use super::config::Config;
+use super::debug_socket::{About, DebugSocket};
 use super::events::{Event, Events, now};
 use super::guest::{Guest, ended};
 use super::network::PodNetwork;
+use super::portforward::{self, PortForward};
 use super::proto::{PodSandboxConfig, TaskId};
 use super::state::{self, State};
 use super::storage::{self, Storage};
@@ -59,6 +61,8 @@ struct Inner {
     started: Option<Timestamp>,
     storage: Option<Arc<Mutex<Storage>>>,
     network: Option<PodNetwork>,
+    forward: Option<PortForward>,
+    debug: Option<DebugSocket>,
     tasks: Vec<AbortHandle>,
     state: State,
 }
@@ -206,6 +210,8 @@ impl Pod {
                 started: None,
                 storage: None,
                 network: None,
+                forward: None,
+                debug: None,
                 tasks: Vec::new(),
                 state,
             }),
@@ -355,6 +361,8 @@ impl Pod {
             Status::new(Code::Internal, format!("{}: {e}", socket.display()))
         })?;
         let vm_end = ended(&vm).map_err(failed)?;
+        self.forward_ports().await;
+        self.show(&vm);
         let started = now();
         {
             let mut inner = self.inner();
@@ -379,6 +387,43 @@ impl Pod {
         vm.vm().mark("sandbox ready");
         tracing::info!(sandbox = self.id, "started");
         Ok(())
+    }
+
+    /// Lets the host reach the guest's loopback. A pod is of use without.
+    async fn forward_ports(self: &Arc<Self>) {
+        let netns = {
+            let inner = self.inner();
+            let netns = inner.network.as_ref().and_then(PodNetwork::netns);
+            netns.and_then(|n| n.try_clone().ok())
+        };
+        let Some(netns) = netns else { return };
+        let started = match blocking(move || portforward::prepare(&netns)).await {
+            Ok(Ok(prepared)) => PortForward::start(prepared, self),
+            Ok(Err(error)) => Err(error),
+            Err(_) => return,
+        };
+        match started {
+            Ok(forward) => self.inner().forward = Some(forward),
+            Err(error) => {
+                tracing::warn!(sandbox = self.id, %error, "port-forwarding will not work");
+            }
+        }
+    }
+
+    /// Makes its VM known to `vmmctl`. A pod is of use without.
+    fn show(self: &Arc<Self>, vm: &Arc<MicroVm>) {
+        let (cpus, memory_mib) = size(&self.wish, &self.config.microvm);
+        let names = self.wish.metadata.as_ref();
+        let about = About {
+            id: self.id.clone(),
+            pod: names.map_or(String::new(), |m| format!("{}/{}", m.namespace, m.name)),
+            cpus,
+            memory_mib,
+        };
+        match DebugSocket::start(&self.config.run_dir, about, self, vm) {
+            Ok(debug) => self.inner().debug = Some(debug),
+            Err(error) => tracing::warn!(sandbox = self.id, %error, "vmmctl will not see it"),
+        }
     }
 
     /// Blocking part: share, network, VM.
@@ -444,7 +489,7 @@ impl Pod {
             // Without a wish: the host's own, as other runtimes do.
             dns: dns.filter(|d| !empty(d)).or_else(host_dns),
             hosts: String::new(),
-            sysctls: wish.linux.iter().flat_map(|l| l.sysctls.clone()).collect(),
+            sysctls: sysctls(wish),
             shares: storage
                 .guest_mounts()
                 .into_iter()
@@ -522,15 +567,17 @@ impl Pod {
 
     /// Takes everything down that a running pod has. Called with the operation's lock held.
     async fn finish(&self, status: u32, reason: String) {
-        let (phase, storage, network, tasks) = {
+        let (phase, storage, network, tasks, outside) = {
             let mut inner = self.inner();
             (
                 std::mem::replace(&mut inner.phase, Phase::Ended),
                 inner.storage.take(),
                 inner.network.take(),
                 std::mem::take(&mut inner.tasks),
+                (inner.forward.take(), inner.debug.take()),
             )
         };
+        drop(outside);
         for task in tasks {
             task.abort();
         }
@@ -632,6 +679,19 @@ fn size(wish: &PodSandboxConfig, config: &super::config::Microvm) -> (u8, u64) {
         false => config.default_memory_mib,
     };
     (vcpus, memory_mib)
+}
+
+/// The pod's sysctls over those that containerd gives every pod with a network of its own, unless
+/// its configuration turns them off: users without privilege may ping and open low ports.
+fn sysctls(wish: &PodSandboxConfig) -> std::collections::BTreeMap<String, String> {
+    let mut all: std::collections::BTreeMap<_, _> = [
+        ("net.ipv4.ip_unprivileged_port_start", "0"),
+        ("net.ipv4.ping_group_range", "0 2147483647"),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    .into();
+    all.extend(wish.linux.iter().flat_map(|l| l.sysctls.clone()));
+    all
 }
 
 /// Name resolution of the host.

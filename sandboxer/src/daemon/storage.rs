@@ -14,6 +14,7 @@ use bulkhead_protocol::types::Mount;
 use bulkhead_vmm::{Caching, ShareConfig};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
+use super::container_spec::Access;
 use crate::engine::microvm::share::{GUEST_PATH, TAG, VOLUMES_PATH, VOLUMES_TAG};
 
 /// Mounts one container's root may be made of.
@@ -165,7 +166,7 @@ impl Storage {
         &mut self,
         container: &str,
         source: &Path,
-        read_only: bool,
+        access: Access,
     ) -> Result<String, StorageError> {
         use std::os::unix::fs::FileTypeExt;
         let shown = source.display();
@@ -194,8 +195,15 @@ impl Storage {
         mount(Some(source), &target, None::<&str>, flags, None::<&str>)
             .map_err(|e| failed()(e.into()))?;
         files.mounted.push(target.clone());
-        if read_only {
-            set_read_only(&target).map_err(failed())?;
+        if !access.follow_mounts {
+            let flags = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+            mount(None::<&str>, &target, None::<&str>, flags, None::<&str>)
+                .map_err(|e| failed()(e.into()))?;
+        }
+        match (access.read_only, access.recursive) {
+            (true, true) => set_read_only_below(&target).map_err(failed())?,
+            (true, false) => set_read_only(&target).map_err(failed())?,
+            _ => {}
         }
         Ok(format!("{VOLUMES_PATH}/{number}"))
     }
@@ -337,6 +345,34 @@ fn set_read_only(target: &Path) -> io::Result<()> {
     )?)
 }
 
+/// With all that is mounted below.
+fn set_read_only_below(target: &Path) -> io::Result<()> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(target.as_os_str().as_bytes())?;
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_RDONLY,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    let flags = libc::AT_RECURSIVE | libc::AT_SYMLINK_NOFOLLOW;
+    // SAFETY: path and attributes live through the call, and the size is that of the attributes.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            flags,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 fn overlay(
     source: &str,
     target: &Path,
@@ -445,9 +481,9 @@ mod tests {
     fn what_cannot_be_shared_is_refused() {
         let dir = tempfile::tempdir().expect("tempdir");
         let mut storage = Storage::create(dir.path()).expect("storage");
-        let missing = storage.add_volume("c", Path::new("/nonexistent/x"), false);
+        let missing = storage.add_volume("c", Path::new("/nonexistent/x"), Access::default());
         assert!(matches!(missing, Err(StorageError::Missing(_))));
-        let device = storage.add_volume("c", Path::new("/dev/null"), false);
+        let device = storage.add_volume("c", Path::new("/dev/null"), Access::default());
         assert!(matches!(device, Err(StorageError::Unsupported(_))));
         assert!(storage.add_root("c", &[]).is_err());
         drop(storage);

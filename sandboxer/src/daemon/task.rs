@@ -335,7 +335,7 @@ async fn create_reserved(
         let root = storage.add_root(&id, &rootfs).map_err(storage_failed)?;
         for bind in &binds {
             let path = storage
-                .add_volume(&id, Path::new(&bind.source), bind.read_only)
+                .add_volume(&id, Path::new(&bind.source), bind.access)
                 .map_err(storage_failed)?;
             container_spec::set_source(&mut spec, bind, path);
         }

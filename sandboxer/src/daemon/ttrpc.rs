@@ -230,12 +230,11 @@ impl Connection {
                 open.messages = None;
             }
         }
-        if header.flags & FLAG_REMOTE_CLOSED != 0 {
-            if let Some(open) = self.open.remove(&id)
-                && let Some(messages) = open.messages
-            {
-                let _ = messages.send(Incoming::Closed).await;
-            }
+        if header.flags & FLAG_REMOTE_CLOSED != 0
+            && let Some(open) = self.open.remove(&id)
+            && let Some(messages) = open.messages
+        {
+            let _ = messages.send(Incoming::Closed).await;
         }
         Ok(())
     }

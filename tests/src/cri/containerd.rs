@@ -71,8 +71,12 @@ impl Node {
     /// # Errors
     /// It does not answer in time.
     pub fn start_containerd(&mut self) -> Result<()> {
+        // It looks for the runtime's shim there.
+        let beside = self.program.parent().unwrap_or(Path::new("/")).display();
+        let path = std::env::var("PATH").unwrap_or_default();
         let child = Command::new("containerd")
             .args(["--config", &at("config.toml")])
+            .env("PATH", format!("{path}:{beside}"))
             .stdin(Stdio::null())
             .stdout(log("containerd.log")?)
             .stderr(log("containerd.log")?)
@@ -250,10 +254,11 @@ impl Node {
 impl Drop for Node {
     fn drop(&mut self) {
         // containerd first: it would wait for the sandboxer.
-        for guard in [&mut self.containerd, &mut self.sandboxer] {
-            if let Some(guard) = guard {
-                let _ = terminate(&mut guard.0);
-            }
+        for guard in [&mut self.containerd, &mut self.sandboxer]
+            .into_iter()
+            .flatten()
+        {
+            let _ = terminate(&mut guard.0);
         }
     }
 }

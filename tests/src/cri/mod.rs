@@ -4,6 +4,7 @@
 pub mod containerd;
 pub mod grpc;
 pub mod proto;
+mod testpod;
 mod websocket;
 
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use anyhow::{Context, Result, bail};
 use grpc::Client;
 use proto::*;
 
+pub use testpod::TestPod;
 pub use websocket::WebSocket;
 
 /// Longest time for one call.
@@ -194,6 +196,15 @@ impl Cri {
             timeout,
         };
         self.call("ExecSync", &request)
+    }
+
+    /// ReopenContainerLog.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn reopen_log(&self, id: &str) -> Result<()> {
+        self.call::<_, Nothing>("ReopenContainerLog", &ContainerId::of(id))
+            .map(drop)
     }
 
     /// Exec: the URL at which the streams are.

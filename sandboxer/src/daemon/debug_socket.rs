@@ -1,0 +1,113 @@
+//! Pods for `vmmctl ps`, `inspect`, `stats`, `console`, `dump` and `stop`: a run directory and a
+//! debug socket per VM, as `vmmctl run` makes them, for root only.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::{Arc, Weak};
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::net::UnixListener;
+use tokio::task::AbortHandle;
+
+use super::pod::Pod;
+use crate::debug;
+use crate::engine::microvm::MicroVm;
+use crate::engine::stdio::watch;
+use crate::rundir::{RunDir, State};
+
+/// A VM's entry. Dropping it removes it.
+#[derive(Debug)]
+pub struct DebugSocket {
+    task: AbortHandle,
+    _dir: RunDir,
+}
+
+impl Drop for DebugSocket {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// What `vmmctl ps` shows of a pod.
+#[derive(Debug, Clone)]
+pub struct About {
+    /// The pod's id.
+    pub id: String,
+    /// Its namespace and name.
+    pub pod: String,
+    /// vCPUs.
+    pub cpus: u8,
+    /// Guest memory.
+    pub memory_mib: u64,
+}
+
+impl DebugSocket {
+    /// Makes the entry and serves it. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// The directory or socket cannot be made.
+    pub fn start(root: &Path, about: About, pod: &Arc<Pod>, vm: &Arc<MicroVm>) -> io::Result<Self> {
+        let dir = RunDir::create(
+            root,
+            State {
+                version: 0,
+                id: String::new(),
+                // As crictl shortens ids.
+                name: about.id.chars().take(13).collect(),
+                kind: "microvm".into(),
+                mode: "pod".into(),
+                image: about.pod,
+                command: Vec::new(),
+                state: "running".into(),
+                pid: 0,
+                pid_start: 0,
+                created_ms: 0,
+                cpus: about.cpus,
+                memory_mib: about.memory_mib,
+                scratch: Vec::new(),
+                spec: None,
+            },
+        )
+        .map_err(io::Error::other)?;
+        let listener = UnixListener::from_std(debug::bind(&dir.path().join("debug.sock"))?)?;
+        let stop = vm.stop_event().as_fd().try_clone_to_owned()?;
+        let stop = watch(stop, Interest::READABLE)?;
+        let served = serve(listener, stop, Arc::downgrade(pod), Arc::downgrade(vm));
+        Ok(Self {
+            task: tokio::spawn(served).abort_handle(),
+            _dir: dir,
+        })
+    }
+}
+
+async fn serve(
+    listener: UnixListener,
+    stop: AsyncFd<std::os::fd::OwnedFd>,
+    pod: Weak<Pod>,
+    vm: Weak<MicroVm>,
+) {
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => {
+                let Some(vm) = vm.upgrade() else { return };
+                if let Ok(stream) = accepted.and_then(|(stream, _)| stream.into_std()) {
+                    debug::serve_connection(stream, vm);
+                }
+            }
+            ready = stop.readable() => {
+                let (Ok(mut ready), Some(pod), Some(vm)) = (ready, pod.upgrade(), vm.upgrade())
+                else {
+                    return;
+                };
+                ready.clear_ready();
+                if let Some(grace) = vm.take_stop() {
+                    drop(vm);
+                    // Not here: the end of the pod ends this task.
+                    tokio::spawn(async move { pod.stop(grace).await });
+                }
+            }
+        }
+    }
+}
