@@ -433,7 +433,7 @@ fn exits_are_counted_and_stages_stamped() {
 }
 
 #[test]
-fn gdb_stops_at_a_kernel_function() {
+fn gdb_stops_steps_and_goes_on() {
     let files = Files::new();
     let screen = Screen::default();
     let socket = files.dir.path().join("gdb.sock");
@@ -445,29 +445,42 @@ fn gdb_stops_at_a_kernel_function() {
         let vm = Arc::clone(&vm);
         std::thread::spawn(move || vm.debug())
     };
-    let output = Command::new("gdb")
-        .args(["-nx", "-batch"])
-        .args(["-ex", &format!("target remote {}", socket.display())])
-        .args(["-ex", "hbreak start_kernel", "-ex", "continue"])
-        .args(["-ex", "printf \"stopped at %s\\n\", $_as_string(0)"])
-        .args([
-            "-ex",
-            "info symbol $rip",
-            "-ex",
-            "stepi",
-            "-ex",
-            "info threads",
-        ])
-        .args(["-ex", "delete", "-ex", "detach"])
-        .arg(&symbols)
-        .output()
-        .expect("gdb runs");
+    let mut gdb = Command::new("gdb");
+    gdb.args(["-nx", "-batch"]);
+    for command in [
+        &format!("target remote {}", socket.display()),
+        "hbreak start_kernel",
+        "continue",
+        "info symbol $rip",
+        "printf \"before %lx\\n\", $rip",
+        "stepi",
+        "printf \"after %lx\\n\", $rip",
+        "info threads",
+        "delete",
+        // Hit several times: GDB has to step over it each time.
+        "hbreak process_one_work",
+        "continue",
+        "continue",
+        "continue",
+        "delete",
+        "detach",
+    ] {
+        gdb.args(["-ex", command]);
+    }
+    let output = gdb.arg(&symbols).output().expect("gdb runs");
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        text.contains("start_kernel in section"),
-        "{text}\n{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("start_kernel in section"), "{text}\n{errors}");
+    let address = |name: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(name))
+            .and_then(|hex| u64::from_str_radix(hex, 16).ok())
+            .unwrap_or_else(|| panic!("no {name:?}: {text}\n{errors}"))
+    };
+    let (before, after) = (address("before "), address("after "));
+    assert!(after > before && after < before + 16, "{text}");
+    let hits = text.matches("Breakpoint 2, 0x").count();
+    assert_eq!(hits, 3, "{text}\n{errors}");
     served.join().unwrap().unwrap();
     assert_eq!(ended(&vm), VmExit::Reset, "{}", screen.text());
 }

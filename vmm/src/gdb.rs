@@ -2,7 +2,7 @@
 //!
 //! All-stop mode: when one vCPU hits a breakpoint, all are parked. Devices go on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Write};
 use std::net::TcpListener;
 use std::num::NonZeroUsize;
@@ -17,8 +17,8 @@ use gdbstub::stub::run_blocking::{BlockingEventLoop, Event, WaitForStopReasonErr
 use gdbstub::stub::{DisconnectReason, GdbStub, MultiThreadStopReason};
 use gdbstub::target::ext::base::BaseOps;
 use gdbstub::target::ext::base::multithread::{
-    MultiThreadBase, MultiThreadResume, MultiThreadResumeOps, MultiThreadSingleStep,
-    MultiThreadSingleStepOps,
+    MultiThreadBase, MultiThreadResume, MultiThreadResumeOps, MultiThreadSchedulerLocking,
+    MultiThreadSchedulerLockingOps, MultiThreadSingleStep, MultiThreadSingleStepOps,
 };
 use gdbstub::target::ext::breakpoints::{
     Breakpoints, BreakpointsOps, HwBreakpoint, HwBreakpointOps, SwBreakpoint, SwBreakpointOps,
@@ -27,8 +27,8 @@ use gdbstub::target::{Target, TargetError, TargetResult};
 use gdbstub_arch::x86::X86_64_SSE;
 use gdbstub_arch::x86::reg::X86_64CoreRegs;
 use kvm_bindings::{
-    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP,
-    kvm_guest_debug, kvm_regs, kvm_sregs,
+    KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP,
+    KVM_GUESTDBG_USE_SW_BP, kvm_guest_debug, kvm_regs, kvm_sregs,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -100,6 +100,8 @@ impl Debugger {
             software: BTreeMap::new(),
             hardware: Vec::new(),
             step: None,
+            named: BTreeSet::new(),
+            only_named: false,
         };
         let gdb = GdbStub::new(Conn {
             stream,
@@ -199,6 +201,11 @@ struct Guest<'a> {
     hardware: Vec<u64>,
     /// The vCPU that shall run one instruction only.
     step: Option<u8>,
+    /// The vCPUs GDB named in its last request to go on.
+    named: BTreeSet<u8>,
+    /// Whether the others shall stand still: GDB's scheduler locking. It also asks for this when
+    /// it steps a vCPU over a breakpoint it has taken out for the moment.
+    only_named: bool,
 }
 
 fn tid(vcpu: u8) -> Tid {
@@ -272,7 +279,9 @@ impl Guest<'_> {
             ..Default::default()
         };
         if stepping {
-            debug.control |= KVM_GUESTDBG_SINGLESTEP;
+            // Without this a slow debugger never gets past one instruction: there always is a timer
+            // interrupt to be taken first.
+            debug.control |= KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_BLOCKIRQ;
         }
         if !self.hardware.is_empty() {
             debug.control |= KVM_GUESTDBG_USE_HW_BP;
@@ -288,19 +297,17 @@ impl Guest<'_> {
     }
 
     fn run(&mut self) -> Result<(), VmError> {
-        if !self.started {
-            self.started = true;
-            // Armed before the first instruction: the vCPUs are parked.
-            for vcpu in 0..self.vm.vcpu_count {
-                self.arm(vcpu, self.step == Some(vcpu))?;
-            }
-            return self.vm.start();
-        }
+        // Armed before the first instruction too: the vCPUs are parked.
         for vcpu in 0..self.vm.vcpu_count {
             self.arm(vcpu, self.step == Some(vcpu))?;
         }
+        if !self.started {
+            // The other vCPUs wait for the first one to start them, named or not.
+            self.started = true;
+            return self.vm.start();
+        }
         for vcpu in self.vm.vcpus().iter() {
-            if self.step.is_none_or(|only| only == vcpu.index) {
+            if !self.only_named || self.named.contains(&vcpu.index) {
                 vcpu.resume();
             }
         }
@@ -441,11 +448,18 @@ impl MultiThreadResume for Guest<'_> {
 
     fn clear_resume_actions(&mut self) -> Result<(), VmError> {
         self.step = None;
+        self.named.clear();
+        self.only_named = false;
         Ok(())
     }
 
-    fn set_resume_action_continue(&mut self, _: Tid, _: Option<Signal>) -> Result<(), VmError> {
+    fn set_resume_action_continue(&mut self, tid: Tid, _: Option<Signal>) -> Result<(), VmError> {
+        self.named.insert(vcpu_of(tid));
         Ok(())
+    }
+
+    fn support_scheduler_locking(&mut self) -> Option<MultiThreadSchedulerLockingOps<'_, Self>> {
+        Some(self)
     }
 
     fn support_single_step(&mut self) -> Option<MultiThreadSingleStepOps<'_, Self>> {
@@ -456,6 +470,14 @@ impl MultiThreadResume for Guest<'_> {
 impl MultiThreadSingleStep for Guest<'_> {
     fn set_resume_action_step(&mut self, tid: Tid, _: Option<Signal>) -> Result<(), VmError> {
         self.step = Some(vcpu_of(tid));
+        self.named.insert(vcpu_of(tid));
+        Ok(())
+    }
+}
+
+impl MultiThreadSchedulerLocking for Guest<'_> {
+    fn set_resume_action_scheduler_lock(&mut self) -> Result<(), VmError> {
+        self.only_named = true;
         Ok(())
     }
 }

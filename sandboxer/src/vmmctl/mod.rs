@@ -6,9 +6,11 @@ mod doctor;
 mod error;
 mod exec;
 mod inspect;
+mod log;
 mod progress;
 mod ps;
 mod run;
+mod setup;
 mod signals;
 mod stats;
 mod table;
@@ -78,6 +80,7 @@ enum Command {
     Kill(control::KillArgs),
     Wasm(wasm::Args),
     Doctor(doctor::Args),
+    Setup(setup::Args),
     Completions(CompletionArgs),
 }
 
@@ -131,6 +134,7 @@ pub fn main() -> ExitCode {
             .unwrap_or_else(crate::image::Store::default_root),
         run_root: rundir::root(),
     };
+    log::init(context.verbose);
     match dispatch(cli.command, &context) {
         Ok(code) => ExitCode::from(code),
         Err(e) => {
@@ -166,6 +170,7 @@ fn dispatch(command: Command, context: &Context) -> Result<u8, CliError> {
         Command::Kill(args) => control::kill(&args, context),
         Command::Wasm(args) => wasm::run(args, context),
         Command::Doctor(args) => doctor::run(&args, context),
+        Command::Setup(args) => setup::run(&args, context),
         Command::Completions(args) => {
             clap_complete::generate(
                 args.shell,
@@ -237,6 +242,7 @@ mod tests {
             "vmmctl kill -s TERM a41f",
             "vmmctl stop -t 3 a41f b2",
             "vmmctl inspect a41f --boot --svg out.svg",
+            "vmmctl setup containerd --dry-run --io-type streaming",
         ] {
             Cli::try_parse_from(line.split_whitespace()).unwrap_or_else(|e| panic!("{line}: {e}"));
         }

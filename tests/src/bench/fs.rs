@@ -38,7 +38,7 @@ while [ $round -lt ROUNDS ]; do
     echo "ROUND $((b - a)) $((c - b)) $count"
     round=$((round + 1))
 done
-echo ALL-ROUNDS
+echo ALL-DONE
 sleep 1000
 "#;
 
@@ -169,7 +169,7 @@ fn finish(mut command: Command) -> Result<Times> {
         .with_context(|| format!("{command:?}"))?;
     let mut child = Guard(child);
     let mut output = child.0.stdout.take().context("stdout")?;
-    let (_, seen) = wait_for_marker(&mut output, b"ALL-ROUNDS", PATIENCE)?;
+    let (_, seen) = wait_for_marker(&mut output, b"ALL-DONE", PATIENCE)?;
     Times::parse(&seen)
 }
 
@@ -229,7 +229,7 @@ fn qemu(inputs: &Inputs, initramfs: &Path, share: &Path) -> Result<Times> {
     command
         .args([
             "-M",
-            "microvm,rtc=on",
+            "microvm,acpi=off,rtc=on",
             "-accel",
             "kvm",
             "-cpu",
