@@ -2,7 +2,8 @@
 //! Kubernetes would have it, and the tests of plain pods run against runc too, to know that the
 //! tests themselves are right.
 //!
-//! usage: cri [--handler HANDLER] [--io fifo|streaming] [FILTER...]
+//! usage: cri [--handler HANDLER] [--io fifo|streaming|both] [FILTER...]
+//!        cri --soak PODS     (makes and removes that many, and counts what is left)
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -22,6 +23,19 @@ mod wide;
 /// A test: its name, whether runc can do it too, and what it does.
 type Test = (&'static str, bool, fn(&mut Node, &str) -> Result<()>);
 
+/// Tests in which the way of standard streams matters.
+const STREAMS: &[&str] = &[
+    "first_pod",
+    "nothing_is_left",
+    "interactive_exec",
+    "attach",
+    "much_output",
+    "stop_gracefully",
+    "log_rotation",
+    "terminal_and_environment",
+    "containerd_restarts",
+];
+
 fn main() -> ExitCode {
     match run() {
         Ok(true) => ExitCode::SUCCESS,
@@ -34,16 +48,22 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<bool> {
-    let (mut handler, mut io, mut filters) = (OURS.to_owned(), IoType::Fifo, Vec::new());
+    let (mut handler, mut filters) = (OURS.to_owned(), Vec::new());
+    let (mut ios, mut soak) = (vec![IoType::Fifo, IoType::Streaming], None);
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--handler" => handler = args.next().unwrap_or_default(),
             "--io" => match args.next().as_deref() {
-                Some("fifo") => io = IoType::Fifo,
-                Some("streaming") => io = IoType::Streaming,
-                other => bail!("--io {other:?}: fifo or streaming"),
+                Some("fifo") => ios = vec![IoType::Fifo],
+                Some("streaming") => ios = vec![IoType::Streaming],
+                Some("both") => ios = vec![IoType::Fifo, IoType::Streaming],
+                other => bail!("--io {other:?}: fifo, streaming or both"),
             },
+            "--soak" => {
+                let count: usize = args.next().unwrap_or_default().parse()?;
+                soak = Some(count);
+            }
             _ => filters.push(arg),
         }
     }
@@ -53,35 +73,51 @@ fn run() -> Result<bool> {
         validation::TESTS,
         recovery::TESTS,
     ];
-    let tests: Vec<&Test> = all
+    let all: Vec<&Test> = all
         .into_iter()
         .flatten()
         .filter(|t| handler == OURS || t.1)
         .filter(|t| filters.is_empty() || filters.iter().any(|f| t.0.contains(f.as_str())))
         .collect();
-    println!("running {} tests ({handler}, {io:?})", tests.len());
     let program = bulkhead_tests::env::built("sandboxer")?;
-    let mut node = Node::start(&program, &["busybox", "python3"], io)?;
+    if let Some(pods) = soak {
+        let io = ios.first().copied().unwrap_or(IoType::Fifo);
+        let mut node = Node::start(&program, &["busybox"], io)?;
+        basic::come_and_go(&mut node, &handler, pods)?;
+        println!("{pods} pods came and went; nothing is left");
+        return Ok(true);
+    }
     let (mut passed, mut failed) = (0, Vec::new());
-    for (name, _, test) in tests {
-        let begin = Instant::now();
-        let result = test(&mut node, &handler);
-        let seconds = begin.elapsed().as_secs_f64();
-        match result {
-            Ok(()) => {
-                println!("test {name} ... ok ({seconds:.1} s)");
-                passed += 1;
-            }
-            Err(error) => {
-                println!(
-                    "test {name} ... FAILED ({seconds:.1} s)\n{error:#}\n{}",
-                    node.logs()
-                );
-                failed.push(*name);
+    for (number, io) in ios.iter().enumerate() {
+        // What does not depend on it needs no second time.
+        let tests: Vec<_> = all
+            .iter()
+            .filter(|t| number == 0 || !filters.is_empty() || STREAMS.contains(&t.0))
+            .collect();
+        println!("running {} tests ({handler}, {io:?})", tests.len());
+        let mut node = Node::start(&program, &["busybox", "python3"], *io)?;
+        for (name, _, test) in tests {
+            let begin = Instant::now();
+            let result = test(&mut node, &handler);
+            let seconds = begin.elapsed().as_secs_f64();
+            match result {
+                Ok(()) => {
+                    println!("test {io:?}::{name} ... ok ({seconds:.1} s)");
+                    passed += 1;
+                }
+                Err(error) => {
+                    println!(
+                        "test {io:?}::{name} ... FAILED ({seconds:.1} s)\n{error:#}\n{}",
+                        node.logs()
+                    );
+                    failed.push(format!("{io:?}::{name}"));
+                    // The next one is not to suffer for it.
+                    node.ensure_running()?;
+                }
             }
         }
+        drop(node);
     }
-    drop(node);
     for name in &failed {
         println!("failed: {name}");
     }

@@ -98,6 +98,11 @@ fn host(node: &Node) -> Result<Host> {
 
 /// Pods come and go; nothing of them stays.
 fn nothing_is_left(node: &mut Node, handler: &str) -> Result<()> {
+    come_and_go(node, handler, 3)
+}
+
+/// Makes and removes pods, and compares what is on the host before and after.
+pub fn come_and_go(node: &mut Node, handler: &str, pods: usize) -> Result<()> {
     let cri = node.cri(handler)?;
     let one = |n: usize| -> Result<()> {
         let config = pod(&format!("leak{n}"));
@@ -112,8 +117,11 @@ fn nothing_is_left(node: &mut Node, handler: &str) -> Result<()> {
     // The first makes what stays for good: threads of runtimes, connections, the bridge.
     one(0)?;
     let before = settled(node, None)?;
-    for n in 1..4 {
-        one(n)?;
+    for n in 1..=pods {
+        one(n).with_context(|| format!("pod {n} of {pods}"))?;
+        if n % 10 == 0 {
+            println!("  {n} pods: {:?}", host(node)?.counts);
+        }
     }
     let after = settled(node, Some(&before))?;
     println!("  before {:?}\n  after  {:?}", before.counts, after.counts);

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use bulkhead_tests::cri::containerd::Node;
 use bulkhead_tests::cri::proto::*;
 use bulkhead_tests::cri::{TestPod, container, log, pod};
@@ -17,6 +17,11 @@ pub const TESTS: &[Test] = &[
         "sandboxer_is_killed_at_start",
         false,
         sandboxer_is_killed_at_start,
+    ),
+    (
+        "sandboxer_is_killed_at_each_step",
+        false,
+        sandboxer_is_killed_at_each_step,
     ),
     ("sandboxer_restarts", false, sandboxer_restarts),
 ];
@@ -125,6 +130,75 @@ fn sandboxer_is_killed_at_start(node: &mut Node, handler: &str) -> Result<()> {
     let new = TestPod::run(node, handler, pod("halfway"))?;
     new.remove()?;
     left(node)
+}
+
+/// What a pod has gone through when the sandboxer dies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
+enum Step {
+    PodRuns,
+    ContainerCreated,
+    ExecRuns,
+    ContainerExited,
+    PodStops,
+    PodStopped,
+}
+
+/// Whatever it was doing: kubelet's clean-up works, and nothing is left.
+fn sandboxer_is_killed_at_each_step(node: &mut Node, handler: &str) -> Result<()> {
+    for step in [
+        Step::PodRuns,
+        Step::ContainerCreated,
+        Step::ExecRuns,
+        Step::ContainerExited,
+        Step::PodStops,
+        Step::PodStopped,
+    ] {
+        kill_at(step, node, handler).with_context(|| format!("{step:?}"))?;
+        left(node).with_context(|| format!("{step:?}"))?;
+    }
+    let new = TestPod::run(node, handler, pod("after-all"))?;
+    new.remove()
+}
+
+fn kill_at(step: Step, node: &mut Node, handler: &str) -> Result<()> {
+    let pod = TestPod::run(node, handler, pod("step"))?;
+    let mut busy = None;
+    if step >= Step::ContainerCreated {
+        let spec = container("c", "busybox", &["sleep", "100000"]);
+        let c = pod.cri.create(&pod.id, &pod.config, &spec)?;
+        if step >= Step::ExecRuns {
+            pod.cri.start(&c)?;
+        }
+        if step == Step::ExecRuns {
+            let (cri, id) = (node.cri(handler)?, c.clone());
+            let sleep = std::thread::spawn(move || drop(cri.exec(&id, &["sleep", "98765"])));
+            pod.until(&c, "ps | grep '[9]8765'", "98765")?;
+            busy = Some(sleep);
+        }
+        if step == Step::ContainerExited {
+            pod.cri.stop(&c, 0)?;
+        }
+    }
+    match step {
+        Step::PodStops => {
+            let (cri, id) = (node.cri(handler)?, pod.id.clone());
+            busy = Some(std::thread::spawn(move || drop(cri.stop_pod(&id))));
+        }
+        Step::PodStopped => pod.cri.stop_pod(&pod.id)?,
+        _ => {}
+    }
+    node.kill_sandboxer();
+    node.start_sandboxer()?;
+    if let Some(busy) = busy {
+        // The call ends, with whatever answer.
+        busy.join().map_err(|_| anyhow::anyhow!("thread"))?;
+    }
+    let begin = Instant::now();
+    while pod.cri.pod_status(&pod.id)?.state != SANDBOX_NOTREADY {
+        ensure!(begin.elapsed() < PATIENCE, "the pod is still ready");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    pod.remove()
 }
 
 /// As systemd does it.

@@ -12,6 +12,7 @@ fn main() -> Result<ExitCode> {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args.as_slice() {
         ["microvm", out] => write(out, &demo::microvm::rows()?)?,
+        ["cri", out] => write(out, &demo::cri::rows()?)?,
         ["wasm", out] => write(out, &demo::wasm::rows()?)?,
         ["show", out, parts @ ..] => {
             let mut rows: Vec<Row> = Vec::new();
@@ -26,7 +27,7 @@ fn main() -> Result<ExitCode> {
                 return Ok(ExitCode::FAILURE);
             }
         }
-        _ => bail!("usage: demo microvm|wasm OUT.json | demo show OUT.json PART.json..."),
+        _ => bail!("usage: demo microvm|cri|wasm OUT.json | demo show OUT.json PART.json..."),
     }
     Ok(ExitCode::SUCCESS)
 }

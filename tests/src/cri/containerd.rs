@@ -145,6 +145,24 @@ impl Node {
         self.sandboxer.as_ref().map_or(0, |g| g.0.id())
     }
 
+    /// Starts what a failed test has left dead.
+    ///
+    /// # Errors
+    /// A daemon does not start.
+    pub fn ensure_running(&mut self) -> Result<()> {
+        let dead = |guard: &mut Option<Guard>| match guard {
+            Some(guard) => guard.0.try_wait().map(|ended| ended.is_some()),
+            None => Ok(true),
+        };
+        if dead(&mut self.sandboxer)? {
+            self.start_sandboxer()?;
+        }
+        if dead(&mut self.containerd)? {
+            self.start_containerd()?;
+        }
+        Ok(())
+    }
+
     /// Kills the sandboxer without a warning.
     pub fn kill_sandboxer(&mut self) {
         self.sandboxer = None;

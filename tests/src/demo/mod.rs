@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+pub mod cri;
 pub mod microvm;
 pub mod wasm;
 
