@@ -164,10 +164,12 @@ impl Devices {
         if !config.bare_cmdline {
             // i8042 reset is the orderly end; a panic resets at once and is found on the console.
             // The rest keeps an idle guest from waking up: no TSC watchdog, pressure accounting,
-            // proactive compaction; VM statistics every ten seconds.
+            // proactive compaction; VM statistics every ten seconds, managed neighbours every minute.
             line.push_str(
                 "console=ttyS0 reboot=k panic=-1 8250.nr_uarts=1 tsc=reliable psi=0 \
-                 sysctl.vm.compaction_proactiveness=0 sysctl.vm.stat_interval=10",
+                 sysctl.vm.compaction_proactiveness=0 sysctl.vm.stat_interval=10 \
+                 sysctl.net.ipv4.neigh.default.interval_probe_time_ms=60000 \
+                 sysctl.net.ipv6.neigh.default.interval_probe_time_ms=60000",
             );
         }
         for slot in &self.slots {

@@ -18,6 +18,7 @@ mod terminal;
 mod wasm;
 
 use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -110,13 +111,58 @@ impl Context {
     }
 }
 
-/// Runs the command line; the result is the process's exit code.
+/// Program of the `wasm` command. It is one of its own for the sake of all others: relocating the
+/// engine's tables takes a MiB of memory that a VM's process would have no use for.
+const WASM_PROGRAM: &str = "vmmctl-wasm";
+
+/// `vmmctl`: runs the command line; the result is the process's exit code.
 pub fn main() -> ExitCode {
+    start(dispatch)
+}
+
+/// `vmmctl-wasm`: runs the command line of `vmmctl wasm`.
+pub fn wasm_main() -> ExitCode {
+    start(|command, context| match command {
+        Command::Wasm(args) => wasm::run(args, context),
+        other => dispatch(other, context),
+    })
+}
+
+/// Becomes the program of `vmmctl wasm`, which is installed beside this one.
+fn exec_wasm_program() -> CliError {
+    let beside = std::env::current_exe()
+        .ok()
+        .map(|exe| exe.with_file_name(WASM_PROGRAM))
+        .filter(|path| path.is_file());
+    let program = beside.unwrap_or_else(|| WASM_PROGRAM.into());
+    let error = std::process::Command::new(&program)
+        .args(std::env::args_os().skip(1))
+        .exec();
+    CliError::io(
+        format!(
+            "{} (it belongs beside vmmctl: install it there)",
+            program.display()
+        ),
+        error,
+    )
+}
+
+/// Parses the command line in a thread of its own: a deep stack that would stay with the main
+/// thread, and with the VM's process, goes away with it.
+fn parse() -> Result<Cli, clap::Error> {
+    std::thread::Builder::new()
+        .spawn(Cli::try_parse)
+        .ok()
+        .and_then(|parser| parser.join().ok())
+        .unwrap_or_else(Cli::try_parse)
+}
+
+fn start(dispatch: impl FnOnce(Command, &Context) -> Result<u8, CliError>) -> ExitCode {
     // One heap for all threads: by default each of them gets pages of its own, which counts where
     // a VM's process takes a few hundred KiB.
     // SAFETY: sets a parameter of glibc's allocator before any thread exists.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
-    let cli = match Cli::try_parse() {
+    let cli = match parse() {
         Ok(cli) => cli,
         Err(e) => {
             // Help and version are no errors; a wrong command line is ours, not the program's.
@@ -168,7 +214,8 @@ fn dispatch(command: Command, context: &Context) -> Result<u8, CliError> {
         Command::Resume(args) => control::each(&args, context, "running", |vm| vm.resume()),
         Command::Stop(args) => control::stop(&args, context),
         Command::Kill(args) => control::kill(&args, context),
-        Command::Wasm(args) => wasm::run(args, context),
+        // Of the other program: see `main`.
+        Command::Wasm(_) => Err(exec_wasm_program()),
         Command::Doctor(args) => doctor::run(&args, context),
         Command::Setup(args) => setup::run(&args, context),
         Command::Completions(args) => {

@@ -23,6 +23,8 @@ const MEMORY_MIB: u64 = 128;
 const GUEST_BYTES: u64 = MEMORY_MIB << 20;
 /// Generous: emulated hosts under load.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a guest has to come to rest: boot leaves timers that run out one by one.
+const SETTLE: Duration = Duration::from_secs(15);
 /// How long an idle guest is watched.
 const IDLE_WATCH: Duration = Duration::from_secs(10);
 
@@ -112,8 +114,7 @@ struct Idle {
 
 fn watch_idle(pid: u32) -> Result<Idle> {
     let vms = kvm_directories(pid)?;
-    // Let the guest finish what it does after the marker.
-    thread::sleep(Duration::from_secs(2));
+    thread::sleep(SETTLE);
     let before = (Instant::now(), kvm_counter(&vms, "exits")?);
     thread::sleep(IDLE_WATCH);
     let after = (Instant::now(), kvm_counter(&vms, "exits")?);
