@@ -1,6 +1,9 @@
 //! `vmmctl wasm run` as a user runs it: files, images, real programs, hostile ones. Runs anywhere:
 //! WebAssembly needs no KVM.
 
+#[path = "wasm/daemon.rs"]
+mod daemon;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -15,11 +18,20 @@ use bulkhead_tests::process::Guard;
 use bulkhead_tests::wasm::{oci_artifact, wit};
 
 /// A store of its own for each test, so that nothing is found compiled by accident.
-struct Place(tempfile::TempDir);
+struct Place(tempfile::TempDir, PathBuf);
 
 impl Place {
     fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
+        let dir = tempfile::tempdir().unwrap();
+        let store = dir.path().join("store");
+        Self(dir, store)
+    }
+
+    /// With a store that is kept: compiling a Python takes longer than all else together.
+    fn for_large_programs() -> Self {
+        let store = bulkhead_fixtures::cache_dir().unwrap().join("wasm-store");
+        fs::create_dir_all(&store).unwrap();
+        Self(tempfile::tempdir().unwrap(), store)
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -30,7 +42,7 @@ impl Place {
         let mut command = Command::new(env::vmmctl().unwrap());
         command
             .args(["wasm", "run"])
-            .env("BULKHEAD_ROOT", self.path("store"))
+            .env("BULKHEAD_ROOT", &self.1)
             .env("BULKHEAD_RUN", self.path("run"));
         command
     }
@@ -129,7 +141,7 @@ fn a_c_program_with_arguments_environment_volume_and_input() {
 
 #[test]
 fn cpython_runs_a_script_with_files() {
-    let place = Place::new();
+    let place = Place::for_large_programs();
     let data = place.path("data");
     fs::create_dir(&data).unwrap();
     fs::write(
@@ -167,7 +179,7 @@ fn cpython_runs_a_script_with_files() {
 
 #[test]
 fn flite_makes_a_wav() {
-    let place = Place::new();
+    let place = Place::for_large_programs();
     let data = place.path("data");
     fs::create_dir(&data).unwrap();
     let mut command = place.vmmctl();
@@ -216,7 +228,7 @@ fn until_answered(address: &str, child: &mut Child) -> String {
 
 #[test]
 fn an_http_component_in_python_answers_and_ends_when_asked() {
-    let place = Place::new();
+    let place = Place::for_large_programs();
     let program = wasm::python_http(&wit().unwrap()).unwrap();
     let address = free_address();
     let mut command = place.vmmctl();
@@ -250,7 +262,7 @@ fn an_http_component_in_python_answers_and_ends_when_asked() {
 
 #[test]
 fn an_http_program_without_an_address_says_what_to_do() {
-    let place = Place::new();
+    let place = Place::for_large_programs();
     let mut command = place.vmmctl();
     command.arg(wasm::python_http(&wit().unwrap()).unwrap());
     let output = finish(command);
@@ -315,6 +327,44 @@ fn artifacts_and_root_filesystems() {
     assert_eq!(code, Some(127), "{error}");
     let (code, error) = run(&root, &["--", "/nothing.wasm"]);
     assert_eq!(code, Some(127), "{error}");
+}
+
+/// An image may hold a node of the host's disk; the program runs on the host's own kernel.
+#[test]
+fn devices_of_an_image_cannot_be_opened() {
+    let place = Place::new();
+    let program = wasm::compile_c(
+        "open.wasm",
+        "#include <stdio.h>\nint main(int c, char **v) { return fopen(v[1], \"r\") ? 0 : 5; }\n",
+    )
+    .unwrap();
+    let root = place.path("root");
+    fs::create_dir(&root).unwrap();
+    fs::copy(program, root.join("open.wasm")).unwrap();
+    fs::write(root.join("file"), "").unwrap();
+    nix::sys::stat::mknod(
+        &root.join("null"),
+        nix::sys::stat::SFlag::S_IFCHR,
+        nix::sys::stat::Mode::from_bits_truncate(0o666),
+        libc::makedev(1, 3),
+    )
+    .unwrap();
+    // The kernel that runs the test lets us open it; so only the sandbox can refuse.
+    fs::File::open(root.join("null")).unwrap();
+    for (options, path, code) in [
+        (&[][..], "/file", 0),
+        (&[], "/null", 5),
+        (&["--read-only"], "/file", 0),
+        (&["--read-only"], "/null", 5),
+    ] {
+        let mut command = place.vmmctl();
+        command
+            .args(options)
+            .arg(&root)
+            .args(["--", "/open.wasm", path]);
+        let output = finish(command);
+        assert_eq!(output.status.code(), Some(code), "{path}: {output:?}");
+    }
 }
 
 #[test]
@@ -442,7 +492,7 @@ fn has_code(store: &Path) -> bool {
 /// Sockets: the host's loopback cannot be reached without asking for the host's network.
 #[test]
 fn no_network_unless_asked_for() {
-    let place = Place::new();
+    let place = Place::for_large_programs();
     // A p1 program has no way to make a socket at all; CPython says so when it tries.
     let mut command = place.vmmctl();
     command.arg(wasm::python().unwrap()).args([

@@ -1,5 +1,7 @@
 //! What tests of wasm sandboxes share.
 
+pub mod daemon;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -19,6 +21,9 @@ pub fn wit() -> Result<PathBuf> {
             "--format-version",
             "1",
             "--offline",
+            // Packages of other platforms are not downloaded.
+            "--filter-platform",
+            "x86_64-unknown-linux-gnu",
             "--manifest-path",
         ])
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml"))

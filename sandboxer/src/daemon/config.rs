@@ -22,6 +22,8 @@ pub struct Config {
     pub log: Log,
     /// `[microvm]`
     pub microvm: Microvm,
+    /// `[wasm]`
+    pub wasm: Wasm,
 }
 
 /// What is logged.
@@ -58,6 +60,22 @@ pub struct Microvm {
     pub allow_emulated_kvm: bool,
 }
 
+/// Pods of WebAssembly programs.
+#[derive(Debug, Clone, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Wasm {
+    /// Socket of their sandbox controller.
+    pub socket: PathBuf,
+    /// Where compiled programs are kept; must be ours alone.
+    pub cache_dir: PathBuf,
+    /// Most that is kept there, in MiB.
+    pub cache_mib: u64,
+    /// Largest program, in MiB.
+    pub max_module_mib: u64,
+    /// Most instances at one time in all pods; each reserves about 4 GiB of address space.
+    pub max_instances: u32,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -66,6 +84,19 @@ impl Default for Config {
             containerd_ttrpc: "/run/containerd/containerd.sock.ttrpc".into(),
             log: Log::default(),
             microvm: Microvm::default(),
+            wasm: Wasm::default(),
+        }
+    }
+}
+
+impl Default for Wasm {
+    fn default() -> Self {
+        Self {
+            socket: "/run/bulkhead/wasm.sock".into(),
+            cache_dir: "/var/lib/bulkhead/wasm-code".into(),
+            cache_mib: 2048,
+            max_module_mib: 100,
+            max_instances: 4000,
         }
     }
 }
@@ -174,6 +205,12 @@ impl Config {
         }
         if !self.socket.is_absolute() {
             return wrong("socket", "must be absolute");
+        }
+        if !self.wasm.socket.is_absolute() || !self.wasm.cache_dir.is_absolute() {
+            return wrong("wasm.socket and wasm.cache_dir", "must be absolute");
+        }
+        if !(1..=10_000).contains(&self.wasm.max_instances) {
+            return wrong("wasm.max_instances", "must be 1 to 10000");
         }
         let vm = &self.microvm;
         if vm.default_cpus == 0 || vm.default_cpus > vm.max_cpus || vm.max_cpus > 32 {

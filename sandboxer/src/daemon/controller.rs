@@ -19,7 +19,7 @@ use super::task::{Slot, check_id};
 use crate::engine::Sandbox;
 
 /// Version of the Task service at a pod's address; containerd takes no other.
-const TASK_VERSION: u32 = 3;
+pub(super) const TASK_VERSION: u32 = 3;
 /// Pods of one daemon.
 const MAX_PODS: usize = 4096;
 
@@ -309,7 +309,7 @@ impl Controller {
     }
 }
 
-fn decode<M: Message + Default>(payload: &[u8]) -> Result<M, Status> {
+pub(super) fn decode<M: Message + Default>(payload: &[u8]) -> Result<M, Status> {
     M::decode(payload).map_err(|e| {
         Status::new(
             Code::InvalidArgument,

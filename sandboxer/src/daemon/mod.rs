@@ -23,6 +23,7 @@ pub mod storage;
 pub mod streaming;
 pub mod task;
 pub mod ttrpc;
+pub mod wasm;
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -32,7 +33,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::engine::microvm::share::enter_private_mounts;
@@ -171,36 +172,50 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
     // VMs of an earlier process went with it.
     crate::rundir::clean_stale(&config.run_dir);
     recover(&config, &events, &controller);
+    let wasm_pods = wasm::Controller::new(wasm::Shared::new(Arc::clone(&config), events.clone()));
     let listener = bind(&config.socket)?;
+    let wasm_listener = bind(&config.wasm.socket)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(io_error("signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(io_error("signals"))?;
     notify("READY=1");
     tracing::info!(socket = %config.socket.display(), "ready");
     loop {
         tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => {
-                    let endpoint = Arc::new(Endpoint(Arc::clone(&controller)));
-                    tokio::spawn(async move {
-                        if let Err(error) = grpc::serve(stream, endpoint).await {
-                            tracing::debug!(%error, "a connection of containerd broke");
-                        }
-                    });
-                }
-                Err(error) => {
-                    tracing::error!(%error, "no connection can be accepted");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-            },
+            accepted = listener.accept() => {
+                answer(accepted, Endpoint(Arc::clone(&controller))).await;
+            }
+            accepted = wasm_listener.accept() => {
+                answer(accepted, wasm::Endpoint(Arc::clone(&wasm_pods))).await;
+            }
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
     }
     notify("STOPPING=1");
-    drop(listener);
-    end_all(&controller).await;
+    drop((listener, wasm_listener));
+    tokio::join!(end_all(&controller), wasm_pods.end_all());
     tracing::info!("ended");
     Ok(())
+}
+
+/// Serves a connection of containerd.
+async fn answer<S: grpc::Service>(
+    accepted: io::Result<(UnixStream, tokio::net::unix::SocketAddr)>,
+    endpoint: S,
+) {
+    match accepted {
+        Ok((stream, _)) => {
+            tokio::spawn(async move {
+                if let Err(error) = grpc::serve(stream, Arc::new(endpoint)).await {
+                    tracing::debug!(%error, "a connection of containerd broke");
+                }
+            });
+        }
+        Err(error) => {
+            tracing::error!(%error, "no connection can be accepted");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
 }
 
 /// Their VMs are threads of ours: they end with us, in order where there is time.

@@ -79,6 +79,36 @@ impl Place {
     }
 }
 
+/// Where the streams of one process lead to.
+#[derive(Debug, Default)]
+pub struct Places {
+    stdin: Option<Place>,
+    stdout: Option<Place>,
+    stderr: Option<Place>,
+}
+
+impl Places {
+    /// What the names mean.
+    ///
+    /// # Errors
+    /// One of them is no stream.
+    pub fn parse(names: &Names, streams: &Arc<Streams>) -> Result<Self, Status> {
+        Ok(Self {
+            stdin: Place::parse(&names.stdin, streams)?,
+            stdout: Place::parse(&names.stdout, streams)?,
+            stderr: match names.terminal {
+                true => None,
+                false => Place::parse(&names.stderr, streams)?,
+            },
+        })
+    }
+
+    /// Which of input, output and error there are.
+    pub fn wanted(&self) -> [bool; 3] {
+        [&self.stdin, &self.stdout, &self.stderr].map(Option::is_some)
+    }
+}
+
 /// The streams of one process, being copied.
 #[derive(Debug, Default)]
 pub struct Pumps {
@@ -108,24 +138,22 @@ impl Pumps {
         guest: &Guest,
         streams: &Arc<Streams>,
     ) -> Result<(Self, GuestNames), Status> {
-        let stdin = Place::parse(&names.stdin, streams)?;
-        let stdout = Place::parse(&names.stdout, streams)?;
-        let stderr = match names.terminal {
-            true => None,
-            false => Place::parse(&names.stderr, streams)?,
-        };
+        let places = Places::parse(names, streams)?;
         let open = async |wanted: bool| match wanted {
             true => guest.stream().await.map(Some),
             false => Ok(None),
         };
-        let (guest_in, guest_out, guest_err) = tokio::try_join!(
-            open(stdin.is_some()),
-            open(stdout.is_some()),
-            open(stderr.is_some())
-        )?;
+        let [stdin, stdout, stderr] = places.wanted();
+        let (stdin, stdout, stderr) = tokio::try_join!(open(stdin), open(stdout), open(stderr))?;
+        Ok(Self::between(places, [stdin, stdout, stderr]))
+    }
+
+    /// Copies between the places and named other ends, which are there where one is wanted.
+    pub fn between(places: Places, ends: [Option<(String, UnixStream)>; 3]) -> (Self, GuestNames) {
+        let [guest_in, guest_out, guest_err] = ends;
         let mut pumps = Self::default();
         let mut guest_names = GuestNames::default();
-        if let (Some(place), Some((uri, stream))) = (stdin, guest_in) {
+        if let (Some(place), Some((uri, stream))) = (places.stdin, guest_in) {
             guest_names.stdin = uri;
             let close = Arc::clone(&pumps.close_stdin);
             pumps.input = Some(tokio::spawn(async move {
@@ -135,8 +163,8 @@ impl Pumps {
             }));
         }
         for (place, stream, name) in [
-            (stdout, guest_out, &mut guest_names.stdout),
-            (stderr, guest_err, &mut guest_names.stderr),
+            (places.stdout, guest_out, &mut guest_names.stdout),
+            (places.stderr, guest_err, &mut guest_names.stderr),
         ] {
             if let (Some(place), Some((uri, stream))) = (place, stream) {
                 *name = uri;
@@ -147,7 +175,7 @@ impl Pumps {
                 }));
             }
         }
-        Ok((pumps, guest_names))
+        (pumps, guest_names)
     }
 
     /// After the process's end: waits until its output has been taken, but not for ever. What is

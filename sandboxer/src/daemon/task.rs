@@ -178,7 +178,7 @@ pub struct Tasks(pub Arc<Pod>);
 type Answer<T> = Result<T, Status>;
 
 /// Runs to its end even if the caller goes away: a container is made whole or not at all.
-async fn to_the_end<T: Send + 'static>(
+pub(super) async fn to_the_end<T: Send + 'static>(
     work: impl Future<Output = Answer<T>> + Send + 'static,
 ) -> Answer<T> {
     tokio::spawn(work).await.unwrap_or_else(|error| {
@@ -397,7 +397,7 @@ async fn create_reserved(
     Ok((container, made.pid))
 }
 
-fn read_spec(bundle: &Path) -> Answer<Value> {
+pub(super) fn read_spec(bundle: &Path) -> Answer<Value> {
     use std::io::Read;
     let path = bundle.join("config.json");
     let failed = |e: std::io::Error| {

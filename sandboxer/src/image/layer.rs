@@ -70,6 +70,49 @@ impl ContainerRoot {
         Ok(made)
     }
 
+    /// From here on, device nodes in it cannot be opened. For programs that run on this very kernel:
+    /// an image may hold a node of the host's disk.
+    ///
+    /// # Errors
+    /// The host refuses; then the root must not be used.
+    pub fn forbid_devices(&mut self, read_only: bool) -> Result<(), ImageError> {
+        if !nix::unistd::geteuid().is_root() {
+            // Whoever unpacked it could make none, and opens none that are not theirs.
+            return Ok(());
+        }
+        let mountpoint = self.mountpoint.display();
+        let failed = |e: nix::Error| {
+            ImageError::io(
+                format!("container root {mountpoint}: forbidding devices"),
+                e.into(),
+            )
+        };
+        if self.form == Form::Copy {
+            mount(
+                Some(&self.mountpoint),
+                &self.mountpoint,
+                None::<&str>,
+                MsFlags::MS_BIND,
+                None::<&str>,
+            )
+            .map_err(failed)?;
+            self.form = Form::Bind;
+        }
+        let mut flags =
+            MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
+        if read_only {
+            flags |= MsFlags::MS_RDONLY;
+        }
+        mount(
+            None::<&str>,
+            &self.mountpoint,
+            None::<&str>,
+            flags,
+            None::<&str>,
+        )
+        .map_err(failed)
+    }
+
     /// `overlay`, `bind` or `copy`, for `inspect`.
     pub fn form(&self) -> &'static str {
         match self.form {

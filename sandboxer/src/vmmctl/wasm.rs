@@ -354,7 +354,8 @@ fn mount_root(
         .join(format!("wasm-{}", std::process::id()));
     let mountpoint = scratch.join("root");
     let writable = [scratch.join("writable")];
-    let root = ContainerRoot::create(rootfs, &mountpoint, &writable, args.read_only)?;
+    let mut root = ContainerRoot::create(rootfs, &mountpoint, &writable, args.read_only)?;
+    root.forbid_devices(args.read_only)?;
     Ok((mountpoint, root))
 }
 

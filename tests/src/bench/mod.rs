@@ -1,6 +1,8 @@
 //! Benchmarks: each prints a table and writes `target/bench/NAME.json`.
 
 pub mod boot;
+pub mod crun;
 pub mod fs;
 pub mod report;
 pub mod wasm;
+pub mod wasm_soak;

@@ -1,7 +1,7 @@
 //! Wasm pods beside wasmtime itself: the library used as plainly as it can be, in this process, and
 //! the `wasmtime` command of the same version where it is in the cache.
 //!
-//! Runs natively. Where crun is installed, starting a static program with it is shown too.
+//! Runs natively, as root where crun shall be shown too.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -20,8 +20,10 @@ use bulkhead_wasm::{
 use wasmtime_wasi::WasiCtxBuilder;
 use wasmtime_wasi::p1::WasiP1Ctx;
 
+use super::crun;
 use super::report::{Goal, Report, median};
 use crate::process::Guard;
+use crate::wasm::daemon::{Daemon, connect, run as run_task};
 use crate::wasm::{HELLO_BODY, http_component, wit};
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -34,7 +36,7 @@ const IDLE: usize = 1000;
 const COMMAND: &str = "bench wasm";
 
 /// Prints `.` and ends.
-const DOT: &str = r#"(module
+pub(super) const DOT: &str = r#"(module
   (import "wasi_snapshot_preview1" "fd_write"
     (func $write (param i32 i32 i32 i32) (result i32)))
   (memory (export "memory") 1)
@@ -88,6 +90,7 @@ pub fn run() -> Result<Report> {
     };
     bench.starts()?;
     bench.tasks()?;
+    bench.daemon_tasks()?;
     bench.kills()?;
     bench.python()?;
     bench.http()?;
@@ -205,14 +208,14 @@ impl Bench {
             Goal::Value(1.0),
             COMMAND,
         );
-        if let Some(crun) = crun_starts(self.scratch.path())? {
+        if let Some(crun) = crun::starts(self.scratch.path())? {
             self.report.add(
                 "the same, beside crun run of a static hello",
                 "ms",
                 &samples,
                 &crun,
                 Goal::Ratio(1.0 / 20.0),
-                "crun run (peer)",
+                "peer: crun run, without cgroups",
             );
         }
         Ok(())
@@ -282,6 +285,70 @@ impl Bench {
             &bare,
             &[],
             Goal::Shown,
+            COMMAND,
+        );
+        Ok(())
+    }
+
+    /// Whole tasks as containerd asks for them: by ttrpc, each with an image that is mounted, a
+    /// FIFO of its own for its output, and its exit events.
+    fn daemon_tasks(&mut self) -> Result<()> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("tasks through the daemon: needs root");
+            return Ok(());
+        }
+        const CLIENTS: usize = 4;
+        let daemon = Daemon::start()?;
+        let address = daemon.pod("bench", "")?;
+        let image = daemon.image("dot", &wat::parse_str(DOT)?)?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()?;
+        let mut seconds = Vec::new();
+        for round in 0..4 {
+            // What containerd's client prepares is not the runtime's time.
+            let mut bundles = Vec::new();
+            for client in 0..CLIENTS {
+                let mut own = Vec::new();
+                for n in 0..TASKS / CLIENTS {
+                    let id = format!("t{round}-{client}-{n}");
+                    own.push(daemon.bundle(&id, &image, &["/app.wasm"], |_| ())?);
+                }
+                bundles.push(own);
+            }
+            let begin = Instant::now();
+            runtime.block_on(async {
+                let mut clients = tokio::task::JoinSet::new();
+                for own in bundles {
+                    let address = address.clone();
+                    clients.spawn(async move {
+                        let tasks = connect(&address).await?;
+                        for bundle in own {
+                            let (code, out, _) = run_task(&tasks, bundle).await?;
+                            if code != 0 || out != "." {
+                                bail!("a task ended with {code}, output {out:?}");
+                            }
+                        }
+                        Ok(())
+                    });
+                }
+                while let Some(done) = clients.join_next().await {
+                    done??;
+                }
+                anyhow::Ok(())
+            })?;
+            if round > 0 {
+                seconds.push(begin.elapsed().as_secs_f64());
+            }
+        }
+        daemon.remove("bench")?;
+        self.report.add(
+            "1,000 tasks by Task v3 (create, start, wait, delete, own stdout)",
+            "s",
+            &seconds,
+            &[],
+            Goal::Value(1000.0 / 1500.0),
             COMMAND,
         );
         Ok(())
@@ -692,45 +759,4 @@ fn answer(stream: &mut TcpStream) -> Result<()> {
             return Ok(());
         }
     }
-}
-
-/// Times of `crun run` with a static program, if crun is there and can run here.
-fn crun_starts(scratch: &Path) -> Result<Option<Vec<f64>>> {
-    if Command::new("crun").arg("--version").output().is_err() {
-        return Ok(None);
-    }
-    let bundle = scratch.join("bundle");
-    let root = bundle.join("rootfs");
-    fs::create_dir_all(&root)?;
-    let init = root.join("hello");
-    fs::write(&init, fixtures::static_hello_elf())?;
-    use std::os::unix::fs::PermissionsExt;
-    fs::set_permissions(&init, fs::Permissions::from_mode(0o755))?;
-    Command::new("crun")
-        .arg("spec")
-        .current_dir(&bundle)
-        .status()?;
-    let path = bundle.join("config.json");
-    let mut spec: serde_json::Value = serde_json::from_slice(&fs::read(&path)?)?;
-    spec["process"]["args"] = serde_json::json!(["/hello"]);
-    spec["process"]["terminal"] = false.into();
-    fs::write(&path, serde_json::to_vec(&spec)?)?;
-    let mut times = Vec::new();
-    for n in 0..20 {
-        let begin = Instant::now();
-        let output = Command::new("crun")
-            .args(["run", &format!("bulkhead-bench-{}-{n}", std::process::id())])
-            .current_dir(&bundle)
-            .stdin(ChildStdio::null())
-            .output()?;
-        times.push(ms(begin.elapsed()));
-        if !output.status.success() {
-            eprintln!(
-                "crun cannot run here: {}",
-                String::from_utf8_lossy(&output.stderr).trim_end()
-            );
-            return Ok(None);
-        }
-    }
-    Ok(Some(times))
 }

@@ -1,10 +1,10 @@
-//! `bench boot|fs|wasm OUT_DIR …`: see the modules of `bulkhead_tests::bench`.
+//! `bench boot|fs|wasm OUT_DIR …`, `bench wasm-soak COUNT`: see the modules of `bulkhead_tests::bench`.
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use bulkhead_tests::bench::report::Report;
-use bulkhead_tests::bench::{boot, fs, wasm};
+use bulkhead_tests::bench::{boot, fs, wasm, wasm_soak};
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
@@ -40,6 +40,10 @@ fn main() -> Result<()> {
         "wasm" => {
             let out = PathBuf::from(args.next().context("bench wasm OUT_DIR")?);
             wasm::run()?.finish(&out)
+        }
+        "wasm-soak" => {
+            let count = args.next().context("bench wasm-soak COUNT")?.parse()?;
+            wasm_soak::soak(count)
         }
         "many" => {
             let usage = "bench many COUNT KERNEL INITRAMFS";

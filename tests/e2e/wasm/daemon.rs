@@ -1,0 +1,284 @@
+//! Wasm pods of the daemon, by the calls that containerd makes.
+
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use bulkhead_fixtures::wasm as fixtures;
+use bulkhead_protocol::client::TaskClient;
+use bulkhead_protocol::metrics::Metrics;
+use bulkhead_protocol::rpc::Code;
+use bulkhead_protocol::task::*;
+use bulkhead_protocol::types::ProcessStatus;
+use bulkhead_sandboxer::daemon::proto;
+use bulkhead_tests::env::PATIENCE;
+use bulkhead_tests::wasm::daemon::{self, Bundle, Daemon, id_of};
+use bulkhead_tests::wasm::{HELLO_BODY, http_component, wit};
+use prost::Message;
+use serde_json::{Value, json};
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
+fn wat(text: &str) -> Vec<u8> {
+    wat::parse_str(text).unwrap()
+}
+
+/// Runs one program to its end in a pod that exists.
+fn once(
+    daemon: &Daemon,
+    tasks: &TaskClient,
+    runtime: &tokio::runtime::Runtime,
+    id: &str,
+    program: &[u8],
+    change: impl FnOnce(&mut Value),
+) -> (u32, String, String) {
+    let image = daemon.image(id, program).unwrap();
+    let bundle = daemon.bundle(id, &image, &["/app.wasm"], change).unwrap();
+    runtime
+        .block_on(daemon::run(tasks, bundle))
+        .unwrap_or_else(|e| panic!("{id}: {e:#}\n{}", daemon.log()))
+}
+
+const LOOP: &str = r#"(module (func (export "_start") (loop $l (br $l))))"#;
+
+#[test]
+fn a_container_has_arguments_volumes_output_and_an_exit_code() {
+    let daemon = Daemon::start().unwrap();
+    let runtime = runtime();
+    let volume = daemon.dir().join("volume");
+    fs::create_dir(&volume).unwrap();
+    fs::write(volume.join("note"), "from the host\n").unwrap();
+    let single = daemon.dir().join("single");
+    fs::write(&single, "one file\n").unwrap();
+    let address = daemon.pod("p", "").unwrap();
+    let program = fixtures::compile_c("container.wasm", include_str!("container.c")).unwrap();
+    let image = daemon.image("c", &fs::read(program).unwrap()).unwrap();
+    let bundle = daemon
+        .bundle("c", &image, &["app.wasm", "one", "two words"], |spec| {
+            spec["process"]["env"] = json!(["WHO=me"]);
+            let bind = |destination: &str, source: &std::path::Path, more: &str| {
+                json!({"destination": destination, "type": "bind",
+                       "source": source, "options": ["rbind", more]})
+            };
+            spec["mounts"] = json!([
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                bind("/data", &volume, "rw"),
+                bind("/readonly", &volume, "ro"),
+                bind("/etc/single", &single, "ro"),
+            ]);
+        })
+        .unwrap();
+    let (code, out, err) = runtime
+        .block_on(async {
+            let tasks = daemon::connect(&address).await?;
+            daemon::run(&tasks, bundle).await
+        })
+        .unwrap_or_else(|e| panic!("{e:#}\n{}", daemon.log()));
+    assert_eq!(
+        out,
+        "arguments: one, two words\nWHO=me\nnote: from the host\nsingle: one file\n\
+         read-only: refused\n"
+    );
+    assert_eq!((code, err.as_str()), (42, "to stderr\n"));
+    assert_eq!(
+        fs::read_to_string(volume.join("out")).unwrap(),
+        "written by C\n"
+    );
+    daemon.remove("p").unwrap();
+    assert!(!address.exists());
+    let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", daemon.pid())).unwrap();
+    let left: Vec<&str> = mounts.lines().filter(|l| l.contains("/wasm/p/")).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn ends_are_told_apart() {
+    let daemon = Daemon::start().unwrap();
+    let runtime = runtime();
+    let address = daemon.pod("p", "").unwrap();
+    let tasks = runtime.block_on(daemon::connect(&address)).unwrap();
+    let trap = wat(r#"(module (func $deep (unreachable)) (func (export "_start") (call $deep)))"#);
+    let (code, _, err) = once(&daemon, &tasks, &runtime, "trap", &trap, |_| ());
+    assert_eq!(code, 134);
+    assert!(err.contains("unreachable"), "{err}");
+    let bomb = wat(r#"(module (memory 1) (func (export "_start")
+          (loop $l (if (i32.eq (memory.grow (i32.const 100)) (i32.const -1)) (then unreachable))
+          (br $l))))"#);
+    let (code, _, err) = once(&daemon, &tasks, &runtime, "bomb", &bomb, |spec| {
+        spec["linux"]["resources"]["memory"] = json!({"limit": 16 << 20});
+    });
+    assert_eq!(code, 137);
+    assert!(err.contains("memory"), "{err}");
+    // Refused before it starts, with words that say what to do.
+    let refused = |id: &str, program: &[u8], args: &[&str]| {
+        let image = daemon.image(id, program).unwrap();
+        let bundle = daemon.bundle(id, &image, args, |_| ()).unwrap();
+        let error = runtime.block_on(tasks.create(&bundle.create));
+        error.expect_err("refused").to_string()
+    };
+    let elf = refused("elf", &fixtures::static_hello_elf(), &["/app.wasm"]);
+    assert!(elf.contains("runtime class"), "{elf}");
+    let none = refused("none", &trap, &["/bin/sh"]);
+    assert!(none.contains("/bin/sh"), "{none}");
+    let function = refused("function", &trap, &["/app.wasm#nope"]);
+    assert!(function.contains("nope"), "{function}");
+    daemon.remove("p").unwrap();
+}
+
+async fn status(tasks: &TaskClient, bundle: &Bundle) -> i32 {
+    let request = StateRequest {
+        id: bundle.create.id.clone(),
+        exec_id: String::new(),
+    };
+    tasks.state(&request).await.unwrap().status
+}
+
+async fn cpu_usec(tasks: &TaskClient, id: &str) -> u64 {
+    let answer = tasks.stats(&StatsRequest { id: id.into() }).await.unwrap();
+    let metrics = Metrics::decode(answer.stats.unwrap().value.as_slice()).unwrap();
+    metrics.cpu.unwrap().usage_usec
+}
+
+async fn until_busy(tasks: &TaskClient, id: &str) {
+    let (begin, first) = (Instant::now(), cpu_usec(tasks, id).await);
+    while cpu_usec(tasks, id).await <= first + 1000 {
+        assert!(begin.elapsed() < PATIENCE, "{id} executes nothing");
+        tokio::task::yield_now().await;
+    }
+}
+
+#[test]
+fn a_loop_is_paused_resumed_and_killed_and_cannot_be_entered() {
+    let daemon = Daemon::start().unwrap();
+    let address = daemon.pod("p", "").unwrap();
+    let image = daemon.image("loop", &wat(LOOP)).unwrap();
+    let bundle = daemon.bundle("l", &image, &["/app.wasm"], |_| ()).unwrap();
+    runtime().block_on(async {
+        let tasks = daemon::connect(&address).await.unwrap();
+        tasks.create(&bundle.create).await.unwrap();
+        assert_eq!(status(&tasks, &bundle).await, ProcessStatus::Created as i32);
+        let (id, exec_id) = (String::from("l"), String::new());
+        let start = StartRequest {
+            id: id.clone(),
+            exec_id: exec_id.clone(),
+        };
+        tasks.start(&start).await.unwrap();
+        until_busy(&tasks, "l").await;
+        tasks.pause(&PauseRequest { id: id.clone() }).await.unwrap();
+        assert_eq!(status(&tasks, &bundle).await, ProcessStatus::Paused as i32);
+        // It stands still within a tick or two; then nothing more is used.
+        let begin = Instant::now();
+        loop {
+            let before = cpu_usec(&tasks, "l").await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            if cpu_usec(&tasks, "l").await == before {
+                break;
+            }
+            assert!(begin.elapsed() < PATIENCE, "it goes on while paused");
+        }
+        tasks
+            .resume(&ResumeRequest { id: id.clone() })
+            .await
+            .unwrap();
+        until_busy(&tasks, "l").await;
+        let exec = ExecProcessRequest {
+            id: id.clone(),
+            exec_id: "e".into(),
+            ..ExecProcessRequest::default()
+        };
+        let error = tasks.exec(&exec).await.expect_err("exec");
+        assert_eq!(error.code(), Some(Code::Unimplemented), "{error}");
+        let kill = KillRequest {
+            id: id.clone(),
+            exec_id,
+            signal: 15,
+            all: false,
+        };
+        tasks.kill(&kill).await.unwrap();
+        let exit = daemon::wait(&tasks, &bundle).await.unwrap();
+        assert_eq!(exit.exit_status, 143);
+        assert_eq!(status(&tasks, &bundle).await, ProcessStatus::Stopped as i32);
+        let error = tasks.kill(&kill).await.expect_err("it has ended");
+        assert_eq!(error.code(), Some(Code::NotFound), "{error}");
+        assert_eq!(daemon::delete(&tasks, &bundle).await.unwrap(), 143);
+    });
+    daemon.remove("p").unwrap();
+}
+
+#[test]
+fn a_server_listens_in_its_pods_network_only() {
+    let daemon = Daemon::start().unwrap();
+    let namespace = super::namespace();
+    let path = format!("/proc/{}/fd/{}", std::process::id(), namespace.as_raw_fd());
+    let address = daemon.pod("p", &path).unwrap();
+    let component = http_component(&wit().unwrap()).unwrap();
+    let image = daemon.image("http", &component).unwrap();
+    let bundle = daemon.bundle("h", &image, &["/app.wasm"], |_| ()).unwrap();
+    let runtime = runtime();
+    let tasks = runtime.block_on(async {
+        let tasks = daemon::connect(&address).await.unwrap();
+        daemon::start(&tasks, &bundle).await.unwrap();
+        tasks
+    });
+    // The address that runwasi's users expect.
+    let place = "127.0.0.1:8080";
+    let begin = Instant::now();
+    let answer = loop {
+        match super::in_namespace(&namespace, || super::request(place, "/")) {
+            Ok(answer) => break answer,
+            Err(e) => assert!(begin.elapsed() < PATIENCE, "{e}\n{}", daemon.log()),
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    assert!(answer.contains(HELLO_BODY), "{answer}");
+    runtime.block_on(async {
+        let kill = KillRequest {
+            id: "h".into(),
+            signal: 15,
+            ..KillRequest::default()
+        };
+        tasks.kill(&kill).await.unwrap();
+        // A server that is asked to end does so in peace.
+        let exit = daemon::wait(&tasks, &bundle).await.unwrap();
+        assert_eq!(exit.exit_status, 0);
+    });
+    daemon.remove("p").unwrap();
+}
+
+#[test]
+fn what_ran_is_remembered_when_the_daemon_crashes() {
+    let mut daemon = Daemon::start().unwrap();
+    let runtime = runtime();
+    let address = daemon.pod("p", "").unwrap();
+    let image = daemon.image("loop", &wat(LOOP)).unwrap();
+    let bundle = daemon.bundle("l", &image, &["/app.wasm"], |_| ()).unwrap();
+    runtime.block_on(async {
+        let tasks = daemon::connect(&address).await.unwrap();
+        daemon::start(&tasks, &bundle).await.unwrap();
+    });
+    daemon.crash().unwrap();
+    let request = proto::StatusRequest {
+        sandbox_id: "p".into(),
+        verbose: true,
+    };
+    let status: proto::StatusResponse = daemon.call("Status", &request).unwrap();
+    assert_eq!(status.state, "SANDBOX_NOTREADY");
+    let end: proto::WaitResponse = daemon.call("Wait", &id_of("p")).unwrap();
+    assert_eq!(end.exit_status, 137);
+    runtime.block_on(async {
+        let tasks = daemon::connect(&address).await.unwrap();
+        let exit = daemon::wait(&tasks, &bundle).await.unwrap();
+        assert_eq!(exit.exit_status, 137);
+        assert_eq!(daemon::delete(&tasks, &bundle).await.unwrap(), 137);
+    });
+    daemon.remove("p").unwrap();
+    assert!(!address.exists());
+    // And it works again.
+    daemon.pod("p", "").unwrap();
+    daemon.remove("p").unwrap();
+}
