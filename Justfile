@@ -68,9 +68,13 @@ test-full:
 lab *ARGS:
     tests/lab/lab {{ARGS}}
 
-# Benchmarks: boot, fs. Prints a table and writes target/bench/NAME.json
+# Benchmarks: boot, fs, wasm. Prints a table and writes target/bench/NAME.json
 bench NAME: build guest fixtures
     tests/run bench {{NAME}}
+
+# Make and remove COUNT sandboxes (KIND: pods, wasm) and count what is left
+soak KIND COUNT: build guest fixtures
+    tests/run soak {{KIND}} {{COUNT}}
 
 # Fuzz one target for some seconds; without arguments, list the targets
 fuzz NAME="" SECONDS="60":
