@@ -47,16 +47,20 @@ pub struct Access {
     pub follow_mounts: bool,
 }
 
-/// Changes the spec in place; gives the volumes that the guest needs to see, whose sources are to
+/// Changes the spec in place, for an agent that `shares_pids` among containers or does not; gives the volumes that the guest needs to see, whose sources are to
 /// be replaced with [`set_source`].
 ///
 /// # Errors
 /// The spec asks for what a VM cannot give.
-pub fn rewrite(spec: &mut Value) -> Result<Vec<HostBind>, Status> {
+pub fn rewrite(spec: &mut Value, shares_pids: bool) -> Result<Vec<HostBind>, Status> {
     if !spec.is_object() || !spec["linux"].is_object() {
         return Err(invalid("the container's OCI spec has no linux part"));
     }
-    namespaces(spec)?;
+    namespaces(spec, shares_pids)?;
+    if let Some(linux) = spec["linux"].as_object_mut() {
+        // For volumes that follow mounts of the host, which is the host's part.
+        linux.remove("rootfsPropagation");
+    }
     resources(spec);
     devices(spec)?;
     mounts(spec)
@@ -69,7 +73,7 @@ pub fn set_source(spec: &mut Value, bind: &HostBind, guest_path: String) {
     }
 }
 
-fn namespaces(spec: &mut Value) -> Result<(), Status> {
+fn namespaces(spec: &mut Value, shares_pids: bool) -> Result<(), Status> {
     let Some(list) = spec["linux"]["namespaces"].as_array_mut() else {
         return Err(invalid("the container's OCI spec names no namespaces"));
     };
@@ -84,8 +88,8 @@ fn namespaces(spec: &mut Value) -> Result<(), Status> {
                 ));
             }
             "uts" => own_uts = !shared,
-            // Those of the pod are the guest's own, which the agent knows.
-            "pid" if shared => {
+            // The agent knows the pod's by any path.
+            "pid" if shared && !shares_pids => {
                 if let Some(ns) = ns.as_object_mut() {
                     ns.remove("path");
                 }
@@ -94,7 +98,11 @@ fn namespaces(spec: &mut Value) -> Result<(), Status> {
         }
     }
     if !list.iter().any(|ns| ns["type"] == "pid") {
-        list.push(json!({"type": "pid"}));
+        // The host's: to a pod in a VM that is what its containers share.
+        list.push(match shares_pids {
+            true => json!({"type": "pid", "path": "/proc/1/ns/pid"}),
+            false => json!({"type": "pid"}),
+        });
     }
     if !own_uts && let Some(spec) = spec.as_object_mut() {
         // Setting it would need a namespace of the container's own.
@@ -256,6 +264,7 @@ mod tests {
                 ],
                 "resources": {"cpu": {"cpus": "0-3", "shares": 2}, "hugepageLimits": [{"pageSize": "2MB", "limit": 0}]},
                 "devices": [{"path": "/dev/null"}],
+                "rootfsPropagation": "rslave",
             },
         })
     }
@@ -263,7 +272,7 @@ mod tests {
     #[test]
     fn what_only_a_host_has_goes() {
         let mut spec = spec();
-        let binds = rewrite(&mut spec).expect("rewritten");
+        let binds = rewrite(&mut spec, true).expect("rewritten");
         assert_eq!(
             binds,
             [HostBind {
@@ -281,26 +290,49 @@ mod tests {
         assert_eq!(spec["mounts"][2]["options"], json!(["rbind", "rprivate"]));
         assert_eq!(spec["mounts"][1]["source"], SHM);
         assert!(spec.get("hostname").is_none());
+        assert_eq!(spec["linux"]["namespaces"][0], json!({"type": "pid"}));
+        assert!(spec["linux"].get("rootfsPropagation").is_none());
         let resources = &spec["linux"]["resources"];
         assert_eq!(resources["cpu"], json!({"shares": 2}));
         assert!(resources.get("hugepageLimits").is_none());
     }
 
     #[test]
+    fn pids_are_shared_where_the_agent_can() {
+        let kind = |shares, namespaces: Value| -> Value {
+            let mut spec = spec();
+            spec["linux"]["namespaces"] = namespaces;
+            rewrite(&mut spec, shares).expect("rewritten");
+            let all = spec["linux"]["namespaces"].as_array().cloned();
+            let found = all
+                .unwrap_or_default()
+                .into_iter()
+                .find(|ns| ns["type"] == "pid");
+            found.unwrap_or_default()["path"].clone()
+        };
+        let pods = json!([{"type": "pid", "path": "/proc/7/ns/pid"}]);
+        assert_eq!(kind(true, pods.clone()), "/proc/7/ns/pid");
+        assert_eq!(kind(false, pods), Value::Null);
+        // hostPID
+        assert!(kind(true, json!([])).is_string());
+        assert_eq!(kind(true, json!([{"type": "pid"}])), Value::Null);
+    }
+
+    #[test]
     fn what_a_vm_cannot_give_is_refused() {
         let mut user = spec();
         user["linux"]["namespaces"] = json!([{"type": "user"}]);
-        assert!(rewrite(&mut user).is_err());
+        assert!(rewrite(&mut user, true).is_err());
         let mut shared = spec();
         shared["mounts"][2]["options"] = json!(["rbind", "rshared"]);
-        assert!(rewrite(&mut shared).is_err());
+        assert!(rewrite(&mut shared, true).is_err());
         let mut device = spec();
         device["linux"]["devices"] = json!([{"path": "/dev/sda"}]);
-        assert!(rewrite(&mut device).is_err());
+        assert!(rewrite(&mut device, true).is_err());
         device["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
-        assert!(rewrite(&mut device).is_ok());
+        assert!(rewrite(&mut device, true).is_ok());
         assert_eq!(device["linux"]["devices"], json!([]));
-        assert!(rewrite(&mut json!([])).is_err());
+        assert!(rewrite(&mut json!([]), true).is_err());
     }
 
     proptest::proptest! {
@@ -309,7 +341,7 @@ mod tests {
             let mounts: Value = serde_json::from_str(&text).unwrap_or(json!([text]));
             let mut spec = spec();
             spec["mounts"] = mounts;
-            let _ = rewrite(&mut spec);
+            let _ = rewrite(&mut spec, true);
         }
     }
 }

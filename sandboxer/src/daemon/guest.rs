@@ -31,6 +31,8 @@ pub struct Guest {
     vm: Arc<MicroVm>,
     client: Client,
     next_stream: AtomicU64,
+    /// Its agent can put containers into one PID namespace.
+    shares_pids: bool,
 }
 
 impl Guest {
@@ -66,17 +68,19 @@ impl Guest {
             timeout: Some(timeouts::call()),
             ..ClientOptions::default()
         };
-        let guest = Self {
+        let mut guest = Self {
             client: Client::with_options(stream, options),
             vm,
             next_stream: AtomicU64::new(0),
+            shares_pids: false,
         };
-        guest.configure(request).await?;
+        guest.shares_pids = guest.configure(request).await?;
         guest.vm.vm().mark("configured");
         Ok(guest)
     }
 
-    async fn configure(&self, request: &ConfigureSandboxRequest) -> Result<(), EngineError> {
+    /// Gives whether containers can share PIDs.
+    async fn configure(&self, request: &ConfigureSandboxRequest) -> Result<bool, EngineError> {
         let now = Duration::from_millis(rundir::now_ms());
         let time = SetTimeRequest {
             seconds: i64::try_from(now.as_secs()).unwrap_or(0),
@@ -105,8 +109,13 @@ impl Guest {
             tracing::warn!(sandbox = self.vm.vm().id(), "guest: {clean}");
         }
         timed
-            .map(|_| ())
+            .map(|_| info.features.iter().any(|f| f == "shared-pid"))
             .map_err(failed("setting the guest's clock"))
+    }
+
+    /// Whether its agent can put containers into one PID namespace.
+    pub fn shares_pids(&self) -> bool {
+        self.shares_pids
     }
 
     /// The VM.

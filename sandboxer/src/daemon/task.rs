@@ -328,9 +328,10 @@ async fn create_reserved(
         terminal: request.terminal,
     };
     let (id, bundle, rootfs) = (request.id.clone(), request.bundle.clone(), request.rootfs);
+    let shares_pids = guest.shares_pids();
     let prepared = blocking(move || {
         let mut spec = read_spec(Path::new(&bundle))?;
-        let binds = container_spec::rewrite(&mut spec)?;
+        let binds = container_spec::rewrite(&mut spec, shares_pids)?;
         let mut storage = lock(&storage);
         let root = storage.add_root(&id, &rootfs).map_err(storage_failed)?;
         for bind in &binds {

@@ -115,8 +115,8 @@ fn sandboxer_is_killed_at_start(node: &mut Node, handler: &str) -> Result<()> {
         let starting = std::thread::spawn(move || cri.run_pod(&pod("halfway")));
         std::thread::sleep(Duration::from_millis(delay));
         node.kill_sandboxer();
-        let started = starting.join().map_err(|_| anyhow::anyhow!("thread"))?;
         node.start_sandboxer()?;
+        let started = starting.join().map_err(|_| anyhow::anyhow!("thread"))?;
         let cri = node.cri(handler)?;
         for p in cri.pods()? {
             cri.stop_pod(&p.id)?;

@@ -20,6 +20,15 @@ pub use websocket::WebSocket;
 /// Longest time for one call.
 const CALL: Duration = Duration::from_secs(300);
 
+/// Longest time until containerd has noticed that the sandboxer is back.
+const RECONNECT: Duration = Duration::from_secs(30);
+
+/// Whether containerd says that it cannot connect to the sandboxer.
+fn unreachable(error: &anyhow::Error) -> bool {
+    let text = format!("{error:#}");
+    text.contains("dial unix") && text.contains("microvm.sock")
+}
+
 /// Calls of `runtime.v1.RuntimeService`.
 #[derive(Debug)]
 pub struct Cri {
@@ -46,9 +55,18 @@ impl Cri {
         request: &Q,
     ) -> Result<A> {
         let path = format!("/runtime.v1.RuntimeService/{method}");
-        self.client
-            .call(&path, request, CALL)
-            .with_context(|| method.to_owned())
+        let begin = Instant::now();
+        loop {
+            let answer = self.client.call(&path, request, CALL);
+            match answer {
+                // containerd's connection to a sandboxer that has just been started again waits
+                // some seconds before its next attempt; kubelet asks again as well.
+                Err(error) if begin.elapsed() < RECONNECT && unreachable(&error) => {
+                    std::thread::sleep(Duration::from_millis(200));
+                }
+                answer => return answer.with_context(|| method.to_owned()),
+            }
+        }
     }
 
     /// RunPodSandbox.
