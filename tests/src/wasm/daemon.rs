@@ -251,7 +251,7 @@ impl Bundle {
 fn read(file: &mut File) -> Result<String> {
     let mut all = Vec::new();
     match file.read_to_end(&mut all) {
-        Err(e) if e.kind() != std::io::ErrorKind::WouldBlock => return Err(e.into()),
+        Err(e) if e.kind() != std::io::ErrorKind::WouldBlock => Err(e.into()),
         _ => Ok(String::from_utf8(all)?),
     }
 }
