@@ -99,7 +99,10 @@ fn mounts_below_volumes(node: &mut Node, handler: &str) -> Result<()> {
     pod.remove()?;
     // A VM cannot mount on its host, and says so.
     if handler == bulkhead_tests::cri::containerd::OURS {
-        let pod = TestPod::run(node, handler, config("shared"))?;
+        let mut wish = config("shared");
+        let security = &mut wish.linux.get_or_insert_default().security_context;
+        security.get_or_insert_default().privileged = true;
+        let pod = TestPod::run(node, handler, wish)?;
         let mut spec = container("c", "busybox", &["true"]);
         spec.mounts = vec![volume(&volumes, "/shared", false, BIDIRECTIONAL)];
         spec.linux.get_or_insert_default().security_context = Some(LinuxContainerSecurityContext {
