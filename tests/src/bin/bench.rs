@@ -45,13 +45,6 @@ fn main() -> Result<()> {
             let count = args.next().context("bench wasm-soak COUNT")?.parse()?;
             wasm_soak::soak(count)
         }
-        "many" => {
-            let usage = "bench many COUNT KERNEL INITRAMFS";
-            let count = args.next().context(usage)?.parse()?;
-            let kernel = args.next().context(usage)?;
-            let initramfs = args.next().context(usage)?;
-            boot::many(count, kernel.as_ref(), initramfs.as_ref())
-        }
         "merge" => {
             let usage = "bench merge NAME OUT_DIR FILE...";
             let name = args.next().context(usage)?;
