@@ -17,6 +17,8 @@ mod basic;
 mod recovery;
 #[path = "cri/validation.rs"]
 mod validation;
+#[path = "cri/wasm.rs"]
+mod wasm;
 #[path = "cri/wide.rs"]
 mod wide;
 
@@ -72,6 +74,7 @@ fn run() -> Result<bool> {
         wide::TESTS,
         validation::TESTS,
         recovery::TESTS,
+        wasm::TESTS,
     ];
     let all: Vec<&Test> = all
         .into_iter()

@@ -15,6 +15,8 @@ use crate::process::Guard;
 
 /// Handler of our runtime.
 pub const OURS: &str = "bulkhead-microvm";
+/// Handler of our runtime for wasm pods.
+pub const WASM: &str = "bulkhead-wasm";
 /// Where everything is.
 const DIR: &str = "/run/cri-test";
 const SOCKET: &str = "/run/containerd/containerd.sock";
@@ -321,6 +323,9 @@ state = "/run/containerd"
 [proxy_plugins.{OURS}]
   type = "sandbox"
   address = "/run/bulkhead/microvm.sock"
+[proxy_plugins.{WASM}]
+  type = "sandbox"
+  address = "/run/bulkhead/wasm.sock"
 [plugins.'io.containerd.cri.v1.images']
   snapshotter = "overlayfs"
   stats_collect_period = 3600
@@ -339,6 +344,10 @@ state = "/run/containerd"
   sandboxer = "{OURS}"
   io_type = "{io}"
   privileged_without_host_devices = true
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{WASM}]
+  runtime_type = "io.containerd.{OURS}.v1"
+  sandboxer = "{WASM}"
+  io_type = "{io}"
 "#
     )
 }
