@@ -297,7 +297,13 @@ fn much_output(node: &mut Node, handler: &str) -> Result<()> {
     let c = pod.start(&spec)?;
     let status = pod.cri.wait_exit(&c, PATIENCE)?;
     ensure!(status.exit_code == 0);
-    let (out, _) = log(&pod.config, &spec)?;
+    // containerd may still be writing down what it has taken.
+    let begin = Instant::now();
+    let mut out = log(&pod.config, &spec)?.0;
+    while out.lines().count() < 300_000 && begin.elapsed() < Duration::from_secs(30) {
+        std::thread::sleep(Duration::from_millis(100));
+        out = log(&pod.config, &spec)?.0;
+    }
     ensure!(
         out.lines().count() == 300_000,
         "{} lines",
