@@ -38,10 +38,11 @@ impl Daemon {
     /// # Errors
     /// It does not answer in time.
     pub fn start() -> Result<Self> {
+        // In memory, as /run of a node is: state is written, and synced, for every container.
         let dir = tempfile::Builder::new()
-            .prefix("bh")
-            .rand_bytes(6)
-            .tempdir_in("/tmp")?;
+            .prefix("")
+            .rand_bytes(5)
+            .tempdir_in("/dev/shm")?;
         let run = dir.path().display();
         fs::write(
             dir.path().join("config.toml"),
