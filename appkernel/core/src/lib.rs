@@ -1,0 +1,16 @@
+//! The parts of the app kernel that are plain logic. They run in the kernel and are tested on the
+//! host; there is no `unsafe` here.
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod cmdline;
+pub mod elf;
+pub mod errno;
+pub mod frames;
+pub mod fuse;
+pub mod syscalls;
+pub mod vma;

@@ -1,0 +1,311 @@
+//! Making the memory of a new program: segments, dynamic loader, stack.
+
+use alloc::sync::Arc;
+use alloc::vec;
+use alloc::vec::Vec;
+
+use appkernel_core::elf::{HEADER, Header, Segments};
+use appkernel_core::errno::Errno;
+use appkernel_core::vma::{Area, Backing, EXECUTE, READ, WRITE};
+use appkernel_hal::trap::Frame;
+use appkernel_hal::{PAGE, cpu};
+
+use crate::fs;
+use crate::fs::fuse::Node;
+use crate::mm::{MMAP_TOP, Mm, STACK_BYTES, STACK_TOP};
+
+/// Where relocatable programs go (as on Linux without randomisation).
+const PROGRAM_BASE: u64 = 0x5555_5555_4000;
+/// Arguments and environment together, in bytes (Linux: a quarter of the stack's limit).
+pub const ARGUMENTS_MAX: usize = 2 << 20;
+/// Scripts whose interpreter is a script, at most (as Linux).
+const SCRIPT_DEPTH: usize = 5;
+const SCRIPT_LINE: usize = 256;
+
+/// Entries of the auxiliary vector.
+mod at {
+    pub const PHDR: u64 = 3;
+    pub const PHENT: u64 = 4;
+    pub const PHNUM: u64 = 5;
+    pub const PAGESZ: u64 = 6;
+    pub const BASE: u64 = 7;
+    pub const ENTRY: u64 = 9;
+    pub const UID: u64 = 11;
+    pub const EUID: u64 = 12;
+    pub const GID: u64 = 13;
+    pub const EGID: u64 = 14;
+    pub const PLATFORM: u64 = 15;
+    pub const CLKTCK: u64 = 17;
+    pub const SECURE: u64 = 23;
+    pub const RANDOM: u64 = 25;
+    pub const EXECFN: u64 = 31;
+}
+
+/// A program to run.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub path: Vec<u8>,
+    pub arguments: Vec<Vec<u8>>,
+    pub environment: Vec<Vec<u8>>,
+}
+
+/// A program ready to run.
+pub struct Image {
+    pub mm: Mm,
+    pub path: Vec<u8>,
+    entry: u64,
+    stack: u64,
+}
+
+impl Image {
+    /// Registers at its first instruction.
+    pub fn frame(&self) -> Frame {
+        Frame {
+            rip: self.entry,
+            rsp: self.stack,
+            cs: cpu::USER_CODE.into(),
+            ss: cpu::USER_DATA.into(),
+            rflags: 0x202,
+            ..Frame::default()
+        }
+    }
+}
+
+/// Reads the program and makes its memory.
+///
+/// # Errors
+/// As execve(2).
+pub fn load(request: &Request, cwd: &[u8]) -> Result<Image, Errno> {
+    let mut request = request.clone();
+    for _ in 0..SCRIPT_DEPTH {
+        let found = fs::resolve(cwd, &request.path, true)?;
+        let node = found.node()?;
+        if !node.is_regular() {
+            return Err(Errno::EACCES);
+        }
+        if node.attributes()?.mode & 0o111 == 0 {
+            return Err(Errno::EACCES);
+        }
+        let mut head = vec![0; SCRIPT_LINE];
+        let len = node.read(0, &mut head)?;
+        head.truncate(len);
+        if head.starts_with(b"#!") {
+            request = script(&head, &request)?;
+            continue;
+        }
+        return program(&node, found.path, &request, cwd);
+    }
+    Err(Errno::ELOOP)
+}
+
+/// The request for a script's interpreter.
+fn script(head: &[u8], request: &Request) -> Result<Request, Errno> {
+    let line = head.get(2..).unwrap_or_default();
+    let line = line
+        .split(|b| *b == b'\n')
+        .next()
+        .unwrap_or_default()
+        .trim_ascii();
+    let end = line
+        .iter()
+        .position(|b| matches!(b, b' ' | b'\t'))
+        .unwrap_or(line.len());
+    let (interpreter, rest) = line.split_at(end);
+    if interpreter.is_empty() {
+        return Err(Errno::ENOEXEC);
+    }
+    let rest = rest.trim_ascii();
+    let mut arguments = vec![interpreter.to_vec()];
+    if !rest.is_empty() {
+        arguments.push(rest.to_vec());
+    }
+    arguments.push(request.path.clone());
+    arguments.extend(request.arguments.iter().skip(1).cloned());
+    Ok(Request {
+        path: interpreter.to_vec(),
+        arguments,
+        environment: request.environment.clone(),
+    })
+}
+
+struct Loaded {
+    header: Header,
+    segments: Segments,
+    /// Added to all its addresses.
+    base: u64,
+}
+
+fn read_elf(node: &Arc<Node>) -> Result<(Header, Segments), Errno> {
+    let mut bytes = [0; HEADER];
+    if node.read(0, &mut bytes)? < HEADER {
+        return Err(Errno::ENOEXEC);
+    }
+    let header = Header::parse(&bytes)?;
+    let mut table = vec![0; header.table_bytes()];
+    if node.read(header.table_offset, &mut table)? < table.len() {
+        return Err(Errno::ENOEXEC);
+    }
+    let segments = Segments::parse(&table)?;
+    Ok((header, segments))
+}
+
+fn map(mm: &mut Mm, node: &Arc<Node>, wanted: u64) -> Result<Loaded, Errno> {
+    let (header, segments) = read_elf(node)?;
+    let (start, end) = segments.extent();
+    let base = match (header.relocatable, wanted) {
+        (false, _) => 0,
+        (true, 0) => mm
+            .areas
+            .find_free(end - start, PAGE << 4, MMAP_TOP)
+            .ok_or(Errno::ENOMEM)?
+            .saturating_sub(start),
+        (true, wanted) => wanted,
+    };
+    for segment in &segments.load {
+        let address = base.checked_add(segment.address).ok_or(Errno::ENOEXEC)?;
+        let first = address & !(PAGE - 1);
+        let file_end = address
+            .checked_add(segment.file_bytes)
+            .ok_or(Errno::ENOEXEC)?;
+        let memory_end = address
+            .checked_add(segment.memory_bytes)
+            .ok_or(Errno::ENOEXEC)?;
+        if memory_end > STACK_TOP - STACK_BYTES || first < crate::mm::LOWEST {
+            return Err(Errno::ENOEXEC);
+        }
+        let mut protection = 0;
+        for (flag, bit) in [(4, READ), (2, WRITE), (1, EXECUTE)] {
+            if segment.flags & flag != 0 {
+                protection |= bit;
+            }
+        }
+        let file_pages = if segment.file_bytes == 0 {
+            first
+        } else {
+            file_end.next_multiple_of(PAGE)
+        };
+        mm.map(Area {
+            start: first,
+            end: file_pages,
+            protection,
+            shared: false,
+            backing: Backing::File(Arc::clone(node), segment.offset & !(PAGE - 1)),
+        })?;
+        if memory_end > file_pages {
+            mm.map(Area {
+                start: file_pages,
+                end: memory_end.next_multiple_of(PAGE),
+                protection,
+                shared: false,
+                backing: Backing::Zero,
+            })?;
+        }
+        // The rest of the last page of the file is zeros for the program.
+        let tail = memory_end.min(file_pages).saturating_sub(file_end);
+        if tail > 0 && protection & WRITE != 0 && segment.file_bytes > 0 {
+            mm.write(file_end, &vec![0; tail as usize])?;
+        }
+        mm.brk_start = mm.brk_start.max(memory_end.next_multiple_of(PAGE));
+    }
+    Ok(Loaded {
+        header,
+        segments,
+        base,
+    })
+}
+
+fn program(node: &Arc<Node>, path: Vec<u8>, request: &Request, cwd: &[u8]) -> Result<Image, Errno> {
+    let mut mm = Mm::new()?;
+    let loaded = map(&mut mm, node, PROGRAM_BASE)?;
+    mm.brk = mm.brk_start;
+    let mut entry = loaded.base + loaded.header.entry;
+    let mut loader_base = 0;
+    if let Some((offset, len)) = loaded.segments.interpreter {
+        let mut name = vec![
+            0;
+            usize::try_from(len)
+                .ok()
+                .filter(|l| (2..4096).contains(l))
+                .ok_or(Errno::ENOEXEC)?
+        ];
+        if node.read(offset, &mut name)? < name.len() || name.pop() != Some(0) {
+            return Err(Errno::ENOEXEC);
+        }
+        let loader_node = fs::resolve(cwd, &name, true)?.node()?;
+        let brk = mm.brk_start;
+        let loader = map(&mut mm, &loader_node, 0)?;
+        mm.brk_start = brk;
+        if loader.segments.interpreter.is_some() {
+            return Err(Errno::ENOEXEC);
+        }
+        entry = loader.base + loader.header.entry;
+        loader_base = loader.base;
+    }
+    mm.map(Area {
+        start: STACK_TOP - STACK_BYTES,
+        end: STACK_TOP,
+        protection: READ | WRITE,
+        shared: false,
+        backing: Backing::Zero,
+    })?;
+    let stack = stack(&mut mm, &loaded, loader_base, request)?;
+    Ok(Image {
+        mm,
+        path,
+        entry,
+        stack,
+    })
+}
+
+/// Writes arguments, environment and auxiliary vector as the System V ABI has them.
+fn stack(mm: &mut Mm, loaded: &Loaded, loader_base: u64, request: &Request) -> Result<u64, Errno> {
+    let mut strings: Vec<u8> = Vec::new();
+    let mut put = |bytes: &[u8]| {
+        let at = strings.len() as u64;
+        strings.extend(bytes);
+        strings.push(0);
+        at
+    };
+    let mut random = [0; 16];
+    cpu::random(&mut random);
+    let random_at = put(&random);
+    let platform = put(b"x86_64");
+    let name = put(&request.path);
+    let arguments: Vec<u64> = request.arguments.iter().map(|a| put(a)).collect();
+    let environment: Vec<u64> = request.environment.iter().map(|e| put(e)).collect();
+    if strings.len() > ARGUMENTS_MAX {
+        return Err(Errno::E2BIG);
+    }
+    let base = (STACK_TOP - 16 - strings.len() as u64) & !15;
+    mm.write(base, &strings)?;
+    let mut words = vec![arguments.len() as u64];
+    words.extend(arguments.iter().map(|a| base + a));
+    words.push(0);
+    words.extend(environment.iter().map(|e| base + e));
+    words.push(0);
+    let table = loaded.base + loaded.segments.table_address(&loaded.header);
+    for (key, value) in [
+        (at::PHDR, table),
+        (at::PHENT, 56),
+        (at::PHNUM, loaded.header.count.into()),
+        (at::PAGESZ, PAGE),
+        (at::BASE, loader_base),
+        (at::ENTRY, loaded.base + loaded.header.entry),
+        (at::UID, 0),
+        (at::EUID, 0),
+        (at::GID, 0),
+        (at::EGID, 0),
+        (at::CLKTCK, 100),
+        (at::SECURE, 0),
+        (at::PLATFORM, base + platform),
+        (at::RANDOM, base + random_at),
+        (at::EXECFN, base + name),
+        (0, 0),
+    ] {
+        words.extend([key, value]);
+    }
+    let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+    let at = (base - bytes.len() as u64) & !15;
+    mm.write(at, &bytes)?;
+    Ok(at)
+}

@@ -1,0 +1,291 @@
+//! Open files and their numbers.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use appkernel_core::errno::Errno;
+use appkernel_core::fuse::DirEntry;
+use appkernel_hal::cpu;
+use appkernel_hal::serial::Serial;
+use appkernel_hal::sync::Mutex;
+
+use super::fuse::Node;
+use super::pipe::{End, Pipe};
+use super::{Device, console};
+use crate::task;
+
+/// Open flags.
+pub mod flag {
+    pub const ACCESS: u32 = 3;
+    pub const WRITE_ONLY: u32 = 1;
+    pub const CREATE: u32 = 0o100;
+    pub const EXCLUSIVE: u32 = 0o200;
+    pub const TRUNCATE: u32 = 0o1000;
+    pub const APPEND: u32 = 0o2000;
+    pub const NONBLOCK: u32 = 0o4000;
+    pub const DIRECTORY: u32 = 0o200_000;
+    pub const NOFOLLOW: u32 = 0o400_000;
+    pub const CLOEXEC: u32 = 0o2_000_000;
+    pub const PATH: u32 = 0o10_000_000;
+}
+
+/// What is open.
+pub enum Kind {
+    Console,
+    Device(Device),
+    Pipe(Arc<Pipe>, End),
+    /// A regular file, with a handle if it may be written.
+    Regular(Arc<Node>, Option<u64>),
+    /// A directory, its path, and its entries once they were asked for.
+    Directory(Arc<Node>, Vec<u8>, Mutex<Option<Vec<DirEntry>>>),
+}
+
+/// An open file; several numbers may mean the same.
+pub struct File {
+    pub kind: Kind,
+    flags: Mutex<u32>,
+    pub offset: Mutex<u64>,
+}
+
+impl File {
+    /// Opens what is given, with these flags.
+    pub fn new(kind: Kind, flags: u32) -> Self {
+        Self {
+            kind,
+            flags: Mutex::new(flags),
+            offset: Mutex::new(0),
+        }
+    }
+
+    /// Its flags.
+    pub fn flags(&self) -> u32 {
+        *self.flags.lock()
+    }
+
+    /// Sets those flags that can change.
+    pub fn set_flags(&self, flags: u32) {
+        const CHANGEABLE: u32 = flag::APPEND | flag::NONBLOCK;
+        let mut own = self.flags.lock();
+        *own = (*own & !CHANGEABLE) | (flags & CHANGEABLE);
+    }
+
+    fn waits(&self) -> bool {
+        self.flags() & flag::NONBLOCK == 0
+    }
+
+    fn may_read(&self) -> bool {
+        self.flags() & (flag::ACCESS | flag::PATH) != flag::WRITE_ONLY
+            && self.flags() & flag::PATH == 0
+    }
+
+    fn may_write(&self) -> bool {
+        self.flags() & flag::ACCESS != 0
+    }
+
+    /// The node it shows, if it is of the share.
+    pub fn node(&self) -> Option<&Arc<Node>> {
+        match &self.kind {
+            Kind::Regular(node, _) | Kind::Directory(node, ..) => Some(node),
+            _ => None,
+        }
+    }
+
+    /// Readable, writable, hung up.
+    pub fn ready(&self) -> (bool, bool, bool) {
+        match &self.kind {
+            Kind::Console | Kind::Device(Device::Console) => (console::readable(), true, false),
+            Kind::Pipe(pipe, end) => pipe.ready(*end),
+            _ => (true, true, false),
+        }
+    }
+
+    /// Reads at the file's own place, or at another.
+    pub fn read(&self, to: &mut [u8], at: Option<u64>) -> Result<usize, Errno> {
+        if !self.may_read() {
+            return Err(Errno::EBADF);
+        }
+        match &self.kind {
+            Kind::Console | Kind::Device(Device::Console) => self.read_console(to),
+            Kind::Device(device) => match device {
+                Device::Null | Device::Console => Ok(0),
+                Device::Zero | Device::Full => {
+                    to.fill(0);
+                    Ok(to.len())
+                }
+                Device::Random => {
+                    cpu::random(to);
+                    Ok(to.len())
+                }
+            },
+            Kind::Pipe(_, End::Write) => Err(Errno::EBADF),
+            Kind::Pipe(..) if at.is_some() => Err(Errno::ESPIPE),
+            Kind::Pipe(pipe, End::Read) => pipe.read(to, self.waits()),
+            Kind::Regular(node, _) => {
+                let offset = at.unwrap_or(*self.offset.lock());
+                let count = node.read(offset, to)?;
+                if at.is_none() {
+                    *self.offset.lock() = offset + count as u64;
+                }
+                Ok(count)
+            }
+            Kind::Directory(..) => Err(Errno::EISDIR),
+        }
+    }
+
+    fn read_console(&self, to: &mut [u8]) -> Result<usize, Errno> {
+        let line = if self.waits() {
+            console::input();
+            task::wait_for(task::FILES, || console::take(to.len()))?
+        } else {
+            console::input();
+            console::take(to.len()).ok_or(Errno::EAGAIN)?
+        };
+        for (slot, byte) in to.iter_mut().zip(&line) {
+            *slot = *byte;
+        }
+        Ok(line.len())
+    }
+
+    /// Writes at the file's own place, or at another; may take less than all.
+    pub fn write(&self, from: &[u8], at: Option<u64>) -> Result<usize, Errno> {
+        if !self.may_write() {
+            return Err(Errno::EBADF);
+        }
+        match &self.kind {
+            Kind::Console | Kind::Device(Device::Console) => {
+                for line in from.split_inclusive(|b| *b == b'\n') {
+                    match line.split_last() {
+                        Some((b'\n', text)) => {
+                            Serial::put(text);
+                            Serial::put(b"\r\n");
+                        }
+                        _ => Serial::put(line),
+                    }
+                }
+                Ok(from.len())
+            }
+            Kind::Device(Device::Full) => Err(Errno::ENOSPC),
+            Kind::Device(_) => Ok(from.len()),
+            Kind::Pipe(_, End::Read) | Kind::Regular(_, None) => Err(Errno::EBADF),
+            Kind::Pipe(..) if at.is_some() => Err(Errno::ESPIPE),
+            Kind::Pipe(pipe, End::Write) => pipe.write(from, self.waits()),
+            Kind::Regular(node, Some(handle)) => {
+                let offset = match at {
+                    Some(at) => at,
+                    None if self.flags() & flag::APPEND != 0 => node.attributes()?.size,
+                    None => *self.offset.lock(),
+                };
+                let count = node.write(*handle, offset, from)?;
+                if at.is_none() {
+                    *self.offset.lock() = offset + count as u64;
+                }
+                Ok(count)
+            }
+            Kind::Directory(..) => Err(Errno::EISDIR),
+        }
+    }
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        match &self.kind {
+            Kind::Pipe(pipe, end) => pipe.close(*end),
+            Kind::Regular(node, Some(handle)) => node.close(*handle),
+            _ => {}
+        }
+    }
+}
+
+/// As Linux' usual limit.
+pub const MAX_FILES: usize = 1024;
+
+/// The open files of a process, by number.
+#[derive(Default)]
+pub struct Files(Vec<Option<(Arc<File>, bool)>>);
+
+impl Files {
+    /// A copy for a child.
+    pub fn duplicate(&self) -> Self {
+        Self(self.0.clone())
+    }
+
+    fn slot(&self, fd: i32) -> Option<&(Arc<File>, bool)> {
+        self.0.get(usize::try_from(fd).ok()?)?.as_ref()
+    }
+
+    /// The file of that number.
+    pub fn get(&self, fd: i32) -> Result<Arc<File>, Errno> {
+        self.slot(fd)
+            .map(|(file, _)| Arc::clone(file))
+            .ok_or(Errno::EBADF)
+    }
+
+    /// Whether it is closed by execve.
+    pub fn closes_on_exec(&self, fd: i32) -> Result<bool, Errno> {
+        self.slot(fd).map(|(_, close)| *close).ok_or(Errno::EBADF)
+    }
+
+    /// Sets whether it is.
+    pub fn set_close_on_exec(&mut self, fd: i32, close: bool) -> Result<(), Errno> {
+        let index = usize::try_from(fd).map_err(|_| Errno::EBADF)?;
+        match self.0.get_mut(index) {
+            Some(Some(slot)) => {
+                slot.1 = close;
+                Ok(())
+            }
+            _ => Err(Errno::EBADF),
+        }
+    }
+
+    /// Gives a file the lowest free number from `from` on.
+    pub fn insert(&mut self, file: Arc<File>, from: usize, close: bool) -> Result<i32, Errno> {
+        let index = (from..MAX_FILES)
+            .find(|i| !matches!(self.0.get(*i), Some(Some(_))))
+            .ok_or(Errno::EMFILE)?;
+        self.put(index, file, close);
+        Ok(index as i32)
+    }
+
+    fn put(&mut self, index: usize, file: Arc<File>, close: bool) -> Option<Arc<File>> {
+        if self.0.len() <= index {
+            self.0.resize_with(index + 1, || None);
+        }
+        self.0
+            .get_mut(index)?
+            .replace((file, close))
+            .map(|(file, _)| file)
+    }
+
+    /// Gives a file that number; what had it comes back, to be dropped without the lock.
+    pub fn replace(
+        &mut self,
+        fd: i32,
+        file: Arc<File>,
+        close: bool,
+    ) -> Result<Option<Arc<File>>, Errno> {
+        let index = usize::try_from(fd)
+            .ok()
+            .filter(|i| *i < MAX_FILES)
+            .ok_or(Errno::EBADF)?;
+        Ok(self.put(index, file, close))
+    }
+
+    /// Takes a number back; the file comes back, to be dropped without the lock.
+    pub fn remove(&mut self, fd: i32) -> Result<Arc<File>, Errno> {
+        let index = usize::try_from(fd).map_err(|_| Errno::EBADF)?;
+        let slot = self.0.get_mut(index).and_then(Option::take);
+        slot.map(|(file, _)| file).ok_or(Errno::EBADF)
+    }
+
+    /// Takes out what execve closes.
+    pub fn take_closing(&mut self) -> Vec<Arc<File>> {
+        let closing = self
+            .0
+            .iter_mut()
+            .filter(|slot| matches!(slot, Some((_, true))));
+        closing
+            .filter_map(Option::take)
+            .map(|(file, _)| file)
+            .collect()
+    }
+}

@@ -1,0 +1,647 @@
+//! Client of a virtio-fs share: nodes, names, and the cache of their pages.
+
+use alloc::collections::BTreeMap;
+use alloc::string::String;
+use alloc::sync::{Arc, Weak};
+use alloc::vec::Vec;
+
+use appkernel_core::cmdline::Device;
+use appkernel_core::errno::Errno;
+use appkernel_core::fuse::{
+    self as wire, Attributes, Body, Caller, DirEntry, Entry, OUT_HEADER, Op, ROOT, Reader,
+};
+use appkernel_hal::sync::Mutex;
+use appkernel_hal::{PAGE, clock, frames};
+
+use super::virtio::{ANSWER_MAX, Virtio};
+use crate::log;
+
+const DEVICE_TYPE: u32 = 26;
+const TAG_LEN: u64 = 36;
+/// Bytes read at once, also ahead of what is wanted.
+const READ_CHUNK: u64 = 64 << 10;
+/// Bytes written at once.
+pub const WRITE_CHUNK: usize = 32 << 10;
+/// Files kept open for reading pages; beyond it they are closed after each read.
+const KEPT_HANDLES: usize = 1024;
+/// Entries of one directory, at most.
+const MAX_ENTRIES: usize = 1 << 20;
+const O_DIRECTORY: u32 = 0o200_000;
+/// In `setattr`.
+mod valid {
+    pub const MODE: u32 = 1;
+    pub const UID: u32 = 2;
+    pub const GID: u32 = 4;
+    pub const SIZE: u32 = 8;
+    pub const ATIME: u32 = 16;
+    pub const MTIME: u32 = 32;
+}
+
+/// A change of attributes; `None` stays.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Change {
+    pub mode: Option<u32>,
+    pub uid: Option<u32>,
+    pub gid: Option<u32>,
+    pub size: Option<u64>,
+    /// Nanoseconds since 1970.
+    pub atime: Option<u64>,
+    pub mtime: Option<u64>,
+}
+
+/// By directory and name: the node, and until when this is valid.
+type Names = BTreeMap<(u64, Vec<u8>), (u64, u64)>;
+
+/// A mounted share.
+pub struct Fuse {
+    tag: String,
+    device: Mutex<(Virtio, u64)>,
+    nodes: Mutex<BTreeMap<u64, Arc<Node>>>,
+    names: Mutex<Names>,
+    handles: Mutex<usize>,
+    me: Weak<Self>,
+}
+
+/// A file of the share.
+pub struct Node {
+    fuse: Weak<Fuse>,
+    id: u64,
+    state: Mutex<NodeState>,
+}
+
+#[derive(Default)]
+struct NodeState {
+    attributes: Attributes,
+    valid_until: u64,
+    /// Frames by page number.
+    pages: BTreeMap<u64, u64>,
+    handle: Option<u64>,
+}
+
+impl Fuse {
+    /// Mounts the share behind a device; `None` if it is not one, or does not work.
+    pub fn probe(device: &Device, ram_end: u64) -> Option<Arc<Self>> {
+        let (registers, kind) = Virtio::find(device, ram_end)?;
+        if kind != DEVICE_TYPE {
+            return None;
+        }
+        let config: Vec<u8> = (0..TAG_LEN).map(|i| Virtio::config(registers, i)).collect();
+        let tag = wire::tag(&config);
+        let virtio = Virtio::start(registers, device.irq, 2)?;
+        let fuse = Arc::new_cyclic(|me| Self {
+            tag,
+            device: Mutex::new((virtio, 0)),
+            nodes: Mutex::new(BTreeMap::new()),
+            names: Mutex::new(BTreeMap::new()),
+            handles: Mutex::new(0),
+            me: Weak::clone(me),
+        });
+        let body = Body::new().u32(7).u32(31).u32(READ_CHUNK as u32).u32(0);
+        match fuse.call(Op::Init, 0, &body.0, &[], 64, |answer| {
+            let mut reader = Reader(answer);
+            Ok((reader.u32()?, reader.u32()?))
+        }) {
+            Ok((7, 27..)) => {}
+            Ok((major, minor)) => {
+                log!(
+                    "share {:?}: speaks FUSE {major}.{minor}, 7.27 or newer is needed",
+                    fuse.tag
+                );
+                return None;
+            }
+            Err(e) => {
+                log!("share {:?}: cannot be mounted: {}", fuse.tag, e.name());
+                return None;
+            }
+        }
+        let root = Arc::new(Node {
+            fuse: Arc::downgrade(&fuse),
+            id: ROOT,
+            state: Mutex::new(NodeState::default()),
+        });
+        fuse.nodes.lock().insert(ROOT, Arc::clone(&root));
+        root.attributes().ok()?;
+        Some(fuse)
+    }
+
+    /// Name of the share.
+    pub fn tag(&self) -> &str {
+        &self.tag
+    }
+
+    /// Its root directory.
+    pub fn root(&self) -> Arc<Node> {
+        match self.nodes.lock().get(&ROOT) {
+            Some(root) => Arc::clone(root),
+            None => panic!("the root of a share is never dropped"),
+        }
+    }
+
+    fn call<T>(
+        &self,
+        op: Op,
+        node: u64,
+        body: &[u8],
+        data: &[u8],
+        room: usize,
+        f: impl FnOnce(&[u8]) -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
+        let mut device = self.device.lock();
+        device.1 += 1;
+        let unique = device.1;
+        let header = wire::header(op, node, unique, Caller::default(), body.len() + data.len());
+        let answer = device.0.call(&[&header, body, data], OUT_HEADER + room)?;
+        f(wire::answer(answer, unique)?)
+    }
+
+    /// Frees pages of the cache that nobody has mapped.
+    pub fn shrink(&self) -> usize {
+        let nodes: Vec<_> = self.nodes.lock().values().map(Arc::clone).collect();
+        let mut freed = 0;
+        for node in nodes {
+            // A node in use is skipped: it may be the one that needs the memory.
+            let Some(mut state) = node.state.try_lock() else {
+                continue;
+            };
+            state.pages.retain(|_, frame| {
+                if frames::owners(*frame) > 1 {
+                    return true;
+                }
+                frames::release(*frame, 0);
+                freed += 1;
+                false
+            });
+        }
+        freed
+    }
+
+    fn enter(&self, entry: &Entry) -> Arc<Node> {
+        let node = {
+            let mut nodes = self.nodes.lock();
+            let made = || {
+                Arc::new(Node {
+                    fuse: Weak::clone(&self.me),
+                    id: entry.node,
+                    state: Mutex::new(NodeState::default()),
+                })
+            };
+            Arc::clone(nodes.entry(entry.node).or_insert_with(made))
+        };
+        node.state.lock().update(entry.attributes, entry.valid_ns);
+        node
+    }
+}
+
+impl NodeState {
+    fn update(&mut self, attributes: Attributes, valid_ns: u64) {
+        let same = |a: &Attributes| (a.size, a.times[1]);
+        if same(&attributes) != same(&self.attributes) {
+            // Changed by the host, or by us: what is cached may be old.
+            self.drop_pages(0);
+        }
+        self.attributes = attributes;
+        self.valid_until = clock::monotonic_ns().saturating_add(valid_ns);
+    }
+
+    fn drop_pages(&mut self, from: u64) {
+        let dropped = self.pages.split_off(&from);
+        for frame in dropped.into_values() {
+            frames::release(frame, 0);
+        }
+    }
+}
+
+impl Drop for NodeState {
+    fn drop(&mut self) {
+        self.drop_pages(0);
+    }
+}
+
+/// Kinds of files in a mode.
+mod kind {
+    pub const MASK: u32 = 0o170_000;
+    pub const DIRECTORY: u32 = 0o040_000;
+    pub const REGULAR: u32 = 0o100_000;
+    pub const LINK: u32 = 0o120_000;
+}
+
+impl Node {
+    fn fuse(&self) -> Result<Arc<Fuse>, Errno> {
+        self.fuse.upgrade().ok_or(Errno::EIO)
+    }
+
+    fn kind(&self) -> u32 {
+        self.state.lock().attributes.mode & kind::MASK
+    }
+
+    /// Whether it is a directory.
+    pub fn is_directory(&self) -> bool {
+        self.kind() == kind::DIRECTORY
+    }
+
+    /// Whether it is a regular file.
+    pub fn is_regular(&self) -> bool {
+        self.kind() == kind::REGULAR
+    }
+
+    /// Whether it is a symbolic link.
+    pub fn is_link(&self) -> bool {
+        self.kind() == kind::LINK
+    }
+
+    /// Its attributes; asks the host if they are old.
+    pub fn attributes(&self) -> Result<Attributes, Errno> {
+        {
+            let state = self.state.lock();
+            if clock::monotonic_ns() < state.valid_until {
+                return Ok(state.attributes);
+            }
+        }
+        let body = Body::new().u32(0).u32(0).u64(0);
+        self.attribute_call(Op::Getattr, &body)
+    }
+
+    fn attribute_call(&self, op: Op, body: &Body) -> Result<Attributes, Errno> {
+        let (attributes, valid) = self
+            .fuse()?
+            .call(op, self.id, &body.0, &[], 104, |answer| {
+                let mut reader = Reader(answer);
+                let (seconds, ns) = (reader.u64()?, reader.u32()?);
+                reader.u32()?;
+                let valid = seconds
+                    .saturating_mul(1_000_000_000)
+                    .saturating_add(ns.into());
+                Ok((Attributes::parse(&mut reader)?, valid))
+            })?;
+        self.state.lock().update(attributes, valid);
+        Ok(attributes)
+    }
+
+    /// Changes attributes.
+    pub fn change(&self, change: &Change) -> Result<(), Errno> {
+        let mut flags = 0;
+        for (given, flag) in [
+            (change.mode.is_some(), valid::MODE),
+            (change.uid.is_some(), valid::UID),
+            (change.gid.is_some(), valid::GID),
+            (change.size.is_some(), valid::SIZE),
+            (change.atime.is_some(), valid::ATIME),
+            (change.mtime.is_some(), valid::MTIME),
+        ] {
+            if given {
+                flags |= flag;
+            }
+        }
+        let (atime, mtime) = (change.atime.unwrap_or(0), change.mtime.unwrap_or(0));
+        const SECOND: u64 = 1_000_000_000;
+        let body = Body::new()
+            .u32(flags)
+            .u32(0)
+            .u64(0)
+            .u64(change.size.unwrap_or(0))
+            .u64(0)
+            .u64(atime / SECOND)
+            .u64(mtime / SECOND)
+            .u64(0)
+            .u32((atime % SECOND) as u32)
+            .u32((mtime % SECOND) as u32)
+            .u32(0)
+            .u32(change.mode.unwrap_or(0))
+            .u32(0)
+            .u32(change.uid.unwrap_or(0))
+            .u32(change.gid.unwrap_or(0))
+            .u32(0);
+        self.attribute_call(Op::Setattr, &body)?;
+        Ok(())
+    }
+
+    fn entry_call(&self, op: Op, body: &[u8]) -> Result<Arc<Node>, Errno> {
+        let fuse = self.fuse()?;
+        let entry = fuse.call(op, self.id, body, &[], 128, |answer| {
+            Entry::parse(&mut Reader(answer))
+        })?;
+        Ok(fuse.enter(&entry))
+    }
+
+    /// The file of that name in this directory.
+    pub fn lookup(&self, name: &[u8]) -> Result<Arc<Node>, Errno> {
+        let fuse = self.fuse()?;
+        let key = (self.id, name.to_vec());
+        let cached = fuse.names.lock().get(&key).copied();
+        if let Some((id, until)) = cached
+            && clock::monotonic_ns() < until
+            && let Some(node) = fuse.nodes.lock().get(&id)
+        {
+            return Ok(Arc::clone(node));
+        }
+        let body = Body::new().name(name);
+        let entry = fuse.call(Op::Lookup, self.id, &body.0, &[], 128, |answer| {
+            Entry::parse(&mut Reader(answer))
+        })?;
+        let until = clock::monotonic_ns().saturating_add(entry.valid_ns);
+        let node = fuse.enter(&entry);
+        fuse.names.lock().insert(key, (entry.node, until));
+        Ok(node)
+    }
+
+    fn forget_name(&self, name: &[u8]) {
+        if let Ok(fuse) = self.fuse() {
+            fuse.names.lock().remove(&(self.id, name.to_vec()));
+        }
+        self.state.lock().valid_until = 0;
+    }
+
+    /// Where the link leads.
+    pub fn read_link(&self) -> Result<Vec<u8>, Errno> {
+        self.fuse()?
+            .call(Op::Readlink, self.id, &[], &[], super::PATH_MAX, |answer| {
+                Ok(answer.to_vec())
+            })
+    }
+
+    fn open_handle(&self, op: Op, flags: u32) -> Result<u64, Errno> {
+        let body = Body::new().u32(flags).u32(0);
+        self.fuse()?
+            .call(op, self.id, &body.0, &[], 16, |answer| Reader(answer).u64())
+    }
+
+    fn release_handle(&self, op: Op, handle: u64) {
+        let body = Body::new().u64(handle).u32(0).u32(0).u64(0);
+        // Nothing can be done about a host that cannot close a file.
+        let _ = self
+            .fuse()
+            .and_then(|f| f.call(op, self.id, &body.0, &[], 16, |_| Ok(())));
+    }
+
+    /// Opens it for writing; the handle is for `write` and `close`.
+    pub fn open_for_writing(&self) -> Result<u64, Errno> {
+        self.open_handle(Op::Open, 2)
+    }
+
+    /// Closes a handle.
+    pub fn close(&self, handle: u64) {
+        self.release_handle(Op::Release, handle);
+    }
+
+    /// Makes a file and opens it for writing.
+    pub fn create(&self, name: &[u8], mode: u32) -> Result<(Arc<Node>, u64), Errno> {
+        let fuse = self.fuse()?;
+        // O_RDWR | O_CREAT | O_EXCL: whoever made it in the meantime is not overwritten.
+        let body = Body::new()
+            .u32(0o302)
+            .u32(mode | kind::REGULAR)
+            .u32(0)
+            .u32(0)
+            .name(name);
+        let (entry, handle) = fuse.call(Op::Create, self.id, &body.0, &[], 144, |answer| {
+            let mut reader = Reader(answer);
+            Ok((Entry::parse(&mut reader)?, reader.u64()?))
+        })?;
+        self.forget_name(name);
+        Ok((fuse.enter(&entry), handle))
+    }
+
+    /// Makes a directory.
+    pub fn make_directory(&self, name: &[u8], mode: u32) -> Result<(), Errno> {
+        self.entry_call(Op::Mkdir, &Body::new().u32(mode).u32(0).name(name).0)?;
+        self.forget_name(name);
+        Ok(())
+    }
+
+    /// Makes a symbolic link.
+    pub fn make_link(&self, name: &[u8], target: &[u8]) -> Result<(), Errno> {
+        self.entry_call(Op::Symlink, &Body::new().name(name).name(target).0)?;
+        self.forget_name(name);
+        Ok(())
+    }
+
+    /// One more name, in this directory, for a file.
+    pub fn link(&self, name: &[u8], file: &Self) -> Result<(), Errno> {
+        self.entry_call(Op::Link, &Body::new().u64(file.id).name(name).0)?;
+        self.forget_name(name);
+        file.state.lock().valid_until = 0;
+        Ok(())
+    }
+
+    /// Takes a name away.
+    pub fn unlink(&self, name: &[u8], directory: bool) -> Result<(), Errno> {
+        let op = if directory { Op::Rmdir } else { Op::Unlink };
+        let body = Body::new().name(name);
+        self.fuse()?
+            .call(op, self.id, &body.0, &[], 16, |_| Ok(()))?;
+        self.forget_name(name);
+        Ok(())
+    }
+
+    /// Gives a file another name.
+    pub fn rename(&self, name: &[u8], to: &Self, new: &[u8]) -> Result<(), Errno> {
+        let body = Body::new().u64(to.id).name(name).name(new);
+        self.fuse()?
+            .call(Op::Rename, self.id, &body.0, &[], 16, |_| Ok(()))?;
+        self.forget_name(name);
+        to.forget_name(new);
+        Ok(())
+    }
+
+    /// All entries of the directory.
+    pub fn entries(&self) -> Result<Vec<DirEntry>, Errno> {
+        let handle = self.open_handle(Op::Opendir, O_DIRECTORY)?;
+        let result = self.read_entries(handle);
+        self.release_handle(Op::Releasedir, handle);
+        result
+    }
+
+    fn read_entries(&self, handle: u64) -> Result<Vec<DirEntry>, Errno> {
+        let mut all: Vec<DirEntry> = Vec::new();
+        while all.len() < MAX_ENTRIES {
+            let offset = all.last().map_or(0, |e| e.offset);
+            let room = 32 << 10;
+            let body = Body::new()
+                .u64(handle)
+                .u64(offset)
+                .u32(room)
+                .u32(0)
+                .u64(0)
+                .u32(0)
+                .u32(0);
+            let fuse = self.fuse()?;
+            let more = fuse.call(
+                Op::Readdir,
+                self.id,
+                &body.0,
+                &[],
+                room as usize,
+                wire::directory,
+            )?;
+            if more.is_empty() {
+                break;
+            }
+            all.extend(more);
+        }
+        Ok(all)
+    }
+
+    fn read_handle(&self, handle: u64, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
+        let len = len.min(ANSWER_MAX - OUT_HEADER);
+        let body = Body::new()
+            .u64(handle)
+            .u64(offset)
+            .u32(len as u32)
+            .u32(0)
+            .u64(0)
+            .u32(0)
+            .u32(0);
+        self.fuse()?
+            .call(Op::Read, self.id, &body.0, &[], len, |answer| {
+                Ok(answer.to_vec())
+            })
+    }
+
+    /// The frame of a page of the file (the cache owns it); `EFAULT` past the end.
+    pub fn page(&self, index: u64) -> Result<u64, Errno> {
+        let size = {
+            let state = self.state.lock();
+            if let Some(frame) = state.pages.get(&index) {
+                return Ok(*frame);
+            }
+            state.attributes.size
+        };
+        if index >= size.div_ceil(PAGE) {
+            return Err(Errno::EFAULT);
+        }
+        let kept = self.state.lock().handle;
+        let handle = match kept {
+            Some(handle) => handle,
+            None => self.open_handle(Op::Open, 0)?,
+        };
+        let fuse = self.fuse()?;
+        if kept.is_none() {
+            let mut handles = fuse.handles.lock();
+            if *handles < KEPT_HANDLES {
+                *handles += 1;
+                self.state.lock().handle = Some(handle);
+            }
+        }
+        let first = index * PAGE / READ_CHUNK * READ_CHUNK;
+        let result = self.read_handle(handle, first, READ_CHUNK as usize);
+        if self.state.lock().handle.is_none() {
+            self.release_handle(Op::Release, handle);
+        }
+        let bytes = result?;
+        let wanted = index - first / PAGE;
+        let mut chunks: Vec<&[u8]> = bytes.chunks(PAGE as usize).collect();
+        while chunks.len() as u64 <= wanted {
+            // Shorter than it was: zeros, as a file that is cut while it is mapped shows.
+            chunks.push(&[]);
+        }
+        for (i, chunk) in chunks.iter().enumerate() {
+            let number = first / PAGE + i as u64;
+            if self.state.lock().pages.contains_key(&number) {
+                continue;
+            }
+            let frame = match frames::allocate_user() {
+                Some(frame) => frame,
+                None if number == index && fuse.shrink() > 0 => {
+                    frames::allocate_user().ok_or(Errno::ENOMEM)?
+                }
+                None if number == index => return Err(Errno::ENOMEM),
+                None => continue,
+            };
+            // SAFETY: a new frame, the chunk is at most a page.
+            unsafe { frames::bytes(frame) }
+                .iter_mut()
+                .zip(*chunk)
+                .for_each(|(to, from)| *to = *from);
+            self.state.lock().pages.insert(number, frame);
+        }
+        self.state
+            .lock()
+            .pages
+            .get(&index)
+            .copied()
+            .ok_or(Errno::EIO)
+    }
+
+    /// Reads from the file, through the cache; returns how many bytes there were.
+    pub fn read(&self, offset: u64, to: &mut [u8]) -> Result<usize, Errno> {
+        let size = self.attributes()?.size;
+        let end = size.min(offset.saturating_add(to.len() as u64));
+        let mut at = offset;
+        while at < end {
+            let frame = self.page(at / PAGE)?;
+            let inside = (at % PAGE) as usize;
+            let len = (PAGE as usize - inside).min((end - at) as usize);
+            // SAFETY: the cache owns the frame, and it is not freed before the next request.
+            let bytes = unsafe { frames::bytes(frame) };
+            let done = (at - offset) as usize;
+            if let (Some(to), Some(from)) = (
+                to.get_mut(done..done + len),
+                bytes.get(inside..inside + len),
+            ) {
+                to.copy_from_slice(from);
+            }
+            at += len as u64;
+        }
+        Ok(end.saturating_sub(offset) as usize)
+    }
+
+    /// Writes to the file, at once to the host; returns how many bytes it took.
+    pub fn write(&self, handle: u64, offset: u64, from: &[u8]) -> Result<usize, Errno> {
+        let from = from.get(..WRITE_CHUNK.min(from.len())).unwrap_or_default();
+        let body = Body::new()
+            .u64(handle)
+            .u64(offset)
+            .u32(from.len() as u32)
+            .u32(0)
+            .u64(0)
+            .u32(0)
+            .u32(0);
+        let count = self
+            .fuse()?
+            .call(Op::Write, self.id, &body.0, from, 8, |a| Reader(a).u32())?;
+        let count = (count as usize).min(from.len());
+        let mut state = self.state.lock();
+        // Pages in the cache are changed in place: they may be mapped.
+        for (i, byte) in from.iter().take(count).enumerate() {
+            let at = offset + i as u64;
+            if let Some(frame) = state.pages.get(&(at / PAGE)) {
+                // SAFETY: the cache owns the frame.
+                let bytes = unsafe { frames::bytes(*frame) };
+                if let Some(to) = bytes.get_mut((at % PAGE) as usize) {
+                    *to = *byte;
+                }
+            }
+        }
+        state.attributes.size = state.attributes.size.max(offset + count as u64);
+        let kept = core::mem::take(&mut state.pages);
+        drop(state);
+        // New size and times from the host; they are our own change, so the pages stay.
+        let _ = self.attribute_call(Op::Getattr, &Body::new().u32(0).u32(0).u64(0));
+        let mut state = self.state.lock();
+        let gone = core::mem::replace(&mut state.pages, kept);
+        drop(state);
+        for frame in gone.into_values() {
+            frames::release(frame, 0);
+        }
+        Ok(count)
+    }
+
+    /// Makes the host write the file to its disk.
+    pub fn sync(&self, data_only: bool) -> Result<(), Errno> {
+        let handle = self.open_handle(Op::Open, 0)?;
+        let body = Body::new().u64(handle).u32(u32::from(data_only)).u32(0);
+        let result = self
+            .fuse()?
+            .call(Op::Fsync, self.id, &body.0, &[], 16, |_| Ok(()));
+        self.release_handle(Op::Release, handle);
+        result
+    }
+
+    /// Figures of the file system, as the protocol has them.
+    pub fn statistics(&self) -> Result<Vec<u8>, Errno> {
+        self.fuse()?
+            .call(Op::Statfs, self.id, &[], &[], 80, |answer| {
+                Ok(answer.to_vec())
+            })
+    }
+}

@@ -1,0 +1,270 @@
+//! The memory of a process: areas, and pages that come when they are touched.
+
+use alloc::sync::Arc;
+
+use appkernel_core::errno::Errno;
+use appkernel_core::vma::{Area, Areas, Backing, EXECUTE, READ, WRITE};
+use appkernel_hal::paging::{
+    COPY_ON_WRITE, NO_EXECUTE, PRESENT, PageTable, USER, WRITABLE, frame_of,
+};
+use appkernel_hal::{PAGE, cpu, frames};
+
+use crate::fs::fuse::Node;
+
+/// Mappings are placed below; the stack lies above.
+pub const MMAP_TOP: u64 = 0x7fff_0000_0000;
+/// Top of the stack.
+pub const STACK_TOP: u64 = 0x7fff_ffff_e000;
+/// Bytes of the stack.
+pub const STACK_BYTES: u64 = 8 << 20;
+/// No mapping below, so that null pointers fault (Linux' `vm.mmap_min_addr`).
+pub const LOWEST: u64 = 0x1_0000;
+/// As Linux' `vm.max_map_count`.
+const MAX_AREAS: usize = 65530;
+
+/// What a program wanted to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    Read,
+    Write,
+    Execute,
+}
+
+/// The memory of a process.
+pub struct Mm {
+    table: PageTable,
+    /// What is mapped.
+    pub areas: Areas<Arc<Node>>,
+    /// Start of the heap.
+    pub brk_start: u64,
+    /// End of the heap.
+    pub brk: u64,
+}
+
+impl Mm {
+    /// Nothing is mapped.
+    pub fn new() -> Result<Self, Errno> {
+        Ok(Self {
+            table: PageTable::new().ok_or(Errno::ENOMEM)?,
+            areas: Areas::default(),
+            brk_start: 0,
+            brk: 0,
+        })
+    }
+
+    /// Physical address of the page table.
+    pub fn root(&self) -> u64 {
+        self.table.root()
+    }
+
+    /// Adds an area, in place of what is there.
+    pub fn map(&mut self, area: Area<Arc<Node>>) -> Result<(), Errno> {
+        if self.areas.count() >= MAX_AREAS {
+            return Err(Errno::ENOMEM);
+        }
+        self.table.clear(area.start, area.end);
+        self.areas.insert(area);
+        Ok(())
+    }
+
+    /// Takes a range out.
+    pub fn unmap(&mut self, start: u64, end: u64) -> Result<(), Errno> {
+        if self.areas.count() >= MAX_AREAS {
+            return Err(Errno::ENOMEM);
+        }
+        self.areas.remove(start, end);
+        self.table.clear(start, end);
+        Ok(())
+    }
+
+    /// Drops the contents of private pages: zeros, or the file's, come back at the next touch.
+    pub fn discard(&mut self, start: u64, end: u64) {
+        let ranges: alloc::vec::Vec<_> = self
+            .areas
+            .within(start, end)
+            .filter(|a| !a.shared)
+            .map(|a| (a.start.max(start), a.end.min(end)))
+            .collect();
+        for (start, end) in ranges {
+            self.table.clear(start, end);
+        }
+    }
+
+    /// Changes what may be done with a range.
+    pub fn protect(&mut self, start: u64, end: u64, protection: u8) -> Result<(), Errno> {
+        if !self.areas.covers(start, end) || self.areas.count() >= MAX_AREAS {
+            return Err(Errno::ENOMEM);
+        }
+        self.areas.protect(start, end, protection);
+        // Pages that may do less than before lose it now; more comes by faults.
+        self.table.visit(start, end, |address, entry| {
+            if protection & WRITE == 0 {
+                *entry &= !WRITABLE;
+            }
+            if protection & EXECUTE == 0 {
+                *entry |= NO_EXECUTE;
+            } else {
+                *entry &= !NO_EXECUTE;
+            }
+            if protection == 0 {
+                *entry &= !USER;
+            } else {
+                *entry |= USER;
+            }
+            cpu::invalidate(address);
+        });
+        Ok(())
+    }
+
+    /// A copy for a child: both have the same pages until one writes.
+    pub fn fork(&mut self) -> Result<Self, Errno> {
+        let mut child = Self {
+            table: PageTable::new().ok_or(Errno::ENOMEM)?,
+            areas: self.areas.clone(),
+            brk_start: self.brk_start,
+            brk: self.brk,
+        };
+        for area in self.areas.iter() {
+            let shared = area.shared;
+            let mut result = Ok(());
+            self.table.visit(area.start, area.end, |address, entry| {
+                if result.is_err() {
+                    return;
+                }
+                if !shared {
+                    *entry = (*entry & !WRITABLE) | COPY_ON_WRITE;
+                    cpu::invalidate(address);
+                }
+                frames::share(frame_of(*entry));
+                if child.table.set(address, *entry).is_err() {
+                    frames::release(frame_of(*entry), 0);
+                    result = Err(Errno::ENOMEM);
+                }
+            });
+            result?;
+        }
+        Ok(child)
+    }
+
+    /// Brings the page at an address.
+    ///
+    /// # Errors
+    /// `EFAULT` if nothing is mapped there or it does not allow the access, `ENOMEM`, or why the
+    /// file cannot be read.
+    pub fn fault(&mut self, address: u64, access: Access) -> Result<(), Errno> {
+        let page = address & !(PAGE - 1);
+        let area = self.areas.find(page).ok_or(Errno::EFAULT)?.clone();
+        let needed = match access {
+            Access::Read => READ | WRITE | EXECUTE,
+            Access::Write => WRITE,
+            Access::Execute => EXECUTE,
+        };
+        if area.protection & needed == 0 {
+            return Err(Errno::EFAULT);
+        }
+        let mut flags = PRESENT | USER;
+        if area.protection & EXECUTE == 0 {
+            flags |= NO_EXECUTE;
+        }
+        let writable = area.protection & WRITE != 0;
+        let old = self.table.get(page);
+        if old & PRESENT != 0 {
+            return self.upgrade(
+                page,
+                old,
+                flags,
+                access == Access::Write,
+                writable,
+                area.shared,
+            );
+        }
+        let (frame, flags) = match &area.backing {
+            Backing::Zero => {
+                let frame = frames::allocate_user().ok_or(Errno::ENOMEM)?;
+                (frame, if writable { flags | WRITABLE } else { flags })
+            }
+            Backing::File(node, offset) => {
+                let index = (offset + (page - area.start)) / PAGE;
+                let cached = node.page(index)?;
+                if area.shared {
+                    frames::share(cached);
+                    (cached, flags)
+                } else if access == Access::Write {
+                    (copy(cached)?, flags | WRITABLE)
+                } else {
+                    frames::share(cached);
+                    (cached, flags | COPY_ON_WRITE)
+                }
+            }
+        };
+        self.table.set(page, frame | flags).map_err(|_| {
+            frames::release(frame, 0);
+            Errno::ENOMEM
+        })
+    }
+
+    /// The page is there, but not with all rights the area gives.
+    fn upgrade(
+        &mut self,
+        page: u64,
+        old: u64,
+        flags: u64,
+        write: bool,
+        writable: bool,
+        shared: bool,
+    ) -> Result<(), Errno> {
+        let frame = frame_of(old);
+        if !write {
+            let kept = old & (WRITABLE | COPY_ON_WRITE);
+            return self
+                .table
+                .set(page, frame | flags | kept)
+                .map_err(|_| Errno::ENOMEM);
+        }
+        if !writable {
+            return Err(Errno::EFAULT);
+        }
+        if shared || frames::owners(frame) == 1 {
+            return self
+                .table
+                .set(page, frame | flags | WRITABLE)
+                .map_err(|_| Errno::ENOMEM);
+        }
+        let copy = copy(frame)?;
+        self.table.set(page, copy | flags | WRITABLE).map_err(|_| {
+            frames::release(copy, 0);
+            Errno::ENOMEM
+        })
+    }
+
+    /// Writes to memory that may belong to a process that does not run, as far as it is mapped.
+    pub fn write(&mut self, address: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = address + done as u64;
+            if self.table.get(at) & (PRESENT | WRITABLE) != PRESENT | WRITABLE {
+                self.fault(at, Access::Write)?;
+            }
+            let offset = (at % PAGE) as usize;
+            let len = (PAGE as usize - offset).min(bytes.len() - done);
+            // SAFETY: the frame is mapped in this memory, which is locked; nobody runs with it now.
+            let frame = unsafe { frames::bytes(frame_of(self.table.get(at))) };
+            if let (Some(to), Some(from)) = (
+                frame.get_mut(offset..offset + len),
+                bytes.get(done..done + len),
+            ) {
+                to.copy_from_slice(from);
+            }
+            done += len;
+        }
+        Ok(())
+    }
+}
+
+fn copy(from: u64) -> Result<u64, Errno> {
+    let frame = frames::allocate_user().ok_or(Errno::ENOMEM)?;
+    // SAFETY: the new frame is ours alone; the other is only read, and nobody writes it meanwhile.
+    let (to, from) = unsafe { (frames::bytes(frame), frames::bytes(from)) };
+    to.copy_from_slice(from);
+    Ok(frame)
+}

@@ -1,0 +1,156 @@
+//! From the first instruction in Rust to the first program, and the kernel's own end.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::panic::PanicInfo;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use appkernel_core::cmdline::Options;
+use appkernel_hal as hal;
+
+use crate::fs::file::{File, Kind};
+use crate::fs::fuse::Fuse;
+use crate::task::{self, Task};
+use crate::{exec, fs, log, syscall, traps};
+
+#[global_allocator]
+static HEAP: hal::heap::Heap = hal::heap::Heap::new();
+
+/// Marks in the VMM's boot timeline.
+mod mark {
+    pub const KERNEL: u8 = 1;
+    pub const FIRST_PROGRAM: u8 = 2;
+}
+
+/// Called by the entry code with the address of the start info.
+#[unsafe(no_mangle)]
+extern "C" fn kernel_main(start: u64) -> ! {
+    hal::cpu::boot_mark(mark::KERNEL);
+    let tsc = hal::cpu::tsc();
+    hal::trap::init();
+    hal::cpu::init();
+    let info = match hal::boot::info(start) {
+        Ok(info) => info,
+        Err(reason) => panic!("{reason}"),
+    };
+    hal::frames::init(&info);
+    hal::boot::drop_identity_map();
+    hal::clock::init();
+    hal::apic::init();
+    let options = Options::parse(info.cmdline);
+    syscall::trace(options.strace);
+    hal::serial::Serial::enable_input();
+    hal::apic::enable_pin(traps::SERIAL_PIN);
+    let ram_end = info
+        .ram
+        .iter()
+        .map(|r| r.1)
+        .filter(|end| *end <= 3 << 30)
+        .max();
+    for device in &options.devices {
+        if let Some(fuse) = Fuse::probe(device, ram_end.unwrap_or(0))
+            && fuse.tag() == options.root
+        {
+            fs::mount_root(fuse);
+            break;
+        }
+    }
+    if !fs::has_root() {
+        fatal(format_args!(
+            "no virtio-fs share {:?}: give the VM one, or name another by app.root=TAG",
+            options.root
+        ));
+    }
+    let Some(program) = options.run.first() else {
+        fatal(format_args!("no program: name it by app.run=PROGRAM"));
+    };
+    let mut environment: Vec<Vec<u8>> =
+        options.env.iter().map(|e| e.clone().into_bytes()).collect();
+    if !options.env.iter().any(|e| e.starts_with("PATH=")) {
+        environment
+            .push(b"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_vec());
+    }
+    let request = exec::Request {
+        path: program.clone().into_bytes(),
+        arguments: options.run.iter().map(|a| a.clone().into_bytes()).collect(),
+        environment,
+    };
+    let image = match exec::load(&request, options.cwd.as_bytes()) {
+        Ok(image) => image,
+        Err(e) => fatal(format_args!("{program}: {} ({})", e.name(), e.0)),
+    };
+    let console = Arc::new(File::new(Kind::Console, 2));
+    let Some(first) = Task::first(image, &console, options.cwd.into_bytes()) else {
+        fatal(format_args!("no memory for the first program"));
+    };
+    drop(console);
+    let cycles = hal::cpu::tsc() - tsc;
+    let (total, free) = hal::frames::statistics();
+    log!(
+        "app kernel {}: {} MiB, {} KiB in use, {} k cycles to the first program",
+        env!("CARGO_PKG_VERSION"),
+        total / 256,
+        (total - free) * 4,
+        cycles / 1000
+    );
+    drop((request, options.run));
+    hal::cpu::boot_mark(mark::FIRST_PROGRAM);
+    task::start(first)
+}
+
+/// Ends the machine because the first program ended: `code` as a shell shows it.
+pub fn ended(code: u8) -> ! {
+    let (total, free) = hal::frames::statistics();
+    log!(
+        "{} KiB in use at the end; {} unknown calls",
+        (total - free) * 4,
+        syscall::unknown()
+    );
+    log!("first program ended: {code}");
+    hal::cpu::reset()
+}
+
+/// Ends the machine with a message for whoever started it.
+fn fatal(reason: core::fmt::Arguments<'_>) -> ! {
+    log!("error: {reason}");
+    log!("first program ended: 125");
+    hal::cpu::reset()
+}
+
+static PANICKING: AtomicBool = AtomicBool::new(false);
+
+/// A mistake of the kernel: everything known, then a reset, never a hang.
+#[panic_handler]
+fn panic(info: &PanicInfo<'_>) -> ! {
+    if PANICKING.swap(true, Ordering::Relaxed) {
+        hal::cpu::reset();
+    }
+    log!("Kernel panic - not syncing: {info}");
+    backtrace();
+    syscall::print_last();
+    hal::cpu::reset()
+}
+
+/// Prints return addresses by the chain of frame pointers, as far as it stays in the kernel.
+pub fn backtrace() {
+    let mut frame: u64;
+    // SAFETY: reads a register.
+    unsafe { core::arch::asm!("mov {}, rbp", out(reg) frame, options(nomem, nostack)) };
+    for _ in 0..24 {
+        if frame < hal::DIRECT_MAP || !frame.is_multiple_of(8) {
+            break;
+        }
+        let at: *const u64 = core::ptr::with_exposed_provenance(frame as usize);
+        // SAFETY: a frame on a kernel stack: all code keeps frame pointers, the entry code ends
+        // the chain with zero. Stacks lie in mapped memory.
+        let (next, address) = unsafe { (at.read(), at.add(1).read()) };
+        if address < hal::KERNEL_OFFSET {
+            break;
+        }
+        log!("  at {address:#x}");
+        if next <= frame {
+            break;
+        }
+        frame = next;
+    }
+}

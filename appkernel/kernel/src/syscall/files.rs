@@ -1,0 +1,373 @@
+//! Calls on open files.
+
+use alloc::sync::Arc;
+use alloc::vec;
+
+use appkernel_core::errno::Errno;
+
+use super::{Call, Result, get, get_u64, put};
+use crate::fs::file::{File, Kind, flag};
+use crate::fs::fuse::Change;
+use crate::fs::pipe::{End, Pipe};
+use crate::signal::{self, Signal};
+
+/// Bytes copied at once between program and kernel.
+const CHUNK: usize = 64 << 10;
+/// Parts of readv and writev (`IOV_MAX`).
+const MAX_PARTS: u64 = 1024;
+/// Most bytes of one call, as Linux.
+const MAX_COUNT: u64 = 0x7fff_f000;
+
+/// The calls of this family.
+pub fn call(c: &Call<'_>) -> Option<Result> {
+    Some(match c.number {
+        0 => read(c, c.arg(1), c.arg(2), None),
+        1 => write(c, c.arg(1), c.arg(2), None),
+        3 => close(c),
+        8 => seek(c),
+        16 => ioctl(c),
+        17 => at(c.arg(3)).and_then(|at| read(c, c.arg(1), c.arg(2), Some(at))),
+        18 => at(c.arg(3)).and_then(|at| write(c, c.arg(1), c.arg(2), Some(at))),
+        19 => parts(c, read),
+        20 => parts(c, write),
+        22 => pipe(c, 0),
+        32 => duplicate(c, 0, false),
+        33 | 292 => duplicate_to(c),
+        40 => sendfile(c),
+        72 => control(c),
+        74 | 75 => sync(c),
+        77 => truncate(c),
+        217 => entries(c),
+        293 => pipe(c, c.uint(1)),
+        _ => return None,
+    })
+}
+
+fn at(offset: u64) -> Result {
+    if offset > i64::MAX.cast_unsigned() {
+        return Err(Errno::EINVAL);
+    }
+    Ok(offset)
+}
+
+fn read(c: &Call<'_>, address: u64, count: u64, at: Option<u64>) -> Result {
+    let file = c.task.file(c.int(0))?;
+    let mut done = 0;
+    let count = count.min(MAX_COUNT);
+    loop {
+        let mut buffer = vec![0; (count - done).min(CHUNK as u64) as usize];
+        let got = match file.read(&mut buffer, at.map(|at| at + done)) {
+            Ok(got) => got,
+            Err(_) if done > 0 => return Ok(done),
+            Err(e) => return Err(e),
+        };
+        put(
+            address.wrapping_add(done),
+            buffer.get(..got).unwrap_or_default(),
+        )?;
+        done += got as u64;
+        // Only files give more at once; others are asked again by the program.
+        if got < CHUNK || done >= count || !matches!(file.kind, Kind::Regular(..) | Kind::Device(_))
+        {
+            return Ok(done);
+        }
+    }
+}
+
+fn write(c: &Call<'_>, address: u64, count: u64, at: Option<u64>) -> Result {
+    let file = c.task.file(c.int(0))?;
+    let count = count.min(MAX_COUNT);
+    let mut done = 0;
+    while done < count || count == 0 {
+        let mut buffer = vec![0; (count - done).min(CHUNK as u64) as usize];
+        let result = appkernel_hal::usercopy::read(&mut buffer, address.wrapping_add(done))
+            .map_err(|_| Errno::EFAULT)
+            .and_then(|()| file.write(&buffer, at.map(|at| at + done)));
+        match result {
+            Ok(0) => break,
+            Ok(taken) => done += taken as u64,
+            Err(_) if done > 0 => break,
+            Err(e) => {
+                if e == Errno::EPIPE {
+                    signal::send(c.task, Signal::PIPE);
+                }
+                return Err(e);
+            }
+        }
+        if count == 0 {
+            break;
+        }
+    }
+    Ok(done)
+}
+
+fn parts(c: &Call<'_>, f: fn(&Call<'_>, u64, u64, Option<u64>) -> Result) -> Result {
+    let count = c.arg(2);
+    if count > MAX_PARTS {
+        return Err(Errno::EINVAL);
+    }
+    let mut done = 0;
+    for i in 0..count {
+        let entry: [u8; 16] = get(c.arg(1).wrapping_add(i * 16))?;
+        let (address, len) = entry.split_at(8);
+        let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
+        let (address, len) = (number(address), number(len));
+        if len == 0 {
+            continue;
+        }
+        match f(c, address, len, None) {
+            Ok(count) => {
+                done += count;
+                if count < len {
+                    break;
+                }
+            }
+            Err(_) if done > 0 => break,
+            Err(e) => return Err(e),
+        }
+    }
+    if done == 0 && count == 0 {
+        c.task.file(c.int(0))?;
+    }
+    Ok(done)
+}
+
+fn close(c: &Call<'_>) -> Result {
+    let file = c.task.files().lock().remove(c.int(0))?;
+    drop(file);
+    Ok(0)
+}
+
+fn seek(c: &Call<'_>) -> Result {
+    let file = c.task.file(c.int(0))?;
+    let size = match &file.kind {
+        Kind::Regular(node, _) => node.attributes()?.size,
+        Kind::Directory(_, _, entries) => {
+            *entries.lock() = None;
+            0
+        }
+        Kind::Device(_) => 0,
+        Kind::Console | Kind::Pipe(..) => return Err(Errno::ESPIPE),
+    };
+    let mut offset = file.offset.lock();
+    let base = match c.uint(2) {
+        0 => 0,
+        1 => *offset,
+        2 => size,
+        _ => return Err(Errno::EINVAL),
+    };
+    let new = base
+        .checked_add_signed(c.arg(1).cast_signed())
+        .ok_or(Errno::EINVAL)?;
+    if new > i64::MAX.cast_unsigned() {
+        return Err(Errno::EINVAL);
+    }
+    *offset = new;
+    Ok(new)
+}
+
+fn ioctl(c: &Call<'_>) -> Result {
+    const FIONREAD: u32 = 0x541b;
+    const FIONBIO: u32 = 0x5421;
+    const FIOCLEX: u32 = 0x5451;
+    let file = c.task.file(c.int(0))?;
+    match c.uint(1) {
+        FIONREAD => {
+            let count = match &file.kind {
+                Kind::Pipe(pipe, End::Read) => pipe.len() as u32,
+                Kind::Regular(node, _) => {
+                    let offset = *file.offset.lock();
+                    node.attributes()?
+                        .size
+                        .saturating_sub(offset)
+                        .min(i32::MAX as u64) as u32
+                }
+                _ => return Err(Errno::ENOTTY),
+            };
+            put(c.arg(2), &count.to_le_bytes())?;
+            Ok(0)
+        }
+        FIONBIO => {
+            let on = u32::from_le_bytes(get(c.arg(2))?) != 0;
+            let flags = file.flags() & !flag::NONBLOCK;
+            file.set_flags(if on { flags | flag::NONBLOCK } else { flags });
+            Ok(0)
+        }
+        FIOCLEX => {
+            c.task.files().lock().set_close_on_exec(c.int(0), true)?;
+            Ok(0)
+        }
+        // The console is no terminal yet: no line discipline, no job control.
+        _ => Err(Errno::ENOTTY),
+    }
+}
+
+fn pipe(c: &Call<'_>, flags: u32) -> Result {
+    if flags & !(flag::CLOEXEC | flag::NONBLOCK) != 0 {
+        return Err(Errno::EINVAL);
+    }
+    let pipe = Arc::new(Pipe::new());
+    let status = flags & flag::NONBLOCK;
+    let close = flags & flag::CLOEXEC != 0;
+    let reader = Arc::new(File::new(Kind::Pipe(Arc::clone(&pipe), End::Read), status));
+    let writer = Arc::new(File::new(
+        Kind::Pipe(pipe, End::Write),
+        status | flag::WRITE_ONLY,
+    ));
+    let files = c.task.files();
+    let first = files.lock().insert(reader, 0, close)?;
+    let second = files.lock().insert(writer, 0, close);
+    let undo = |fd| {
+        let file = files.lock().remove(fd);
+        drop(file);
+    };
+    let second = second.inspect_err(|_| undo(first))?;
+    let mut bytes = [0; 8];
+    let (a, b) = bytes.split_at_mut(4);
+    a.copy_from_slice(&first.to_le_bytes());
+    b.copy_from_slice(&second.to_le_bytes());
+    put(c.arg(0), &bytes).inspect_err(|_| {
+        undo(first);
+        undo(second);
+    })?;
+    Ok(0)
+}
+
+fn duplicate(c: &Call<'_>, from: usize, close: bool) -> Result {
+    let file = c.task.file(c.int(0))?;
+    let fd = c.task.files().lock().insert(file, from, close)?;
+    Ok(fd as u64)
+}
+
+fn duplicate_to(c: &Call<'_>) -> Result {
+    let (from, to) = (c.int(0), c.int(1));
+    let three = c.number == 292;
+    let flags = if three { c.uint(2) } else { 0 };
+    if flags & !flag::CLOEXEC != 0 || three && from == to {
+        return Err(Errno::EINVAL);
+    }
+    let file = c.task.file(from)?;
+    if from != to {
+        let old = c.task.files().lock().replace(to, file, flags != 0)?;
+        drop(old);
+    }
+    Ok(to as u64)
+}
+
+fn control(c: &Call<'_>) -> Result {
+    let (fd, files) = (c.int(0), c.task.files());
+    let file = c.task.file(fd)?;
+    match c.uint(1) {
+        0 | 1030 => {
+            let from = usize::try_from(c.int(2)).map_err(|_| Errno::EINVAL)?;
+            if from >= crate::fs::file::MAX_FILES {
+                return Err(Errno::EINVAL);
+            }
+            duplicate(c, from, c.uint(1) == 1030)
+        }
+        1 => Ok(files.lock().closes_on_exec(fd)?.into()),
+        2 => files
+            .lock()
+            .set_close_on_exec(fd, c.arg(2) & 1 != 0)
+            .map(|()| 0),
+        3 => Ok(file.flags().into()),
+        4 => {
+            file.set_flags(c.uint(2));
+            Ok(0)
+        }
+        _ => Err(Errno::EINVAL),
+    }
+}
+
+fn sync(c: &Call<'_>) -> Result {
+    let file = c.task.file(c.int(0))?;
+    match &file.kind {
+        Kind::Regular(node, _) => node.sync(c.number == 75)?,
+        Kind::Directory(..) => {}
+        _ => return Err(Errno::EINVAL),
+    }
+    Ok(0)
+}
+
+fn truncate(c: &Call<'_>) -> Result {
+    let size = at(c.arg(1))?;
+    match &c.task.file(c.int(0))?.kind {
+        Kind::Regular(node, Some(_)) => node.change(&Change {
+            size: Some(size),
+            ..Change::default()
+        })?,
+        _ => return Err(Errno::EINVAL),
+    }
+    Ok(0)
+}
+
+fn sendfile(c: &Call<'_>) -> Result {
+    let to = c.task.file(c.int(0))?;
+    let from = c.task.file(c.int(1))?;
+    let place = c.arg(2);
+    let mut at = if place == 0 {
+        None
+    } else {
+        Some(get_u64(place)?)
+    };
+    let count = c.arg(3).min(MAX_COUNT);
+    let mut done = 0;
+    while done < count {
+        let mut buffer = vec![0; (count - done).min(CHUNK as u64) as usize];
+        let got = match from.read(&mut buffer, at) {
+            Ok(0) => break,
+            Ok(got) => got,
+            Err(_) if done > 0 => break,
+            Err(e) => return Err(e),
+        };
+        let mut sent = 0;
+        while sent < got {
+            let taken = to.write(buffer.get(sent..got).unwrap_or_default(), None)?;
+            sent += taken;
+        }
+        done += got as u64;
+        at = at.map(|at| at + got as u64);
+    }
+    if let Some(at) = at {
+        put(place, &at.to_le_bytes())?;
+    }
+    Ok(done)
+}
+
+fn entries(c: &Call<'_>) -> Result {
+    let file = c.task.file(c.int(0))?;
+    let Kind::Directory(node, _, cached) = &file.kind else {
+        return Err(Errno::ENOTDIR);
+    };
+    if cached.lock().is_none() {
+        let entries = node.entries()?;
+        *cached.lock() = Some(entries);
+    }
+    let room = c.uint(2) as usize;
+    let mut bytes = alloc::vec::Vec::new();
+    let mut offset = *file.offset.lock();
+    {
+        let cached = cached.lock();
+        let all = cached.as_deref().unwrap_or_default();
+        for entry in all.iter().skip(offset as usize) {
+            let len = (19 + entry.name.len() + 1).next_multiple_of(8);
+            if bytes.len() + len > room {
+                break;
+            }
+            offset += 1;
+            let end = bytes.len() + len;
+            bytes.extend(entry.ino.to_le_bytes());
+            bytes.extend(offset.to_le_bytes());
+            bytes.extend((len as u16).to_le_bytes());
+            bytes.push(entry.kind);
+            bytes.extend(&entry.name);
+            bytes.resize(end, 0);
+        }
+        if bytes.is_empty() && (offset as usize) < all.len() {
+            return Err(Errno::EINVAL);
+        }
+    }
+    put(c.arg(1), &bytes)?;
+    *file.offset.lock() = offset;
+    Ok(bytes.len() as u64)
+}

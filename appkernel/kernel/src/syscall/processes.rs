@@ -1,0 +1,280 @@
+//! Calls on processes and threads.
+
+use alloc::vec::Vec;
+use core::sync::atomic::Ordering;
+
+use appkernel_core::errno::Errno;
+use appkernel_hal::USER_END;
+use appkernel_hal::trap::Frame;
+
+use super::{Call, Result, get_path, get_string, get_u64, put, put_words};
+use crate::exec::{self, ARGUMENTS_MAX};
+use crate::task::{self, CloneOptions, Task};
+
+/// Flags of clone.
+mod flag {
+    pub const VM: u64 = 0x100;
+    pub const FS: u64 = 0x200;
+    pub const FILES: u64 = 0x400;
+    pub const SIGHAND: u64 = 0x800;
+    pub const VFORK: u64 = 0x4000;
+    pub const THREAD: u64 = 0x1_0000;
+    pub const SYSVSEM: u64 = 0x4_0000;
+    pub const SETTLS: u64 = 0x8_0000;
+    pub const PARENT_SETTID: u64 = 0x10_0000;
+    pub const CHILD_CLEARTID: u64 = 0x20_0000;
+    pub const DETACHED: u64 = 0x40_0000;
+    pub const CHILD_SETTID: u64 = 0x100_0000;
+    pub const KNOWN: u64 = 0xff
+        | VM
+        | FS
+        | FILES
+        | SIGHAND
+        | VFORK
+        | THREAD
+        | SYSVSEM
+        | SETTLS
+        | PARENT_SETTID
+        | CHILD_CLEARTID
+        | DETACHED
+        | CHILD_SETTID;
+}
+
+/// The calls of this family.
+pub fn call(c: &Call<'_>) -> Option<Result> {
+    Some(match c.number {
+        24 => {
+            task::yield_now();
+            Ok(0)
+        }
+        39 => Ok(c.task.process.into()),
+        56 => clone(c, c.arg(0), c.arg(1), c.arg(2), c.arg(3), c.arg(4)),
+        57 => clone(c, 0, 0, 0, 0, 0),
+        58 => clone(c, flag::VM | flag::VFORK, 0, 0, 0, 0),
+        60 => {
+            c.task
+                .pending
+                .lock()
+                .ending
+                .get_or_insert(task::exited(c.int(0)));
+            Ok(0)
+        }
+        61 => wait4(c),
+        109 => set_group(c),
+        110 => Ok(c.task.links.lock().parent.into()),
+        111 => Ok(c.task.links.lock().group.into()),
+        112 => set_session(c),
+        121 => process(c).map(|t| t.links.lock().group.into()),
+        124 => process(c).map(|t| t.links.lock().session.into()),
+        158 => arch(c),
+        186 => Ok(c.task.id.into()),
+        202 => super::futex::futex(c),
+        218 => {
+            c.task.clear_tid.store(c.arg(0), Ordering::Relaxed);
+            Ok(c.task.id.into())
+        }
+        231 => {
+            task::end_process(c.task.process, task::exited(c.int(0)));
+            Ok(0)
+        }
+        273 => Ok(0),
+        _ => return None,
+    })
+}
+
+fn clone(
+    c: &Call<'_>,
+    flags: u64,
+    stack: u64,
+    parent_tid: u64,
+    child_tid: u64,
+    tls: u64,
+) -> Result {
+    let has = |bit| flags & bit != 0;
+    let thread = has(flag::THREAD);
+    if flags & !flag::KNOWN != 0
+        || thread && !(has(flag::VM) && has(flag::SIGHAND))
+        || tls >= USER_END
+    {
+        return Err(Errno::EINVAL);
+    }
+    let options = CloneOptions {
+        share_memory: has(flag::VM),
+        share_files: has(flag::FILES),
+        share_handlers: has(flag::SIGHAND),
+        thread,
+        stack,
+        tls: has(flag::SETTLS).then_some(tls),
+        clear_tid: if has(flag::CHILD_CLEARTID) {
+            child_tid
+        } else {
+            0
+        },
+        vfork: has(flag::VFORK),
+    };
+    let id = c.task.clone(&options)?;
+    if has(flag::PARENT_SETTID) {
+        put(parent_tid, &id.to_le_bytes())?;
+    }
+    if has(flag::CHILD_SETTID)
+        && let Some(child) = task::find(id)
+    {
+        let mm = child.mm();
+        mm.lock().write(child_tid, &id.to_le_bytes())?;
+    }
+    if options.vfork {
+        task::wait_vfork(id);
+    }
+    Ok(id.into())
+}
+
+fn strings(at: u64, total: &mut usize) -> Result<Vec<Vec<u8>>> {
+    let mut all = Vec::new();
+    if at == 0 {
+        return Ok(all);
+    }
+    loop {
+        let pointer = get_u64(at.wrapping_add(all.len() as u64 * 8))?;
+        if pointer == 0 {
+            return Ok(all);
+        }
+        let string = get_string(pointer, ARGUMENTS_MAX, Errno::E2BIG)?;
+        *total += string.len() + 9;
+        if *total > ARGUMENTS_MAX {
+            return Err(Errno::E2BIG);
+        }
+        all.push(string);
+    }
+}
+
+/// execve(2): sets the registers of the new program.
+pub fn execve(c: &Call<'_>, frame: &mut Frame) -> Result<()> {
+    let mut total = 0;
+    let request = exec::Request {
+        path: get_path(c.arg(0))?,
+        arguments: strings(c.arg(1), &mut total)?,
+        environment: strings(c.arg(2), &mut total)?,
+    };
+    let threads = task::living()
+        .iter()
+        .filter(|t| t.process == c.task.process)
+        .count();
+    if threads > 1 {
+        // The other threads would have to be ended first.
+        return Err(Errno::EAGAIN);
+    }
+    let cwd = c.task.place.lock().cwd.clone();
+    let image = exec::load(&request, &cwd)?;
+    let closing = c.task.files().lock().take_closing();
+    drop(closing);
+    let handlers = c.task.handlers().lock().clone();
+    let own = alloc::sync::Arc::new(appkernel_hal::sync::Mutex::new(handlers));
+    own.lock().reset();
+    *c.task.handlers.lock() = own;
+    *frame = image.frame();
+    c.task.replace(image);
+    Ok(())
+}
+
+fn wait4(c: &Call<'_>) -> Result {
+    const NOHANG: u32 = 1;
+    let (me, who) = (c.task.process, c.int(0));
+    let group = c.task.links.lock().group;
+    let matches = move |task: &Task| {
+        if task.id == c.task.id {
+            return false;
+        }
+        let links = task.links.lock();
+        links.parent == me
+            && task.process != me
+            && match who {
+                -1 => true,
+                0 => links.group == group,
+                1.. => task.id == who.unsigned_abs(),
+                _ => links.group == who.unsigned_abs(),
+            }
+    };
+    let look = || {
+        if let Some(found) = task::find_zombie(matches, true) {
+            return Some(Ok(found));
+        }
+        (!task::has_child(matches)).then_some(Err(Errno::ECHILD))
+    };
+    let (id, status) = if c.uint(2) & NOHANG != 0 {
+        match look() {
+            Some(result) => result?,
+            None => return Ok(0),
+        }
+    } else {
+        task::wait_for(task::CHILD + me as usize, look)??
+    };
+    if c.arg(1) != 0 {
+        put(c.arg(1), &status.to_le_bytes())?;
+    }
+    if c.arg(3) != 0 {
+        put_words(c.arg(3), &[0; 18])?;
+    }
+    Ok(id.into())
+}
+
+/// The process a call names; 0 is its own.
+fn process(c: &Call<'_>) -> Result<alloc::sync::Arc<Task>> {
+    let id = match c.uint(0) {
+        0 => c.task.process,
+        id => id,
+    };
+    task::find(id)
+        .filter(|t| t.id == t.process)
+        .ok_or(Errno::ESRCH)
+}
+
+fn set_group(c: &Call<'_>) -> Result {
+    let task = process(c)?;
+    let group = match c.int(1) {
+        ..0 => return Err(Errno::EINVAL),
+        0 => task.id,
+        group => group.unsigned_abs(),
+    };
+    let session = c.task.links.lock().session;
+    let mut links = task.links.lock();
+    if task.process != c.task.process && links.parent != c.task.process {
+        return Err(Errno::ESRCH);
+    }
+    if links.session != session || links.session == task.id {
+        return Err(Errno::EPERM);
+    }
+    links.group = group;
+    Ok(0)
+}
+
+fn set_session(c: &Call<'_>) -> Result {
+    let mut links = c.task.links.lock();
+    if links.group == c.task.process {
+        return Err(Errno::EPERM);
+    }
+    links.group = c.task.process;
+    links.session = c.task.process;
+    Ok(c.task.process.into())
+}
+
+fn arch(c: &Call<'_>) -> Result {
+    let (code, value) = (c.uint(0), c.arg(1));
+    let context = c.task.own_context();
+    match code {
+        0x1001 | 0x1002 => {
+            if value >= USER_END {
+                return Err(Errno::EPERM);
+            }
+            if code == 0x1001 {
+                context.gs_base = value;
+            } else {
+                context.fs_base = value;
+            }
+            context.load_bases();
+        }
+        0x1003 => put(value, &context.fs_base.to_le_bytes())?,
+        0x1004 => put(value, &context.gs_base.to_le_bytes())?,
+        _ => return Err(Errno::EINVAL),
+    }
+    Ok(0)
+}

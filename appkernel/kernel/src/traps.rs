@@ -1,0 +1,80 @@
+//! What comes in: exceptions and interrupts.
+
+use appkernel_hal::trap::{Frame, IRQ_BASE, SPURIOUS, TIMER};
+use appkernel_hal::{USER_END, apic, clock, cpu, trap};
+
+use crate::mm::Access;
+use crate::signal::{self, Signal};
+use crate::{fs, log, task};
+
+/// IOAPIC pin of the serial port.
+pub const SERIAL_PIN: u8 = 4;
+const PAGE_FAULT: u64 = 14;
+/// In the error code of a page fault.
+mod fault {
+    pub const WRITE: u64 = 2;
+    pub const FETCH: u64 = 16;
+}
+
+/// Called by the entry code for everything but system calls.
+#[unsafe(no_mangle)]
+extern "C" fn kernel_trap(frame: &mut Frame) {
+    let vector = frame.vector as u8;
+    match vector {
+        0..IRQ_BASE => exception(frame),
+        TIMER => {
+            clock::tick();
+            apic::end_of_interrupt();
+            task::wake_sleepers();
+            if frame.from_user() {
+                task::yield_now();
+            }
+        }
+        SPURIOUS => {}
+        _ => {
+            if vector == IRQ_BASE + SERIAL_PIN {
+                fs::console::input();
+            }
+            apic::end_of_interrupt();
+        }
+    }
+    if frame.from_user() {
+        signal::deliver(frame);
+    }
+}
+
+fn exception(frame: &mut Frame) {
+    let address = cpu::read_cr2();
+    if frame.vector == PAGE_FAULT && (frame.from_user() || address < USER_END) {
+        let access = if frame.code & fault::FETCH != 0 {
+            Access::Execute
+        } else if frame.code & fault::WRITE != 0 {
+            Access::Write
+        } else {
+            Access::Read
+        };
+        if address < USER_END && task::fault(address, access) {
+            return;
+        }
+    }
+    if frame.from_user() {
+        let signal = match frame.vector {
+            0 | 16 | 19 => Signal::FPE,
+            1 | 3 => Signal::TRAP,
+            6 => Signal::ILL,
+            17 => Signal::BUS,
+            _ => Signal::SEGV,
+        };
+        signal::fault(signal, frame, address);
+        return;
+    }
+    if let Some(rip) = trap::fixup(frame.rip) {
+        frame.rip = rip;
+        return;
+    }
+    log!("registers: {frame:#x?}");
+    panic!(
+        "exception {} (code {:#x}) in the kernel at {:#x}, address {address:#x}",
+        frame.vector, frame.code, frame.rip
+    );
+}
