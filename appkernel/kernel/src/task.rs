@@ -364,7 +364,48 @@ pub fn fault(address: u64, access: Access) -> bool {
     }
     let mm = current().mm();
     let result = mm.lock().fault(address, access);
-    result.is_ok()
+    match result {
+        Ok(()) => true,
+        Err(Errno::ENOMEM) => {
+            out_of_memory();
+            // Tried again, unless it was this one that had to go: a copy in the kernel then ends
+            // at this byte, and the task on its way back.
+            yield_now();
+            current().pending.lock().ending.is_none()
+        }
+        Err(_) => false,
+    }
+}
+
+/// Whether the running task has to end.
+pub fn is_ending() -> bool {
+    current().pending.lock().ending.is_some()
+}
+
+/// There is no memory for a program's page: pages of files go first, then the process that has most.
+fn out_of_memory() {
+    if crate::fs::root().is_ok_and(|root| root.shrink() > 0) {
+        return;
+    }
+    let candidates = living();
+    if candidates.iter().any(|t| t.pending.lock().ending.is_some()) {
+        // One is on its way out already.
+        return;
+    }
+    let mut worst: Option<(usize, Arc<Task>)> = None;
+    for task in candidates {
+        let Some(mm) = task.mm.lock().clone() else { continue };
+        let pages = mm.lock().resident();
+        // The first process only when there is no other: its end is the machine's.
+        let weight = if task.process == 1 { 0 } else { pages };
+        if worst.as_ref().is_none_or(|(most, _)| weight > *most) {
+            worst = Some((weight, task));
+        }
+    }
+    if let Some((pages, task)) = worst {
+        crate::log!("out of memory: ending process {} ({} KiB)", task.process, pages * 4);
+        end_process(task.process, crate::signal::Signal::KILL.0.into());
+    }
 }
 
 /// Starts the first task.

@@ -56,6 +56,9 @@ fn exception(frame: &mut Frame) {
         if address < USER_END && task::fault(address, access) {
             return;
         }
+        if frame.from_user() && task::is_ending() {
+            return;
+        }
     }
     if frame.from_user() {
         let signal = match frame.vector {
