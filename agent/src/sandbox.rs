@@ -41,7 +41,7 @@ type Answer<T> = std::result::Result<T, Status>;
 impl SandboxService for Service {
     async fn get_info(&self, _: GetInfoRequest) -> Answer<GetInfoResponse> {
         let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        let mut features = vec!["network".to_owned()];
+        let mut features = vec!["network".to_owned(), "shared-pid".to_owned()];
         if cgroup::available() {
             features.push("cgroup2".to_owned());
             features.push("freezer".to_owned());

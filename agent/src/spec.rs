@@ -59,6 +59,8 @@ pub struct Place<'a> {
     pub root: &'a Path,
     /// Whether it has a terminal.
     pub terminal: bool,
+    /// PID 1 of the namespace that containers share, for one that [`shares_pids`].
+    pub pid_namespace: Option<i32>,
 }
 
 /// Makes a spec fit for this guest. Mounts from shares are pinned below the bundle.
@@ -83,7 +85,7 @@ pub fn prepare(options: &ContainerOptions, place: Place<'_>, shares: &Shares) ->
         "root".into(),
         json!({"path": place.root, "readonly": readonly}),
     );
-    prepare_linux(&mut spec, place.id)?;
+    prepare_linux(&mut spec, place.id, place.pid_namespace)?;
     prepare_mounts(&mut spec, options.sandbox_etc, place, shares)?;
 
     let root = File::open(place.root).context(|| format!("open {}", place.root.display()))?;
@@ -133,7 +135,19 @@ fn refuse_hooks(spec: &Value) -> Result<()> {
     Ok(())
 }
 
-fn prepare_linux(spec: &mut Value, id: &str) -> Result<()> {
+/// Whether a container is to be in the PID namespace that containers share: whatever the path of its
+/// own is, as with networks.
+pub fn shares_pids(options: &ContainerOptions) -> bool {
+    let spec: Value = serde_json::from_slice(&options.oci_spec).unwrap_or_default();
+    spec.pointer("/linux/namespaces")
+        .and_then(Value::as_array)
+        .is_some_and(|all| {
+            all.iter()
+                .any(|ns| ns["type"] == "pid" && ns["path"].as_str().is_some_and(|p| !p.is_empty()))
+        })
+}
+
+fn prepare_linux(spec: &mut Value, id: &str, pid_namespace: Option<i32>) -> Result<()> {
     let linux = spec
         .as_object_mut()
         .ok_or_else(|| invalid("not an object"))?
@@ -155,12 +169,19 @@ fn prepare_linux(spec: &mut Value, id: &str) -> Result<()> {
         .as_array_mut()
         .ok_or_else(|| invalid("linux.namespaces is not a list"))?;
     let mut error = None;
+    if let Some(pid) = pid_namespace {
+        for ns in list.iter_mut().filter(|ns| ns["type"] == "pid") {
+            ns["path"] = json!(format!("/proc/{pid}/ns/pid"));
+        }
+    }
     list.retain(|ns| {
         let kind = ns["type"].as_str().unwrap_or_default();
         let has_path = ns["path"].as_str().is_some_and(|p| !p.is_empty());
         match kind {
             // Of the host, meaning the pod's: that is this guest itself.
             "network" | "ipc" | "uts" if has_path => false,
+            // The shared one, by our own path.
+            "pid" if has_path && pid_namespace.is_some() => true,
             _ if has_path => {
                 error = Some(Error::Unsupported(format!(
                     "OCI spec: linux.namespaces: a {kind} namespace given by path is the host's; \
@@ -378,6 +399,24 @@ fn prepare_mounts(
 mod tests {
     use super::*;
 
+    #[test]
+    fn the_shared_pid_namespace_is_ours() {
+        let namespaces = json!([
+            {"type": "pid", "path": "/proc/1/ns/pid"}, {"type": "mount"}, {"type": "uts", "path": "/x"},
+        ]);
+        let mut spec = json!({"linux": {"namespaces": namespaces}});
+        let options = ContainerOptions {
+            oci_spec: spec.to_string().into_bytes(),
+            ..ContainerOptions::default()
+        };
+        assert!(shares_pids(&options) && !shares_pids(&ContainerOptions::default()));
+        prepare_linux(&mut spec, "c", Some(77)).unwrap();
+        assert_eq!(
+            spec["linux"]["namespaces"],
+            json!([{"type": "pid", "path": "/proc/77/ns/pid"}, {"type": "mount"}])
+        );
+    }
+
     fn run(spec: Value, options: ContainerOptions) -> Result<(Value, Prepared)> {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("rootfs");
@@ -396,6 +435,7 @@ mod tests {
             bundle: dir.path(),
             root: &root,
             terminal: false,
+            pid_namespace: None,
         };
         let prepared = prepare(&options, place, &Shares::default())?;
         Ok((serde_json::from_slice(&prepared.config).unwrap(), prepared))
@@ -491,7 +531,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn any_bytes_are_answered(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200)) {
-            let place = Place { id: "x", bundle: Path::new("/nonexistent"), root: Path::new("/nonexistent"), terminal: false };
+            let place = Place { id: "x", bundle: Path::new("/nonexistent"), root: Path::new("/nonexistent"), terminal: false, pid_namespace: None };
             let options = ContainerOptions { oci_spec: bytes, ..Default::default() };
             proptest::prop_assert!(prepare(&options, place, &Shares::default()).is_err());
         }

@@ -11,14 +11,16 @@ use bulkhead_protocol::task::*;
 use bulkhead_protocol::types::{Any, Empty, ProcessInfo};
 use prost::Message;
 use serde_json::Value;
+use tokio::sync::oneshot;
 
 use crate::container::{self, Container, New, StdioNames, View};
 use crate::error::{Context, Error, Result};
 use crate::events::{Events, timestamp};
+use crate::helper::{self, Job};
 use crate::mounts::Shares;
-use crate::reaper::Reaper;
+use crate::reaper::{Exit, Reaper};
 use crate::spec;
-use crate::stdio::Streaming;
+use crate::stdio::{ChildEnds, Streaming};
 use crate::streams::Streams;
 
 /// Containers at once.
@@ -42,6 +44,8 @@ pub struct Tasks {
     pub events: Arc<Events>,
     /// Where their files are.
     pub shares: Arc<Shares>,
+    /// The PID namespace that containers share: its PID 1 and that process's end.
+    pid_namespace: tokio::sync::Mutex<Option<(i32, oneshot::Receiver<Exit>)>>,
 }
 
 /// Runs to its end even if the caller goes away: a container is made whole or not at all.
@@ -88,6 +92,7 @@ impl Tasks {
             streams,
             events,
             shares,
+            pid_namespace: tokio::sync::Mutex::default(),
         })
     }
 
@@ -175,11 +180,16 @@ impl Tasks {
         std::fs::create_dir_all(&root).context(|| format!("make {}", root.display()))?;
         self.shares
             .mount_rootfs(&rootfs_mounts(request, &options)?, &root)?;
+        let pid_namespace = match spec::shares_pids(&options) {
+            true => Some(self.pid_namespace().await?),
+            false => None,
+        };
         let place = spec::Place {
             id,
             bundle: &bundle,
             root: &root,
             terminal: request.terminal,
+            pid_namespace,
         };
         let prepared = spec::prepare(&options, place, &self.shares)?;
         let new = New {
@@ -190,6 +200,32 @@ impl Tasks {
             names,
         };
         Container::create(new, &self.reaper, self.events.clone()).await
+    }
+
+    /// PID 1 of the namespace that containers share, made when the first one wants it.
+    async fn pid_namespace(&self) -> Result<i32> {
+        let mut holder = self.pid_namespace.lock().await;
+        if let Some((pid, end)) = holder.as_mut()
+            && matches!(end.try_recv(), Err(oneshot::error::TryRecvError::Empty))
+        {
+            return Ok(*pid);
+        }
+        let null = || -> Result<std::os::fd::OwnedFd> {
+            let file = std::fs::File::options()
+                .read(true)
+                .write(true)
+                .open("/dev/null")
+                .context(|| "open /dev/null".to_owned())?;
+            Ok(file.into())
+        };
+        let ends = ChildEnds {
+            stdin: null()?,
+            stdout: null()?,
+            stderr: null()?,
+        };
+        let made = helper::run(&self.reaper, &Job::PidNamespace, ends).await?;
+        *holder = Some((made.pid, made.end));
+        Ok(made.pid)
     }
 }
 

@@ -7,6 +7,7 @@
 
 pub mod create;
 pub mod exec;
+pub mod pause;
 pub mod payload;
 
 use std::io::{IoSlice, IoSliceMut, Read};
@@ -41,6 +42,8 @@ pub enum Job {
     Create(create::Create),
     /// Starts a process in a container.
     Exec(Box<exec::Exec>),
+    /// Makes a PID namespace.
+    PidNamespace,
 }
 
 /// What it answers.
@@ -240,6 +243,7 @@ pub fn main(socket: RawFd) -> std::process::ExitCode {
         match job {
             Job::Create(job) => create::run(&job),
             Job::Exec(job) => exec::run(*job),
+            Job::PidNamespace => pause::run(),
         }
     }));
     let outcome = outcome.unwrap_or_else(|_| {

@@ -290,7 +290,7 @@ async fn output_stream(mut claim: Claim, mut guest: UnixStream) -> io::Result<()
                     },
                 };
                 if read == 0 {
-                    peer.finish().await;
+                    peer.finish_when_taken().await;
                     return Ok(());
                 }
                 have = read;

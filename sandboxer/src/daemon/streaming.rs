@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bulkhead_protocol::frame::{self, TYPE_DATA};
 use bulkhead_protocol::rpc::{Code, Status};
@@ -19,6 +20,10 @@ const MAX_WAITING: usize = 1024;
 pub const CHUNK: usize = 32 << 10;
 /// What a sender may have under way; containerd's own choice.
 const WINDOW: i32 = 64 << 10;
+/// How long a peer may take to read what it was sent before its process is said to have ended.
+const TAKE_TIME: Duration = Duration::from_secs(10);
+/// See [`Peer::finish_when_taken`].
+const SETTLE: Duration = Duration::from_millis(100);
 
 /// What comes from the other end of a stream.
 #[derive(Debug)]
@@ -37,6 +42,7 @@ pub struct Peer {
     frames: mpsc::Sender<Vec<u8>>,
     credit: usize,
     granted: i32,
+    sent: bool,
 }
 
 /// What became of a peer.
@@ -61,6 +67,7 @@ impl Peer {
             frames,
             credit: 0,
             granted: 0,
+            sent: false,
         }
     }
 
@@ -108,6 +115,30 @@ impl Peer {
         }
     }
 
+    /// Waits until it has taken what it was sent, as far as one can tell, and tells it that no more
+    /// will come.
+    ///
+    /// containerd cancels its end as soon as it learns of the process's end, and loses what it has
+    /// received and not yet written to the log. A protocol without acknowledgements tells only that
+    /// it is within its last window: it grants a new one when less than one is left. What may be
+    /// under way then is two messages between two of its threads, which [`SETTLE`] is for.
+    pub async fn finish_when_taken(mut self) {
+        if !self.sent {
+            return self.finish().await;
+        }
+        let taken = async {
+            while self.credit < WINDOW as usize {
+                match self.next().await {
+                    Ok(any) => self.update(&any),
+                    Err(_) => return,
+                }
+            }
+        };
+        let _ = tokio::time::timeout(TAKE_TIME, taken).await;
+        self.finish().await;
+        tokio::time::sleep(SETTLE).await;
+    }
+
     /// Waits until it goes away, noting what it can take meanwhile.
     pub async fn gone(&mut self) -> End {
         loop {
@@ -127,6 +158,7 @@ impl Peer {
             data: bytes.to_vec(),
         };
         self.send(&Any::of(DATA, &data)).await?;
+        self.sent = true;
         self.credit = self.credit.saturating_sub(bytes.len());
         Ok(())
     }
@@ -296,6 +328,20 @@ mod tests {
         );
         messages.send(Incoming::Closed).await.expect("send");
         assert_eq!(peer.room().await, Err(End::Closed));
+    }
+
+    #[tokio::test]
+    async fn the_end_waits_until_all_is_taken() {
+        let (mut peer, messages, mut sent) = peer();
+        messages.send(update(WINDOW)).await.expect("send");
+        assert!(peer.room().await.is_ok());
+        peer.data(b"the end").await.expect("data");
+        let finished = tokio::spawn(peer.finish_when_taken());
+        assert!(sent.recv().await.is_some(), "data");
+        assert!(sent.try_recv().is_err(), "closed before it was taken");
+        messages.send(update(WINDOW)).await.expect("send");
+        assert!(sent.recv().await.is_some(), "closed");
+        finished.await.expect("finish");
     }
 
     #[tokio::test]

@@ -22,6 +22,7 @@ pub const TESTS: &[Test] = &[
     ("log_rotation", true, log_rotation),
     ("repeated_calls", true, repeated_calls),
     ("terminal_and_environment", true, terminal_and_environment),
+    ("processes_of_a_pod", true, processes_of_a_pod),
 ];
 
 const PRIVATE: i32 = 0;
@@ -302,5 +303,36 @@ fn terminal_and_environment(node: &mut Node, handler: &str) -> Result<()> {
     let (out, _) = log(&pod.config, &spec)?;
     let lines: Vec<&str> = out.lines().map(str::trim_end).collect();
     ensure!(lines == ["tty", "/etc", "dark blue"], "{out:?}");
+    pod.remove()
+}
+
+/// `shareProcessNamespace`.
+fn processes_of_a_pod(node: &mut Node, handler: &str) -> Result<()> {
+    let options = NamespaceOption::default();
+    let mut wish = pod("processes");
+    let security = &mut wish.linux.get_or_insert_default().security_context;
+    security.get_or_insert_default().namespace_options = Some(options.clone());
+    let pod = TestPod::run(node, handler, wish)?;
+    let start = |name: &str| {
+        let command = ["sh", "-c", "sleep 45678 & exec sleep 56789"];
+        let mut spec = container(name, "busybox", &command);
+        let security = &mut spec.linux.get_or_insert_default().security_context;
+        security.get_or_insert_default().namespace_options = Some(options.clone());
+        pod.start(&spec)
+    };
+    let (a, b) = (start("a")?, start("b")?);
+    let count = "ps | grep -c '[s]leep 45678'";
+    pod.until(&a, count, "2")?;
+    let first = pod.sh(&a, "cat /proc/1/cmdline")?;
+    ensure!(!first.contains("sleep"), "process 1 is {first:?}");
+    // Not PID 1, so SIGTERM ends it; and all of the container ends with it.
+    let begin = Instant::now();
+    pod.cri.stop(&b, 200)?;
+    ensure!(
+        begin.elapsed() < Duration::from_secs(100),
+        "SIGTERM is ignored"
+    );
+    ensure!(pod.cri.status(&b)?.exit_code == 143);
+    pod.until(&a, count, "1")?;
     pod.remove()
 }

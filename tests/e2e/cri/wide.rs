@@ -449,7 +449,14 @@ fn stop_gracefully(node: &mut Node, handler: &str) -> Result<()> {
     pod.cri.stop(&c, 60)?;
     ensure!(pod.cri.status(&c)?.exit_code == 5);
     ensure!(log(&pod.config, &spec)?.0.ends_with("bye\n"));
-    let deaf = pod.sleeper("deaf")?;
+    let script = "trap '' TERM; echo deaf; sleep 100000";
+    let spec = container("deaf", "busybox", &["sh", "-c", script]);
+    let deaf = pod.start(&spec)?;
+    let begin = Instant::now();
+    while !log(&pod.config, &spec)?.0.contains("deaf") {
+        ensure!(begin.elapsed() < PATIENCE, "never started");
+        std::thread::sleep(Duration::from_millis(50));
+    }
     let begin = Instant::now();
     pod.cri.stop(&deaf, 1)?;
     ensure!(pod.cri.status(&deaf)?.exit_code == 137 && begin.elapsed() < PATIENCE);

@@ -45,6 +45,8 @@ impl Node {
     /// # Errors
     /// Something does not start; the logs say why.
     pub fn start(sandboxer: &Path, images: &[&str], io: IoType) -> Result<Self> {
+        // Logs are appended to: those of an earlier node would be taken for this one's.
+        let _ = fs::remove_dir_all(at("logs"));
         for dir in ["", "logs", "cni"] {
             fs::create_dir_all(Path::new(DIR).join(dir))?;
         }
