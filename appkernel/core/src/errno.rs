@@ -53,6 +53,7 @@ errnos! {
     EPIPE = 32, "broken pipe";
     ERANGE = 34, "numerical result out of range";
     ENAMETOOLONG = 36, "file name too long";
+    ENOLCK = 37, "no locks available";
     ENOSYS = 38, "function not implemented";
     ENOTEMPTY = 39, "directory not empty";
     ELOOP = 40, "too many levels of symbolic links";

@@ -12,5 +12,6 @@ pub mod elf;
 pub mod errno;
 pub mod frames;
 pub mod fuse;
+pub mod locks;
 pub mod syscalls;
 pub mod vma;

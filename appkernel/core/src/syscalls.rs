@@ -55,7 +55,7 @@ const PRESENT: &[(u16, Support)] = &[
     (57, Supported), (58, Supported), (59, Partial("EAGAIN while the process has other threads")),
     (60, Supported), (61, Partial("no stopped children, no resource usage")),
     (62, Partial("no stopping and continuing")), (63, Supported),
-    (72, Partial("F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL; no locks, no owner")),
+    (72, Partial("no owner, leases, seals or pipe sizes; record locks are not seen by the host")),
     (74, Supported), (75, Supported), (76, Supported), (77, Supported), (79, Supported), (80, Supported), (81, Supported),
     (82, Supported), (83, Supported), (84, Supported), (85, Supported), (86, Supported), (87, Supported),
     (88, Supported), (89, Partial("of /proc only /proc/self/exe")), (90, Partial(ROOT_ONLY)), (91, Partial(ROOT_ONLY)),

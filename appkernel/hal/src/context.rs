@@ -63,6 +63,9 @@ pub struct Context {
 impl Context {
     /// A task that starts by returning to `frame`; `None` when there is no memory.
     pub fn new(frame: Frame) -> Option<Self> {
+        if crate::frames::is_scarce() {
+            return None;
+        }
         let stack = crate::frames::allocate(STACK_ORDER)?;
         let Some(vectors) = crate::frames::allocate_zeroed() else {
             crate::frames::release(stack, STACK_ORDER);

@@ -67,10 +67,15 @@ pub fn allocate_zeroed() -> Option<u64> {
 
 /// One frame of zeros for a program; leaves the kernel its reserve.
 pub fn allocate_user() -> Option<u64> {
-    if with(|frames| frames.available())? < RESERVE {
+    if is_scarce() {
         return None;
     }
     allocate_zeroed()
+}
+
+/// Whether only the kernel's reserve is left: nothing more is started for programs then.
+pub fn is_scarce() -> bool {
+    with(|frames| frames.available()).is_none_or(|free| free < RESERVE)
 }
 
 /// One more owner of a frame.

@@ -37,7 +37,7 @@ fn table(physical: u64) -> *mut u64 {
 impl PageTable {
     /// An empty one, with the kernel in its upper half.
     pub fn new() -> Option<Self> {
-        let root = frames::allocate_zeroed()?;
+        let root = frames::allocate_user()?;
         // SAFETY: both are page tables of 512 entries; the kernel's upper half never changes.
         unsafe {
             table(root)
@@ -67,7 +67,7 @@ impl PageTable {
                 if !create {
                     return None;
                 }
-                entry = frames::allocate_zeroed()? | PRESENT | WRITABLE | USER;
+                entry = frames::allocate_user()? | PRESENT | WRITABLE | USER;
                 // SAFETY: as above.
                 unsafe { slot.write(entry) };
             }

@@ -203,7 +203,11 @@ fn map(mm: &mut Mm, node: &Arc<Node>, wanted: u64) -> Result<Loaded, Errno> {
         // The rest of the last page of the file is zeros, to the page's end: the dynamic loader's
         // first allocations are there and it takes them to be.
         let tail = file_pages.saturating_sub(file_end);
-        if tail > 0 && segment.memory_bytes > segment.file_bytes && protection & WRITE != 0 && segment.file_bytes > 0 {
+        if tail > 0
+            && segment.memory_bytes > segment.file_bytes
+            && protection & WRITE != 0
+            && segment.file_bytes > 0
+        {
             mm.write(file_end, &vec![0; tail as usize])?;
         }
         mm.brk_start = mm.brk_start.max(memory_end.next_multiple_of(PAGE));

@@ -45,7 +45,8 @@ impl Mm {
     /// Pages that are there: what ending the process would give back, at most.
     pub fn resident(&mut self) -> usize {
         let mut pages = 0;
-        self.table.visit(0, appkernel_hal::USER_END, |_, _| pages += 1);
+        self.table
+            .visit(0, appkernel_hal::USER_END, |_, _| pages += 1);
         pages
     }
 }

@@ -394,7 +394,9 @@ fn out_of_memory() {
     }
     let mut worst: Option<(usize, Arc<Task>)> = None;
     for task in candidates {
-        let Some(mm) = task.mm.lock().clone() else { continue };
+        let Some(mm) = task.mm.lock().clone() else {
+            continue;
+        };
         let pages = mm.lock().resident();
         // The first process only when there is no other: its end is the machine's.
         let weight = if task.process == 1 { 0 } else { pages };
@@ -403,7 +405,11 @@ fn out_of_memory() {
         }
     }
     if let Some((pages, task)) = worst {
-        crate::log!("out of memory: ending process {} ({} KiB)", task.process, pages * 4);
+        crate::log!(
+            "out of memory: ending process {} ({} KiB)",
+            task.process,
+            pages * 4
+        );
         end_process(task.process, crate::signal::Signal::KILL.0.into());
     }
 }
@@ -594,6 +600,9 @@ fn leave(status: i32) {
     me.has_own_memory();
     // Files are closed now, not when somebody waits for the task.
     let files = core::mem::take(&mut *me.files.lock());
+    for file in files.lock().all() {
+        crate::syscall::files::drop_locks(file, me.process);
+    }
     drop(files);
     let siblings = living()
         .iter()

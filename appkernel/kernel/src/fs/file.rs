@@ -277,6 +277,11 @@ impl Files {
         slot.map(|(file, _)| file).ok_or(Errno::EBADF)
     }
 
+    /// All of them.
+    pub fn all(&self) -> impl Iterator<Item = &Arc<File>> {
+        self.0.iter().flatten().map(|(file, _)| file)
+    }
+
     /// Takes out what execve closes.
     pub fn take_closing(&mut self) -> Vec<Arc<File>> {
         let closing = self

@@ -10,6 +10,7 @@ use appkernel_core::errno::Errno;
 use appkernel_core::fuse::{
     self as wire, Attributes, Body, Caller, DirEntry, Entry, OUT_HEADER, Op, ROOT, Reader,
 };
+use appkernel_core::locks::Locks;
 use appkernel_hal::sync::Mutex;
 use appkernel_hal::{PAGE, clock, frames};
 
@@ -24,6 +25,8 @@ const READ_CHUNK: u64 = 64 << 10;
 pub const WRITE_CHUNK: usize = 32 << 10;
 /// Files kept open for reading pages; beyond it they are closed after each read.
 const KEPT_HANDLES: usize = 1024;
+/// Names remembered, at most: some 10 MiB.
+const MAX_NAMES: usize = 65536;
 /// Entries of one directory, at most.
 const MAX_ENTRIES: usize = 1 << 20;
 const O_DIRECTORY: u32 = 0o200_000;
@@ -76,6 +79,7 @@ struct NodeState {
     /// Frames by page number.
     pages: BTreeMap<u64, u64>,
     handle: Option<u64>,
+    locks: Locks,
 }
 
 impl Fuse {
@@ -340,7 +344,13 @@ impl Node {
         })?;
         let until = clock::monotonic_ns().saturating_add(entry.valid_ns);
         let node = fuse.enter(&entry);
-        fuse.names.lock().insert(key, (entry.node, until));
+        let mut names = fuse.names.lock();
+        // A cache: what was asked for long ago may be asked for again.
+        if names.len() >= MAX_NAMES {
+            names.clear();
+        }
+        names.insert(key, (entry.node, until));
+        drop(names);
         Ok(node)
     }
 
@@ -635,6 +645,11 @@ impl Node {
             .call(Op::Fsync, self.id, &body.0, &[], 16, |_| Ok(()));
         self.release_handle(Op::Release, handle);
         result
+    }
+
+    /// Its record locks.
+    pub fn with_locks<T>(&self, f: impl FnOnce(&mut Locks) -> T) -> T {
+        f(&mut self.state.lock().locks)
     }
 
     /// Figures of the file system, as the protocol has them.

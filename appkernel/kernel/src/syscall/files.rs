@@ -4,12 +4,14 @@ use alloc::sync::Arc;
 use alloc::vec;
 
 use appkernel_core::errno::Errno;
+use appkernel_core::locks::Lock;
 
 use super::{Call, Result, get, get_u64, put};
 use crate::fs::file::{File, Kind, flag};
-use crate::fs::fuse::Change;
+use crate::fs::fuse::{Change, Node};
 use crate::fs::pipe::{End, Pipe};
 use crate::signal::{self, Signal};
+use crate::task;
 
 /// Bytes copied at once between program and kernel.
 const CHUNK: usize = 64 << 10;
@@ -134,6 +136,7 @@ fn parts(c: &Call<'_>, f: fn(&Call<'_>, u64, u64, Option<u64>) -> Result) -> Res
 
 fn close(c: &Call<'_>) -> Result {
     let file = c.task.files().lock().remove(c.int(0))?;
+    drop_locks(&file, c.task.process);
     drop(file);
     Ok(0)
 }
@@ -275,7 +278,93 @@ fn control(c: &Call<'_>) -> Result {
             file.set_flags(c.uint(2));
             Ok(0)
         }
+        command @ 5..=7 => lock(c, &file, command),
         _ => Err(Errno::EINVAL),
+    }
+}
+
+/// Record locks: known to the programs of this kernel, not to the host.
+fn lock(c: &Call<'_>, file: &File, command: u32) -> Result {
+    const GET: u32 = 5;
+    const SET_AND_WAIT: u32 = 7;
+    const UNLOCK: u16 = 2;
+    let node = match &file.kind {
+        Kind::Regular(node, _) => node,
+        _ => return Err(Errno::EINVAL),
+    };
+    let mut raw: [u8; 32] = get(c.arg(2))?;
+    let word = |at: usize| raw[at..at + 8].try_into().map_or(0, u64::from_le_bytes);
+    let kind = u16::from_le_bytes([raw[0], raw[1]]);
+    let base = match raw[2] {
+        0 => 0,
+        1 => *file.offset.lock(),
+        2 => node.attributes()?.size,
+        _ => return Err(Errno::EINVAL),
+    };
+    let first = base
+        .checked_add_signed(word(8).cast_signed())
+        .ok_or(Errno::EINVAL)?;
+    let (start, end) = match word(16).cast_signed() {
+        0 => (first, u64::MAX),
+        len @ 1.. => (
+            first,
+            first
+                .checked_add(len.unsigned_abs())
+                .ok_or(Errno::EOVERFLOW)?,
+        ),
+        len => (
+            first.checked_sub(len.unsigned_abs()).ok_or(Errno::EINVAL)?,
+            first,
+        ),
+    };
+    let wanted = Lock {
+        owner: c.task.process,
+        exclusive: kind == 1,
+        start,
+        end,
+    };
+    match (command, kind) {
+        (GET, 0 | 1) => {
+            match node.with_locks(|locks| locks.conflict(&wanted)) {
+                None => raw[..2].copy_from_slice(&UNLOCK.to_le_bytes()),
+                Some(other) => {
+                    let len = if other.end == u64::MAX {
+                        0
+                    } else {
+                        other.end - other.start
+                    };
+                    raw[..2].copy_from_slice(&u16::from(other.exclusive).to_le_bytes());
+                    raw[2..4].fill(0);
+                    raw[8..16].copy_from_slice(&other.start.to_le_bytes());
+                    raw[16..24].copy_from_slice(&len.to_le_bytes());
+                    raw[24..28].copy_from_slice(&other.owner.to_le_bytes());
+                }
+            }
+            put(c.arg(2), &raw)?;
+        }
+        (GET, _) | (_, 3..) => return Err(Errno::EINVAL),
+        (_, UNLOCK) => unlock(node, wanted.owner, start, end),
+        (SET_AND_WAIT, _) => task::wait_for(task::FILES, || {
+            match node.with_locks(|locks| locks.take(wanted)) {
+                Err(Errno::EAGAIN) => None,
+                other => Some(other),
+            }
+        })??,
+        _ => node.with_locks(|locks| locks.take(wanted))?,
+    }
+    Ok(0)
+}
+
+fn unlock(node: &Node, owner: u32, start: u64, end: u64) {
+    if node.with_locks(|locks| locks.release(owner, start, end)) {
+        task::wake(task::FILES);
+    }
+}
+
+/// A process that closes any of its descriptors of a file loses all its locks on it (POSIX).
+pub fn drop_locks(file: &File, process: u32) {
+    if let Kind::Regular(node, _) = &file.kind {
+        unlock(node, process, 0, u64::MAX);
     }
 }
 

@@ -2,7 +2,7 @@
 
 pub mod futex;
 
-mod files;
+pub mod files;
 mod info;
 mod memory;
 mod paths;

@@ -1,0 +1,124 @@
+//! Record locks of files (fcntl): who has which bytes.
+
+use alloc::vec::Vec;
+
+use crate::errno::Errno;
+
+/// Locks on one file, at most: a program that takes every other byte gets `ENOLCK`.
+const MAX_LOCKS: usize = 4096;
+
+/// Bytes somebody has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lock {
+    /// The process.
+    pub owner: u32,
+    /// Nobody else may have any of them.
+    pub exclusive: bool,
+    /// First byte.
+    pub start: u64,
+    /// Byte past the last.
+    pub end: u64,
+}
+
+impl Lock {
+    fn overlaps(&self, start: u64, end: u64) -> bool {
+        self.start < end && start < self.end
+    }
+}
+
+/// The locks on one file.
+#[derive(Debug, Default)]
+pub struct Locks(Vec<Lock>);
+
+impl Locks {
+    /// A lock of another process that is in the way.
+    pub fn conflict(&self, wanted: &Lock) -> Option<Lock> {
+        self.0
+            .iter()
+            .find(|l| {
+                l.owner != wanted.owner
+                    && l.overlaps(wanted.start, wanted.end)
+                    && (l.exclusive || wanted.exclusive)
+            })
+            .copied()
+    }
+
+    /// Takes a lock, in place of what the process has of these bytes.
+    ///
+    /// # Errors
+    /// `EAGAIN` if another process is in the way, `ENOLCK` if there are too many.
+    pub fn take(&mut self, wanted: Lock) -> Result<(), Errno> {
+        if self.conflict(&wanted).is_some() {
+            return Err(Errno::EAGAIN);
+        }
+        if self.0.len() + 2 > MAX_LOCKS {
+            return Err(Errno::ENOLCK);
+        }
+        self.release(wanted.owner, wanted.start, wanted.end);
+        self.0.push(wanted);
+        Ok(())
+    }
+
+    /// Gives bytes back; whether there were any.
+    pub fn release(&mut self, owner: u32, start: u64, end: u64) -> bool {
+        let mut rest = Vec::new();
+        let before = self.0.len();
+        self.0.retain(|lock| {
+            if lock.owner != owner || !lock.overlaps(start, end) {
+                return true;
+            }
+            for (from, to) in [
+                (lock.start, start.min(lock.end)),
+                (end.max(lock.start), lock.end),
+            ] {
+                if from < to {
+                    rest.push(Lock {
+                        start: from,
+                        end: to,
+                        ..*lock
+                    });
+                }
+            }
+            false
+        });
+        let any = self.0.len() != before;
+        self.0.extend(rest);
+        any
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lock(owner: u32, exclusive: bool, start: u64, end: u64) -> Lock {
+        Lock {
+            owner,
+            exclusive,
+            start,
+            end,
+        }
+    }
+
+    #[test]
+    fn readers_share_and_writers_do_not() {
+        let mut locks = Locks::default();
+        locks.take(lock(1, false, 0, 10)).unwrap();
+        locks.take(lock(2, false, 5, 15)).unwrap();
+        assert_eq!(locks.take(lock(1, true, 5, 6)), Err(Errno::EAGAIN));
+        locks.take(lock(1, true, 0, 5)).unwrap();
+        assert_eq!(locks.conflict(&lock(2, false, 4, 5)).unwrap().owner, 1);
+        assert_eq!(locks.conflict(&lock(3, false, 5, 20)), None);
+    }
+
+    #[test]
+    fn a_hole_in_a_lock_leaves_both_sides() {
+        let mut locks = Locks::default();
+        locks.take(lock(1, true, 0, u64::MAX)).unwrap();
+        assert!(locks.release(1, 10, 20));
+        assert_eq!(locks.conflict(&lock(2, true, 10, 20)), None);
+        assert!(locks.conflict(&lock(2, true, 9, 10)).is_some());
+        assert!(locks.conflict(&lock(2, true, 20, 21)).is_some());
+        assert!(locks.release(1, 0, u64::MAX) && !locks.release(1, 0, u64::MAX));
+    }
+}

@@ -1,0 +1,316 @@
+//! The app kernel on real KVM: ordinary programs of ordinary images on it, and on the host's kernel
+//! where both have to agree.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use bulkhead_sandboxer::image::{Silent, Store};
+use bulkhead_tests::env;
+
+/// Guests run one after the other: the host may have one CPU.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn kernel() -> PathBuf {
+    let path = env::cache().unwrap().join("current/appkernel");
+    assert!(
+        path.exists(),
+        "{} is missing: run `just guest`",
+        path.display()
+    );
+    path
+}
+
+/// An image's files, for one test alone.
+struct Root {
+    dir: tempfile::TempDir,
+    rootfs: PathBuf,
+    _alone: MutexGuard<'static, ()>,
+}
+
+/// How a program ended and what it wrote.
+#[derive(Debug)]
+struct Ran {
+    /// What `vmmctl` says.
+    vm: i32,
+    /// What the first program left; as a shell shows it.
+    code: i32,
+    /// What was on the console besides the kernel's lines.
+    output: String,
+    /// The kernel's lines.
+    log: String,
+    report: serde_json::Value,
+}
+
+impl Root {
+    fn new(image: &str) -> Self {
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let tar = bulkhead_fixtures::find_image(image)
+            .unwrap()
+            .unwrap_or_else(|| panic!("image {image} is missing: run `just fixtures`"))
+            .oci_tar;
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store")).unwrap();
+        let rootfs = store.get(&tar, &mut Silent).unwrap().rootfs;
+        fs::create_dir_all(rootfs.join("tmp")).unwrap();
+        // The app kernel has the device itself; on the host a file has to do, without which the
+        // shell starts no background jobs.
+        fs::create_dir_all(rootfs.join("dev")).unwrap();
+        fs::write(rootfs.join("dev/null"), b"").unwrap();
+        Self {
+            dir,
+            rootfs,
+            _alone: alone,
+        }
+    }
+
+    fn put(&self, name: &str, content: &[u8]) {
+        fs::write(self.rootfs.join(name), content).unwrap();
+    }
+
+    fn boot(&self, cmdline: &str, options: &[&str], input: &[u8]) -> Ran {
+        let report = self.dir.path().join("report.json");
+        let mut child = Command::new(env::vmmctl().unwrap())
+            .args([
+                "boot",
+                "--timeout",
+                "100",
+                "--bare-cmdline",
+                "--memory",
+                "128M",
+            ])
+            .arg("--share")
+            .arg(format!("root={}", self.rootfs.display()))
+            .arg("--report")
+            .arg(&report)
+            .args(options)
+            .arg("--cmdline")
+            .arg(cmdline)
+            .arg(kernel())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(input).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let console = String::from_utf8_lossy(&output.stdout).replace('\r', "");
+        let (log, shown): (Vec<&str>, Vec<&str>) = console.lines().partition(|l| is_log(l));
+        let log = log.join("\n");
+        let code = log
+            .lines()
+            .rev()
+            .find_map(|l| l.split_once("first program ended: ")?.1.trim().parse().ok())
+            .unwrap_or(-1);
+        Ran {
+            vm: output.status.code().unwrap_or(-1),
+            code,
+            output: shown.join("\n"),
+            log: format!("{log}\n{}", String::from_utf8_lossy(&output.stderr)),
+            report: fs::read(&report)
+                .ok()
+                .and_then(|text| serde_json::from_slice(&text).ok())
+                .unwrap_or_default(),
+        }
+    }
+
+    /// A shell script on the app kernel.
+    fn script(&self, text: &str) -> Ran {
+        self.put("script.sh", text.as_bytes());
+        self.boot("app.run=/bin/sh app.arg=/script.sh", &[], b"")
+    }
+
+    /// The same program on the host's kernel.
+    fn on_host(&self, program: &[&str]) -> (i32, String) {
+        let output = Command::new("chroot")
+            .arg(&self.rootfs)
+            .args(program)
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        (
+            output.status.code().unwrap_or(-1),
+            text.trim_end().to_owned(),
+        )
+    }
+}
+
+/// `[    0.123456] text`
+fn is_log(line: &str) -> bool {
+    let stamp = line.strip_prefix('[').and_then(|l| l.split_once("] "));
+    stamp.is_some_and(|(stamp, _)| stamp.trim().parse::<f64>().is_ok())
+}
+
+#[test]
+fn a_program_runs_and_its_exit_code_comes_back() {
+    let root = Root::new("busybox");
+    let ran = root.boot("app.run=/bin/uname app.arg=-s app.arg=-m", &[], b"");
+    assert_eq!((ran.vm, ran.code), (0, 0), "{ran:?}");
+    assert_eq!(ran.output, "Linux x86_64", "{ran:?}");
+    // 8 MiB for an idle container is the aim; this one has ended, and held no more before.
+    let resident = ran.report["stats"]["memory_resident_bytes"]
+        .as_u64()
+        .unwrap();
+    assert!(
+        resident < 8 << 20,
+        "{resident} bytes of the guest's memory are resident"
+    );
+    let timeline = ran.report["stats"]["timeline"].to_string();
+    assert!(
+        timeline.contains("guest mark 0x02"),
+        "no mark of the first program: {timeline}"
+    );
+    let ran = root.boot("app.run=/bin/sh app.arg=-c \"app.arg=exit 7\"", &[], b"");
+    assert_eq!((ran.vm, ran.code), (0, 7), "{ran:?}");
+}
+
+/// Pipes, subshells, background jobs, signals and traps, files and links, interpreters.
+const SCRIPT: &str = r#"
+exec 2>&1
+echo hi | cat
+for i in 1 2 3; do echo $i; done | sort -r
+trap 'echo got term' TERM; kill -TERM $$; echo after
+(trap 'echo got usr1; exit 3' USR1; kill -USR1 $(sh -c 'echo $PPID'); sleep 30); echo "status $?"
+sh -c 'kill -SEGV $$'; echo "status $?"
+false || echo "false is $?"
+mkdir -p /tmp/x/y; echo a > /tmp/x/a; echo b > /tmp/x/y/b; ln -s a /tmp/x/l
+tar -C /tmp -cf /tmp/x.tar x; mkdir /tmp/z; tar -C /tmp/z -xf /tmp/x.tar; cat /tmp/z/x/l /tmp/z/x/y/b
+find /tmp/z | sort; readlink /tmp/z/x/l; mv /tmp/z/x/a /tmp/z/moved; ls /tmp/z/x; cat /tmp/z/moved
+cat /tmp/z/x/l 2>&1; rmdir /tmp/z/x 2>&1; cd /tmp/z/x/y/../y; pwd
+awk 'BEGIN { for (i = 0; i < 1000; i++) s += i; printf "%d %.3f\n", s, 10 / 3 }'
+seq 1 20000 | wc -c; seq 1 200 | sed 's/1/x/g' | sort | tail -n 2
+(sleep 0.1; echo later) & wait; echo waited
+printf '#!/bin/sh\necho script $1 $0\n' > /tmp/s; chmod +x /tmp/s; /tmp/s arg
+head -c 1000000 /bin/busybox | md5sum; cp /bin/busybox /tmp/copy; cmp /bin/busybox /tmp/copy && echo same
+echo one > /tmp/f; echo two >> /tmp/f; wc -l < /tmp/f; : > /tmp/f; wc -c < /tmp/f
+printf 'not a program' > /tmp/bad; chmod +x /tmp/bad; /tmp/bad 2>/dev/null; echo "status $?"
+printf '\177ELF\2\1\1garbage' > /tmp/bad; /tmp/bad 2>/dev/null; echo "status $?"
+/nothing 2>/dev/null; echo "status $?"
+ln -s loop /tmp/loop; cat /tmp/loop 2>&1
+rm -rf /tmp/x /tmp/x.tar /tmp/z /tmp/s /tmp/copy /tmp/f /tmp/bad /tmp/loop; ls -a /tmp
+exit 42
+"#;
+
+#[test]
+fn a_shell_script_does_the_same_as_on_the_host() {
+    let root = Root::new("busybox");
+    let ran = root.script(SCRIPT);
+    let (code, output) = root.on_host(&["/bin/sh", "/script.sh"]);
+    assert_eq!((ran.vm, ran.code), (0, code), "{ran:?}");
+    assert_eq!(ran.output, output, "{}", ran.log);
+    assert!(
+        output.contains("waited") && code == 42,
+        "the script itself is wrong: {output}"
+    );
+}
+
+const PYTHON: &str = r#"
+import os, subprocess, sys, threading
+total, lock = 0, threading.Lock()
+def add(n):
+    global total
+    for i in range(200):
+        with lock:
+            total += n
+threads = [threading.Thread(target=add, args=(n,)) for n in range(4)]
+for t in threads: t.start()
+for t in threads: t.join()
+print("threads", total)
+out = subprocess.run(["/bin/sh", "-c", "cat; exit 5"], input=b"through a pipe", capture_output=True)
+print(out.returncode, out.stdout)
+r, w = os.pipe()
+pid = os.fork()
+if pid == 0:
+    os.write(w, b"child"); os._exit(9)
+print(os.read(r, 10), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+print(sum(i * i for i in range(10000)), 2 ** 200, 10 / 3)
+try:
+    open("/nonexistent")
+except OSError as e:
+    print(e.errno)
+sys.exit(6)
+"#;
+
+#[test]
+fn a_dynamic_program_with_threads_does_the_same_as_on_the_host() {
+    let root = Root::new("python3");
+    root.put("job.py", PYTHON.as_bytes());
+    let program = ["/usr/bin/python3", "-I", "-S", "/job.py"];
+    let mut cmdline = format!("app.run={}", program[0]);
+    for arg in &program[1..] {
+        cmdline += &format!(" app.arg={arg}");
+    }
+    let ran = root.boot(&cmdline, &[], b"");
+    let (code, output) = root.on_host(&program);
+    assert_eq!((ran.vm, ran.code), (0, code), "{ran:?}");
+    assert_eq!(ran.output, output, "{}", ran.log);
+    assert!(
+        output.contains("threads 1200") && code == 6,
+        "the program itself is wrong: {output}"
+    );
+}
+
+#[test]
+fn a_greedy_program_ends_and_the_others_go_on() {
+    let root = Root::new("busybox");
+    let ran = root.script("tail -c 1000000000 /dev/zero; echo \"status $?\"; uname -s");
+    assert_eq!((ran.vm, ran.code), (0, 0), "{ran:?}");
+    assert!(ran.log.contains("out of memory: ending process"), "{ran:?}");
+    assert!(ran.output.ends_with("status 137\nLinux"), "{ran:?}");
+}
+
+#[test]
+fn input_of_the_console_reaches_the_program() {
+    let root = Root::new("busybox");
+    let ran = root.boot(
+        "app.run=/bin/sh app.arg=-c \"app.arg=read a; read b; echo got $b and $a\"",
+        &[],
+        b"first\nsecond\n",
+    );
+    assert_eq!(
+        (ran.code, ran.output.as_str()),
+        (0, "got second and first"),
+        "{ran:?}"
+    );
+}
+
+#[test]
+fn what_cannot_start_is_named() {
+    let root = Root::new("busybox");
+    let ran = root.boot("app.run=/bin/nothing", &[], b"");
+    assert_eq!((ran.vm, ran.code), (0, 125), "{ran:?}");
+    assert!(ran.log.contains("/bin/nothing: ENOENT"), "{ran:?}");
+    let ran = root.boot("app.root=other app.run=/bin/sh", &[], b"");
+    assert!(
+        ran.code == 125 && ran.log.contains("no virtio-fs share \"other\""),
+        "{ran:?}"
+    );
+    let ran = root.boot("", &[], b"");
+    assert!(
+        ran.code == 125 && ran.log.contains("app.run=PROGRAM"),
+        "{ran:?}"
+    );
+}
+
+#[test]
+fn calls_are_printed_when_asked_for() {
+    let root = Root::new("busybox");
+    let ran = root.boot("app.strace app.run=/bin/true", &[], b"");
+    assert_eq!(ran.code, 0, "{ran:?}");
+    assert!(ran.log.contains("exit_group(0x0"), "{ran:?}");
+}
+
+#[test]
+fn the_kernel_is_small() {
+    let bytes = fs::metadata(kernel()).unwrap().len();
+    assert!(
+        bytes < 2 << 20,
+        "{} has {bytes} bytes",
+        Path::new("kernel").display()
+    );
+}
