@@ -42,6 +42,19 @@ guest:
     ln -sfn "$image" "$BULKHEAD_CACHE/current/rootfs.erofs"
     echo "guest: $kernel/vmlinux, $image"
 
+# Build the app kernel (cached by content)
+appkernel:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    kernel=$(appkernel/build | tail -n1)
+    mkdir -p "$BULKHEAD_CACHE/current"
+    ln -sfn "$kernel" "$BULKHEAD_CACHE/current/appkernel"
+    echo "app kernel: $kernel"
+
+# Write the app kernel's table of system calls to docs/appkernel-compat.md
+appkernel-compat:
+    BULKHEAD_UPDATE_DOCS=1 cargo test -p bulkhead-appkernel-core
+
 # Build the OCI images that demo and tests run (cached by content)
 fixtures:
     cargo run --quiet -p bulkhead-fixtures -- build
@@ -50,7 +63,7 @@ fixtures:
 lint:
     cargo fmt --all --check
     cargo clippy --workspace --all-targets -- -D warnings
-    shellcheck dev .ci/run kernel-config/build rootfs/build agent/build
+    shellcheck dev .ci/run kernel-config/build rootfs/build agent/build appkernel/build
 
 # Run pods of every sandbox kind that exists, on real input, and print a table
 demo: build guest fixtures
