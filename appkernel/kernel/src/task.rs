@@ -547,16 +547,16 @@ pub fn wake_task(id: u32) {
     });
 }
 
-/// Wakes all that sleep on the channel.
+/// Wakes all that sleep on the channel. An interrupt may come before there is any task.
 pub fn wake(channel: Channel) {
-    with(|s| {
+    if let Some(s) = SCHEDULER.lock().as_mut() {
         for (id, (_, state)) in &mut s.tasks {
             if *state == State::Sleeping(channel) {
                 *state = State::Ready;
                 s.ready.push_back(*id);
             }
         }
-    });
+    }
 }
 
 /// Sleeps until the child of a vfork has its own memory or ended.

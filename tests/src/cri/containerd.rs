@@ -37,6 +37,8 @@ pub struct Node {
     containerd: Option<Guard>,
     sandboxer: Option<Guard>,
     program: PathBuf,
+    /// How its containers' output is passed on.
+    pub io: IoType,
 }
 
 impl Node {
@@ -60,6 +62,7 @@ impl Node {
             containerd: None,
             sandboxer: None,
             program: sandboxer.to_owned(),
+            io,
         };
         node.start_sandboxer()?;
         node.start_containerd()?;
