@@ -17,7 +17,7 @@ fn kernel() -> PathBuf {
     let path = env::cache().unwrap().join("current/appkernel");
     assert!(
         path.exists(),
-        "{} is missing: run `just guest`",
+        "{} is missing: run `just appkernel`",
         path.display()
     );
     path

@@ -112,7 +112,7 @@ impl Context {
 }
 
 /// Program of the `wasm` command. It is one of its own for the sake of all others: relocating the
-/// engine's tables takes a MiB of memory that a VM's process would have no use for.
+/// engine's tables takes about a MiB of memory that a VM's process would have no use for.
 const WASM_PROGRAM: &str = "vmmctl-wasm";
 
 /// `vmmctl`: runs the command line; the result is the process's exit code.
