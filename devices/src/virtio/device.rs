@@ -24,6 +24,23 @@ pub struct Activation {
     pub features: u64,
 }
 
+impl Activation {
+    /// Refuses a transport that gave another number of queues than the device has.
+    pub(crate) fn expect_queues(
+        &self,
+        device: &'static str,
+        wanted: usize,
+    ) -> Result<(), DeviceError> {
+        if self.queues.len() == wanted {
+            return Ok(());
+        }
+        Err(DeviceError::BadSetup {
+            device,
+            reason: format!("{} queues instead of {wanted}", self.queues.len()),
+        })
+    }
+}
+
 /// Why a device cannot be activated or used.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {

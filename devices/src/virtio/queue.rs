@@ -6,7 +6,9 @@ use std::sync::atomic::Ordering;
 use serde::{Deserialize, Serialize};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
 
+use super::guest_log::GuestLog;
 use super::{Interrupt, InterruptKind};
 
 /// A chain of descriptors popped from a queue.
@@ -264,6 +266,29 @@ pub struct Drained {
     pub chains: usize,
     /// The budget ran out: there may be more. Notify yourself and return.
     pub more: bool,
+}
+
+/// Ends a turn after [`drain`]: calls the device again through its own queue event if there is more
+/// to do, or asks the driver for a reset after a ring that makes no sense (false then).
+pub(crate) fn end_turn(
+    result: Result<Drained, QueueError>,
+    queue_event: Option<&EventFd>,
+    interrupt: &Interrupt,
+    log: &GuestLog,
+) -> bool {
+    match result {
+        Ok(drained) => {
+            if let (true, Some(event)) = (drained.more, queue_event) {
+                let _ = event.write(1);
+            }
+            true
+        }
+        Err(error) => {
+            log.warn(format_args!("{error}; the device needs a reset"));
+            interrupt.fail();
+            false
+        }
+    }
 }
 
 /// Works on available chains until none is left or `budget` of them are done, gives each back with

@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::io::{self, GUEST_PAGE};
 use crate::virtio::guest_log::GuestLog;
-use crate::virtio::queue::{Buffers, Descriptors, drain, read_front, signal, skip_front};
+use crate::virtio::queue::{Buffers, Descriptors, drain, end_turn, read_front, signal, skip_front};
 use crate::virtio::{Activation, DeviceError, InterruptKind, StateError, VirtioDevice};
 
 pub(super) const F_STATS_VQ: u64 = 1 << 1;
@@ -225,18 +225,8 @@ impl Balloon {
         if let Some(head) = replaced {
             let _ = queue.add_used(&*mem, head, 0);
         }
-        match result {
-            Ok(drained) if drained.more => {
-                if let Some(event) = self.events.as_ref().and_then(|e| e.get(index)) {
-                    let _ = event.write(1);
-                }
-            }
-            Ok(_) => {}
-            Err(e) => {
-                self.log.warn(format_args!("{e}"));
-                activation.interrupt.fail();
-            }
-        }
+        let event = self.events.as_ref().and_then(|events| events.get(index));
+        end_turn(result, event, &activation.interrupt, &self.log);
     }
 }
 

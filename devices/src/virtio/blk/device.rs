@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::disk::{Disk, SECTOR};
 use super::io;
 use crate::virtio::guest_log::GuestLog;
-use crate::virtio::queue::{Buffers, drain};
+use crate::virtio::queue::{Buffers, drain, end_turn};
 use crate::virtio::{Activation, DeviceError, InterruptKind, StateError, VirtioDevice};
 
 const F_SIZE_MAX: u64 = 1 << 1;
@@ -179,18 +179,8 @@ impl Blk {
                 }
             }
         });
-        match result {
-            Ok(drained) if drained.more => {
-                if let Some(event) = self.events.as_ref().and_then(|e| e.first()) {
-                    let _ = event.write(1);
-                }
-            }
-            Ok(_) => {}
-            Err(e) => {
-                self.log.warn(format_args!("{e}"));
-                activation.interrupt.fail();
-            }
-        }
+        let event = self.events.as_ref().and_then(|events| events.first());
+        end_turn(result, event, &activation.interrupt, &self.log);
     }
 }
 

@@ -1,6 +1,8 @@
 //! The file system device (virtio 1.2, 5.11).
 
-use event_manager::{EventOps, EventSet, Events};
+use std::sync::Arc;
+
+use event_manager::EventOps;
 use virtio_queue::Queue;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
@@ -12,7 +14,7 @@ use super::request::Handler;
 use super::share::Share;
 use super::state::State;
 use crate::GuestMemory;
-use crate::virtio::queue::drain;
+use crate::virtio::queue::{drain, end_turn};
 use crate::virtio::{Activation, DeviceError, Interrupt, StateError, VirtioDevice};
 
 const NAME: &str = "fs";
@@ -22,7 +24,6 @@ const DEVICE_TYPE: u32 = 26;
 const QUEUE_SIZES: [u16; 2] = [128, 1024];
 /// Requests served before others on the same loop, and the guest's interrupt, get their turn.
 const BUDGET: usize = 64;
-const WAKE_TOKEN: u32 = 0;
 
 #[derive(Debug)]
 struct Active {
@@ -41,8 +42,7 @@ pub struct Fs {
     tag: String,
     handler: Handler,
     active: Option<Active>,
-    wake: EventFd,
-    watching: bool,
+    events: Option<Arc<[EventFd]>>,
 }
 
 impl Fs {
@@ -68,14 +68,11 @@ impl Fs {
         };
         let share =
             Share::new(config).map_err(host("opening the root directory and /proc/self/fd"))?;
-        let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-            .map_err(host("making an eventfd"))?;
         Ok(Self {
             tag,
             handler: Handler::new(share),
             active: None,
-            wake,
-            watching: false,
+            events: None,
         })
     }
 
@@ -91,7 +88,7 @@ impl Fs {
         let Self {
             handler,
             active: Some(active),
-            wake,
+            events,
             ..
         } = self
         else {
@@ -101,23 +98,14 @@ impl Fs {
             return;
         }
         let guard = active.mem.memory();
-        for queue in &mut active.queues {
+        for (index, queue) in active.queues.iter_mut().enumerate() {
             let served = drain(queue, &guard, &active.interrupt, BUDGET, |mem, chain| {
                 Some(handler.handle(mem, chain))
             });
-            match served {
-                Ok(drained) if drained.more => {
-                    let _ = wake.write(1);
-                }
-                Ok(_) => {}
-                Err(error) => {
-                    handler
-                        .log
-                        .warn(format_args!("{error}; the device needs a reset"));
-                    active.interrupt.fail();
-                    active.broken = true;
-                    return;
-                }
+            let event = events.as_ref().and_then(|events| events.get(index));
+            if !end_turn(served, event, &active.interrupt, &handler.log) {
+                active.broken = true;
+                return;
             }
         }
     }
@@ -147,27 +135,11 @@ impl VirtioDevice for Fs {
             *to = from;
         }
         config[TAG_LEN] = 1;
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (i, byte) in data.iter_mut().enumerate() {
-            *byte = offset
-                .checked_add(i)
-                .and_then(|at| config.get(at))
-                .copied()
-                .unwrap_or(0);
-        }
+        crate::virtio::read_config(&config, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        if activation.queues.len() != QUEUE_SIZES.len() {
-            return Err(DeviceError::BadSetup {
-                device: NAME,
-                reason: format!(
-                    "{} queues instead of {}",
-                    activation.queues.len(),
-                    QUEUE_SIZES.len()
-                ),
-            });
-        }
+        activation.expect_queues(NAME, QUEUE_SIZES.len())?;
         self.active = Some(Active {
             mem: activation.mem,
             queues: activation.queues,
@@ -177,25 +149,12 @@ impl VirtioDevice for Fs {
         Ok(())
     }
 
-    fn on_activated(&mut self, ops: &mut EventOps) {
+    fn on_activated(&mut self, _ops: &mut EventOps) {
         creds::prepare_thread();
-        if !self.watching {
-            match ops.add(Events::with_data(&self.wake, WAKE_TOKEN, EventSet::IN)) {
-                Ok(()) => self.watching = true,
-                Err(error) => log::error!(
-                    "fs: cannot watch the wake-up descriptor: {error:?}; long batches may stall"
-                ),
-            }
-        }
         self.work();
     }
 
     fn handle_queue(&mut self, _index: u16, _ops: &mut EventOps) {
-        self.work();
-    }
-
-    fn handle_event(&mut self, _token: u32, _set: EventSet, _ops: &mut EventOps) {
-        let _ = self.wake.read();
         self.work();
     }
 
@@ -207,17 +166,14 @@ impl VirtioDevice for Fs {
             .unwrap_or_default()
     }
 
-    fn on_deactivated(&mut self, ops: &mut EventOps) {
-        if self.watching {
-            let _ = ops.remove(Events::empty(&self.wake));
-            self.watching = false;
-        }
-    }
-
     fn queues(&self) -> &[Queue] {
         self.active
             .as_ref()
             .map_or(&[], |active| active.queues.as_slice())
+    }
+
+    fn set_queue_events(&mut self, events: Arc<[EventFd]>) {
+        self.events = Some(events);
     }
 
     fn save(&self) -> serde_json::Value {

@@ -10,7 +10,7 @@ use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::virtio::guest_log::GuestLog;
-use crate::virtio::queue::{Buffers, drain};
+use crate::virtio::queue::{Buffers, drain, end_turn};
 use crate::virtio::{Activation, DeviceError, StateError, VirtioDevice};
 
 const QUEUE_SIZES: &[u16] = &[64];
@@ -79,18 +79,8 @@ impl Rng {
                 }
             }
         });
-        match result {
-            Ok(drained) if drained.more => {
-                if let Some(event) = self.events.as_ref().and_then(|e| e.first()) {
-                    let _ = event.write(1);
-                }
-            }
-            Ok(_) => {}
-            Err(e) => {
-                self.log.warn(format_args!("{e}"));
-                activation.interrupt.fail();
-            }
-        }
+        let event = self.events.as_ref().and_then(|events| events.first());
+        end_turn(result, event, &activation.interrupt, &self.log);
     }
 }
 

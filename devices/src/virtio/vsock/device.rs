@@ -130,27 +130,11 @@ impl VirtioDevice for Vsock {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = self.mux.guest_cid.to_le_bytes();
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (i, byte) in data.iter_mut().enumerate() {
-            *byte = offset
-                .checked_add(i)
-                .and_then(|at| config.get(at))
-                .copied()
-                .unwrap_or(0);
-        }
+        crate::virtio::read_config(&config, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        if activation.queues.len() != QUEUE_SIZES.len() {
-            return Err(DeviceError::BadSetup {
-                device: NAME,
-                reason: format!(
-                    "{} queues instead of {}",
-                    activation.queues.len(),
-                    QUEUE_SIZES.len()
-                ),
-            });
-        }
+        activation.expect_queues(NAME, QUEUE_SIZES.len())?;
         self.active = Some(Active {
             mem: activation.mem,
             queues: activation.queues,
