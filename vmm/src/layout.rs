@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! 0x0000_0000  RAM (boot structures below 640 KiB, MP table in the last KiB of it)
+//! 0x000E_0000  ACPI tables
 //! 0x0010_0000  RAM: kernel, initramfs at the top of low RAM
 //! 0xC000_0000  hole for devices (1 GiB): virtio-mmio, IOAPIC, LAPIC, KVM's own pages
 //! 0x1_0000_0000 RAM beyond 3 GiB
@@ -48,6 +49,10 @@ pub const MPTABLE_ADDR: u64 = 0x9_FC00;
 pub const MPTABLE_MAX: usize = 1024;
 /// RAM below 640 KiB that the guest may use ends here.
 pub const LOW_RAM_END: u64 = 0x9_FC00;
+/// ACPI tables, RSDP first, in the area of the firmware, which no memory map calls usable.
+pub const ACPI_ADDR: u64 = 0xE_0000;
+/// Most bytes the ACPI tables may take.
+pub const ACPI_MAX: usize = 0x1_0000;
 /// RAM continues here after the legacy hole; kernels are loaded here.
 pub const HIGH_RAM_START: u64 = 0x10_0000;
 
@@ -59,6 +64,10 @@ pub const SERIAL_IRQ: u32 = 4;
 pub const I8042_PORT: u16 = 0x60;
 /// Real time clock (index and data).
 pub const RTC_PORT: u16 = 0x70;
+/// ACPI sleep control register; the status register follows.
+pub const ACPI_SLEEP_PORT: u16 = 0x600;
+/// What a guest writes there to be powered off.
+pub const ACPI_SLEEP_TYPE_OFF: u8 = 5;
 /// A byte written here is recorded in the boot timeline (our own debug port).
 pub const BOOT_MARK_PORT: u16 = 0x3F0;
 

@@ -296,7 +296,7 @@ impl Vm {
         let exit = Arc::new(ExitSlot::new().map_err(VmError::host("exit event"))?);
         let devices = Devices::new(&mut config, &frame.vm_fd, &frame.memory, &exit)?;
         let cmdline = devices.cmdline(&config);
-        let loaded = boot::load(&frame.memory, &config, &cmdline, &devices.interrupt_lines())?;
+        let loaded = boot::load(&frame.memory, &config, &cmdline, &devices.places())?;
         frame.marks.add("kernel loaded");
         for (index, fd) in frame.vcpu_fds.iter().enumerate() {
             regs::set_common_state(fd)?;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use bulkhead_devices::GuestMemory;
 use bulkhead_devices::event_loop::{EventLoop, EventLoopOptions};
-use bulkhead_devices::legacy::{I8042, Rtc, Serial};
+use bulkhead_devices::legacy::{I8042, Rtc, Serial, Sleep, sleep};
 use bulkhead_devices::virtio::balloon::Balloon;
 use bulkhead_devices::virtio::blk::{Blk, Disk};
 use bulkhead_devices::virtio::fs::{Caching, Fs, FsConfig};
@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::boot::VirtioPlace;
 use crate::bus::Bus;
 use crate::config::{Console, DiskConfig, DiskSource, VmConfig};
 use crate::error::VmError;
@@ -98,6 +99,16 @@ impl Devices {
             reset.try_clone().map_err(VmError::host("reset event"))?,
         ));
         pio.insert(u64::from(layout::I8042_PORT), 5, "i8042", i8042.clone());
+        let off = Sleep::new(
+            reset.try_clone().map_err(VmError::host("reset event"))?,
+            layout::ACPI_SLEEP_TYPE_OFF,
+        );
+        pio.insert(
+            u64::from(layout::ACPI_SLEEP_PORT),
+            u64::from(sleep::LEN),
+            "acpi-sleep",
+            Arc::new(off),
+        );
 
         let mut wiring = Wiring {
             vm_fd,
@@ -185,11 +196,13 @@ impl Devices {
         line.trim().to_owned()
     }
 
-    /// Interrupt lines that devices of this VM use.
-    pub(crate) fn interrupt_lines(&self) -> Vec<u32> {
-        let mut lines = vec![layout::SERIAL_IRQ];
-        lines.extend(self.slots.iter().map(|slot| slot.irq));
-        lines
+    /// Where the virtio devices of this VM are.
+    pub(crate) fn places(&self) -> Vec<VirtioPlace> {
+        let place = |slot: &Slot| VirtioPlace {
+            address: slot.address,
+            irq: slot.irq,
+        };
+        self.slots.iter().map(place).collect()
     }
 
     pub(crate) fn start(&self) {

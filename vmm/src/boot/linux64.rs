@@ -37,6 +37,7 @@ pub(super) fn write(
         params.hdr.header = HEADER_MAGIC;
         params.hdr.kernel_alignment = 0x100_0000;
     }
+    params.acpi_rsdp_addr = layout::ACPI_ADDR;
     params.hdr.type_of_loader = LOADER_TYPE_UNDEFINED;
     params.hdr.cmd_line_ptr = layout::CMDLINE_ADDR as u32;
     params.hdr.cmdline_size = cmdline_len as u32;

@@ -5,6 +5,7 @@
 //! protected mode with an `hvm_start_info`. Linux has that note too, but its PVH entry looks for
 //! Xen at 256 CPUID leaves, an exit each: about a seventh of all exits of a boot.
 
+mod acpi;
 mod elf;
 mod linux64;
 mod mptable;
@@ -51,7 +52,16 @@ pub struct Loaded {
     pub initramfs: Option<(u64, u64)>,
 }
 
-/// Loads kernel, initramfs, command line and boot tables; `lines` are the interrupt lines in use.
+/// Where a virtio-mmio device is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct VirtioPlace {
+    /// Guest physical address of its registers.
+    pub(crate) address: u64,
+    /// Its interrupt line.
+    pub(crate) irq: u32,
+}
+
+/// Loads kernel, initramfs, command line and boot tables, which tell of the devices in `virtio`.
 ///
 /// # Errors
 /// Names the file that is missing, unreadable, not a kernel, or too large for the memory.
@@ -59,7 +69,7 @@ pub(crate) fn load(
     memory: &VmMemory,
     config: &VmConfig,
     cmdline: &str,
-    lines: &[u32],
+    virtio: &[VirtioPlace],
 ) -> Result<Loaded, VmError> {
     let (result, elf) = load_kernel(memory, &config.kernel)?;
     let kernel = (result.kernel_load.raw_value(), result.kernel_end);
@@ -87,7 +97,10 @@ pub(crate) fn load(
     }
     memory.put(layout::CMDLINE_ADDR, cmdline.as_bytes())?;
     memory.put(layout::CMDLINE_ADDR + cmdline.len() as u64, &[0])?;
-    memory.put(layout::MPTABLE_ADDR, &mptable::build(config.vcpus, lines))?;
+    let mut lines = vec![layout::SERIAL_IRQ];
+    lines.extend(virtio.iter().map(|place| place.irq));
+    memory.put(layout::MPTABLE_ADDR, &mptable::build(config.vcpus, &lines))?;
+    memory.put(layout::ACPI_ADDR, &acpi::build(config.vcpus, virtio))?;
 
     let entry = match (elf, result.pvh_boot_cap) {
         (Some(elf), PvhBootCapability::PvhEntryPresent(address)) if !elf.is_linux => {
@@ -98,8 +111,9 @@ pub(crate) fn load(
         }
         (elf, _) => {
             linux64::write(memory, initramfs, cmdline.len(), result.setup_header)?;
-            // 64-bit entry of a bzImage: 0x200 past the start of its protected-mode part.
-            let address = elf.map_or(kernel.0 + 0x200, |elf| elf.entry);
+            // 64-bit entry of a bzImage: 0x200 past the start of its protected-mode part. An ELF
+            // file's "start" is whatever it claims to be.
+            let address = elf.map_or_else(|| kernel.0.saturating_add(0x200), |elf| elf.entry);
             if !(kernel.0..kernel.1).contains(&address) {
                 return Err(VmError::BadFile {
                     what: "kernel",
@@ -320,6 +334,22 @@ mod tests {
         bz[0x202..0x206].copy_from_slice(b"HdrS");
         bz[0x1F5] = 1;
         assert!(refused(&bz).contains("is truncated"));
+    }
+
+    #[test]
+    fn an_entry_point_at_the_end_of_the_address_space_is_refused() {
+        let mut elf = vec![0u8; 64];
+        elf[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+        elf[16] = 2;
+        elf[18] = 62;
+        elf[20] = 1;
+        elf[24..32].copy_from_slice(&(u64::MAX - 0xff).to_le_bytes());
+        elf[32] = 64;
+        elf[54] = 56;
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&elf).unwrap();
+        let error = try_load(file.path(), 64).unwrap_err().to_string();
+        assert!(error.contains("entry point"), "{error}");
     }
 
     #[test]

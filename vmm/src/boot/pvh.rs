@@ -49,7 +49,12 @@ pub(super) fn write(memory: &VmMemory, initramfs: Option<(u64, u64)>) -> Result<
         info.extend_from_slice(&field.to_le_bytes());
     }
     let modules = if initramfs.is_some() { MODLIST_ADDR } else { 0 };
-    for field in [modules, layout::CMDLINE_ADDR, 0, MEMMAP_ADDR] {
+    for field in [
+        modules,
+        layout::CMDLINE_ADDR,
+        layout::ACPI_ADDR,
+        MEMMAP_ADDR,
+    ] {
         info.extend_from_slice(&field.to_le_bytes());
     }
     info.extend_from_slice(&entries.to_le_bytes());
