@@ -15,8 +15,8 @@ build:
 kernel:
     kernel-config/build
 
-# Build the guest image with the agent in it (cached by content; prints where it is)
-rootfs:
+# Build the agent for the guest (cached by content; prints where it is)
+agent:
     #!/usr/bin/env bash
     set -euo pipefail
     # The agent is built anew only when something it is made of has changed.
@@ -28,19 +28,32 @@ rootfs:
         mkdir -p "${kept%/*}"
         install -m 755 "$agent" "$kept.new" && mv "$kept.new" "$kept"
     fi
-    rootfs/build "$kept"
+    echo "$kept"
+
+# Build the guest image with the agent in it (cached by content; prints where it is)
+rootfs:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    agent=$(just agent | tail -n1)
+    rootfs/build "$agent"
 
 # Build kernel and image and make them the ones vmmctl finds by default
 guest:
     #!/usr/bin/env bash
     set -euo pipefail
     kernel=$(kernel-config/build | tail -n1)
-    image=$(just rootfs | tail -n1)
+    agent=$(just agent | tail -n1)
+    image=$(rootfs/build "$agent" | tail -n1)
     mkdir -p "$BULKHEAD_CACHE/current"
     ln -sfn "$kernel/vmlinux" "$BULKHEAD_CACHE/current/vmlinux"
     ln -sfn "$kernel/bzImage" "$BULKHEAD_CACHE/current/bzImage"
+    ln -sfn "$agent" "$BULKHEAD_CACHE/current/agent"
     ln -sfn "$image" "$BULKHEAD_CACHE/current/rootfs.erofs"
     echo "guest: $kernel/vmlinux, $image"
+
+# Make an initramfs that lets a distribution's kernel run our guest image
+initramfs MODULES OUTPUT: guest
+    rootfs/initramfs "{{MODULES}}" "$BULKHEAD_CACHE/current/agent" "{{OUTPUT}}"
 
 # Build the app kernel (cached by content)
 appkernel:
@@ -63,7 +76,7 @@ fixtures:
 lint:
     cargo fmt --all --check
     cargo clippy --workspace --all-targets -- -D warnings
-    shellcheck dev .ci/run kernel-config/build rootfs/build agent/build appkernel/build
+    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build
 
 # Run pods of every sandbox kind that exists, on real input, and print a table
 demo: build guest fixtures

@@ -11,6 +11,7 @@ mod devices;
 mod error;
 mod events;
 mod helper;
+mod initramfs;
 mod log;
 mod mounts;
 mod net;
@@ -76,6 +77,10 @@ fn main() -> ExitCode {
 /// PID 1 must not end: the kernel would panic. Whatever happens, the VM ends in order.
 fn guest() -> ! {
     boot::reached("agent started");
+    if initramfs::is_here() {
+        error!("{}", initramfs::enter_image());
+        pid1::go_down();
+    }
     let outcome = std::panic::catch_unwind(|| {
         pid1::mount_all();
         boot::reached("mounted");

@@ -1,5 +1,7 @@
 //! Where the parts under test are, and how long anything may take.
 
+use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -24,6 +26,20 @@ pub fn cache() -> Result<PathBuf> {
     Ok(base.join("bulkhead"))
 }
 
+/// Says that a test cannot run here, and why, also to the one who counts: `BULKHEAD_SKIPS` names a
+/// file that gets a line.
+///
+/// # Panics
+/// When that file cannot be written: a skip must not go unnoticed.
+pub fn skip(test: &str, why: &dyn std::fmt::Display) {
+    eprintln!("SKIPPED {test}: {why}");
+    if let Some(path) = std::env::var_os("BULKHEAD_SKIPS") {
+        let file = fs::File::options().create(true).append(true).open(path);
+        file.and_then(|mut file| writeln!(file, "{test}: {why}"))
+            .expect("the list of skipped tests");
+    }
+}
+
 fn current(name: &str) -> Result<PathBuf> {
     let path = cache()?.join("current").join(name);
     if !path.exists() {
@@ -46,6 +62,36 @@ pub fn vmlinux() -> Result<PathBuf> {
 /// When it is not built.
 pub fn bzimage() -> Result<PathBuf> {
     current("bzImage")
+}
+
+/// The running kernel of this host and the directory of its modules: a distribution's kernel.
+///
+/// # Errors
+/// When there is none to be found.
+pub fn host_kernel() -> Result<(PathBuf, PathBuf)> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let release = release.trim();
+    // The lab's own kernel is in the cache, that of a host where its package puts it.
+    let lab = fs::read_dir(cache()?.join("lab"))
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .map(|dir| (dir.join("vmlinux"), dir.join("lib/modules").join(release)));
+    let host = (
+        Path::new("/boot").join(format!("vmlinuz-{release}")),
+        Path::new("/lib/modules").join(release),
+    );
+    lab.chain([host])
+        .find(|(kernel, modules)| kernel.exists() && modules.join("modules.dep").exists())
+        .with_context(|| format!("no kernel image or no modules of {release} are on this host"))
+}
+
+/// The agent that is in the guest image.
+///
+/// # Errors
+/// When it is not built.
+pub fn agent() -> Result<PathBuf> {
+    current("agent")
 }
 
 /// `vmmctl` of this build: beside the running test program.

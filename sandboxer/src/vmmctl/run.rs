@@ -90,6 +90,10 @@ pub struct Args {
     /// Guest kernel (vmlinux or bzImage).
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
+    /// Initial RAM file system with the modules of a distribution's kernel (made by
+    /// `rootfs/initramfs`).
+    #[arg(long, value_name = "FILE")]
+    initramfs: Option<PathBuf>,
     /// Guest image (erofs with the agent).
     #[arg(long = "image", value_name = "FILE")]
     guest_image: Option<PathBuf>,
@@ -271,6 +275,7 @@ fn prepare(
         memory_mib: args.memory,
         hugepages: args.hugepages,
         kernel: files.kernel,
+        initramfs: args.initramfs.clone(),
         cmdline: format!(
             "{}root=/dev/vda rootfstype=erofs ro init=/sbin/agent dummy.numdummies=0 {}",
             // Each byte on the console costs exits; without somebody who looks, none are written.

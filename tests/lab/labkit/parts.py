@@ -42,7 +42,7 @@ KERNEL_MODULES = """
 
 ROOT_SUITE = "forky"
 ROOT_PACKAGES = """
-    busybox-static ca-certificates containerd containernetworking-plugins crun curl e2fsprogs
+    busybox-static ca-certificates containerd containernetworking-plugins cpio crun curl e2fsprogs
     erofs-utils expect gdb-minimal iproute2 iptables iputils-ping jq kmod netcat-openbsd nftables
     procps psmisc python3-minimal qemu-system-x86 runc socat strace util-linux virtiofsd
 """.split()
