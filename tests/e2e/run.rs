@@ -2,16 +2,15 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::mpsc;
 use std::thread;
-use std::time::Instant;
 
 use bulkhead_tests::env::{self, PATIENCE};
 use bulkhead_tests::process::Guard;
+use bulkhead_tests::terminal::Terminal;
 use sha2::{Digest, Sha256};
 
 fn image(name: &str) -> PathBuf {
@@ -137,6 +136,45 @@ fn a_program_sees_our_kernel_and_its_image() {
     let text = succeeded(&output);
     assert!(text.contains("-bulkhead"), "{text}");
     assert!(text.contains("/bin/sh"), "{text}");
+}
+
+#[test]
+fn a_distributions_kernel_runs_a_container_too() {
+    let (kernel, modules) = match env::host_kernel() {
+        Ok(found) => found,
+        Err(error) => return env::skip("a_distributions_kernel_runs_a_container_too", &error),
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let initramfs = dir.path().join("initramfs");
+    let script = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../rootfs/initramfs"));
+    let made = Command::new(script)
+        .args([&modules, &env::agent().unwrap(), &initramfs])
+        .stdout(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(made.success());
+    let volume = format!("{}:/vol", dir.path().display());
+    let output = run(
+        &[
+            "--kernel",
+            kernel.to_str().unwrap(),
+            "--initramfs",
+            initramfs.to_str().unwrap(),
+            "--memory=512M",
+            "--volume",
+            &volume,
+        ],
+        "busybox",
+        &[
+            "sh",
+            "-c",
+            "uname -r; ls /modules /init; cp /etc/passwd /vol/out; exit 4",
+        ],
+    );
+    assert_eq!(output.status.code(), Some(4), "{}", stderr(&output));
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    assert_eq!(stdout(&output), release);
+    assert!(dir.path().join("out").exists());
 }
 
 #[test]
@@ -417,104 +455,6 @@ fn half_a_gigabyte_goes_through_virtio_fs() {
     assert_eq!(hex(&hash.finalize()), expected);
 }
 
-/// A person at a terminal.
-struct Terminal {
-    master: fs::File,
-    child: Guard,
-    seen: String,
-}
-
-impl Terminal {
-    fn start(command: &mut Command) -> Self {
-        let pty = nix::pty::openpty(None, None).unwrap();
-        let slave: OwnedFd = pty.slave;
-        let (input, output, errors) = (
-            slave.try_clone().unwrap(),
-            slave.try_clone().unwrap(),
-            slave.try_clone().unwrap(),
-        );
-        let raw = slave.as_raw_fd();
-        command.stdin(input).stdout(output).stderr(errors);
-        // SAFETY: setsid and an ioctl on an open descriptor are safe between fork and exec.
-        unsafe {
-            use std::os::unix::process::CommandExt;
-            command.pre_exec(move || {
-                if libc::setsid() < 0 || libc::ioctl(raw, libc::TIOCSCTTY, 0) < 0 {
-                    return Err(std::io::Error::last_os_error());
-                }
-                Ok(())
-            });
-        }
-        let child: Child = command.spawn().unwrap();
-        Self {
-            master: fs::File::from(pty.master),
-            child: Guard(child),
-            seen: String::new(),
-        }
-    }
-
-    fn type_in(&mut self, text: &str) {
-        self.master.write_all(text.as_bytes()).unwrap();
-    }
-
-    fn resize(&self, rows: u16, columns: u16) {
-        let size = libc::winsize {
-            ws_row: rows,
-            ws_col: columns,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        // SAFETY: the descriptor is a terminal and the argument a valid winsize.
-        let done = unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCSWINSZ, &size) };
-        assert_eq!(done, 0);
-    }
-
-    /// Waits until `text` is shown after what was waited for before.
-    #[track_caller]
-    fn expect(&mut self, text: &str) {
-        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-        use std::os::fd::AsFd;
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            if let Some(at) = self.seen.find(text) {
-                self.seen.drain(..at + text.len());
-                return;
-            }
-            assert!(Instant::now() < deadline, "no {text:?} in {:?}", self.seen);
-            let mut fds = [PollFd::new(self.master.as_fd(), PollFlags::POLLIN)];
-            poll(&mut fds, PollTimeout::from(500u16)).unwrap();
-            if fds[0].any() == Some(true) {
-                let mut buffer = [0; 4096];
-                match self.master.read(&mut buffer) {
-                    Ok(n) if n > 0 => self.seen.push_str(&String::from_utf8_lossy(&buffer[..n])),
-                    _ => panic!("the terminal was closed without {text:?}: {:?}", self.seen),
-                }
-            }
-        }
-    }
-
-    fn wait(&mut self) -> Option<i32> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            if let Some(status) = self.child.0.try_wait().unwrap() {
-                return status.code();
-            }
-            assert!(Instant::now() < deadline, "did not end: {:?}", self.seen);
-            // Keeps the terminal from filling up.
-            use std::os::fd::AsFd;
-            let mut fds = [nix::poll::PollFd::new(
-                self.master.as_fd(),
-                nix::poll::PollFlags::POLLIN,
-            )];
-            let _ = nix::poll::poll(&mut fds, nix::poll::PollTimeout::from(100u16));
-            let mut buffer = [0; 4096];
-            if fds[0].any() == Some(true) && self.master.read(&mut buffer).is_err() {
-                thread::yield_now();
-            }
-        }
-    }
-}
-
 #[test]
 fn an_interactive_session_behaves_like_a_terminal() {
     let mut command = vmmctl();
@@ -628,6 +568,68 @@ fn a_running_vm_can_be_looked_into_and_driven() {
     );
     succeeded(&vm.ctl("kill", &["-s=TERM"]));
     assert_eq!(vm.child.0.wait().unwrap().code(), Some(9));
+}
+
+#[test]
+fn a_program_in_a_running_vm_gets_a_terminal_of_its_own() {
+    let mut vm = Running::start(
+        "with-terminals",
+        &[],
+        "trap 'exit 0' TERM; while :; do sleep 1; done",
+    );
+    let mut command = vmmctl();
+    command.args(["exec", "-it", "-e", "WHO=me", "-w", "/tmp", &vm.name, "sh"]);
+    let mut terminal = Terminal::start(&mut command);
+    terminal.expect("# ");
+    terminal.type_in("tty; echo $WHO:$PWD\n");
+    terminal.expect("/dev/pts/");
+    terminal.expect("\nme:/tmp");
+    terminal.resize(17, 61);
+    terminal.type_in("until [ \"$(stty size)\" = '17 61' ]; do :; done; echo resized\n");
+    terminal.expect("\nresized");
+    terminal.type_in("exit 6\n");
+    assert_eq!(terminal.wait(), Some(6));
+
+    // The guest's kernel echoes what is typed at its console; Ctrl-] leaves and nothing ends.
+    let mut command = vmmctl();
+    command.args(["console", &vm.name]);
+    let mut console = Terminal::start(&mut command);
+    console.expect("Ctrl-] leaves");
+    console.type_in("marco\r");
+    console.expect("marco");
+    console.type_in("\x1d");
+    assert_eq!(console.wait(), Some(0));
+    assert_eq!(
+        succeeded(&vm.ctl("exec", &["echo", "goes on"])),
+        "goes on\n"
+    );
+    succeeded(&vm.ctl("kill", &["-s=TERM"]));
+    assert_eq!(vm.child.0.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn completions_are_ones_that_the_shell_takes() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let mut command = vmmctl();
+        command.args(["completions", shell]);
+        let script = succeeded(&finish(command));
+        for word in ["inspect", "hugepages", "wasm"] {
+            assert!(script.contains(word), "{shell}: no {word}");
+        }
+        if shell == "bash" {
+            let dir = tempfile::tempdir().unwrap();
+            let file = dir.path().join("vmmctl");
+            fs::write(&file, &script).unwrap();
+            // What pressing TAB after `vmmctl ins` does.
+            let mut bash = Command::new("bash");
+            bash.args(["--norc", "-c"]).arg(format!(
+                ". {}; COMP_WORDS=(vmmctl ins); COMP_CWORD=1; _vmmctl vmmctl ins vmmctl; \
+                 echo \"${{COMPREPLY[*]}}\"",
+                file.display()
+            ));
+            assert_eq!(succeeded(&finish(bash)).trim(), "inspect");
+        }
+    }
 }
 
 #[test]

@@ -5,4 +5,5 @@ pub mod cri;
 pub mod demo;
 pub mod env;
 pub mod process;
+pub mod terminal;
 pub mod wasm;
