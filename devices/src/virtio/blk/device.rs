@@ -5,14 +5,15 @@ use std::sync::Arc;
 use event_manager::EventOps;
 use serde::Serialize;
 use serde_json::json;
-use virtio_queue::Queue;
+use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::batch::Batch;
 use super::disk::{Disk, SECTOR};
 use super::io;
 use crate::virtio::guest_log::GuestLog;
-use crate::virtio::queue::{Buffers, drain, end_turn};
+use crate::virtio::queue::{Buffers, drain, end_turn, signal};
 use crate::virtio::{Activation, DeviceError, InterruptKind, StateError, VirtioDevice};
 
 const F_SIZE_MAX: u64 = 1 << 1;
@@ -41,6 +42,8 @@ pub(super) struct Metrics {
     pub write_bytes: u64,
     pub flushes: u64,
     pub discards: u64,
+    /// Reads and writes that went to the host's kernel together.
+    pub by_io_uring: u64,
     pub errors: u64,
 }
 
@@ -53,18 +56,10 @@ pub struct Blk {
     activation: Option<Activation>,
     events: Option<Arc<[EventFd]>>,
     buffers: Buffers,
-    iovecs: Iovecs,
+    batch: Batch,
     pub(super) metrics: Metrics,
     log: GuestLog,
 }
-
-/// Room for the pointers of one request; empty between requests.
-#[derive(Debug, Default)]
-struct Iovecs(Vec<libc::iovec>);
-
-// SAFETY: the pointers are used only within one call of `work`; between calls they are leftovers
-// that nothing reads.
-unsafe impl Send for Iovecs {}
 
 impl Blk {
     /// A device with a disk.
@@ -90,7 +85,7 @@ impl Blk {
             activation: None,
             events: None,
             buffers: Buffers::default(),
-            iovecs: Iovecs::default(),
+            batch: Batch::default(),
             metrics: Metrics::default(),
             log: GuestLog::new("blk"),
         }
@@ -157,21 +152,14 @@ impl Blk {
             return;
         };
         let mem = activation.mem.memory();
-        // Who does not know of flushes gets what they are for with every write (5.2.6.2).
         let write_through = activation.features & F_FLUSH == 0;
-        let (disk, buffers, iovecs) = (self.disk.as_ref(), &mut self.buffers, &mut self.iovecs.0);
+        let (disk, buffers, batch) = (self.disk.as_ref(), &mut self.buffers, &mut self.batch);
         let (metrics, log) = (&mut self.metrics, &self.log);
         let result = drain(queue, &mem, &activation.interrupt, BUDGET, |mem, chain| {
+            let head = chain.head_index();
             // Header and status beside the data.
             match buffers.fill(mem, chain, SEG_MAX as usize + 2) {
-                Ok(()) => Some(io::execute(
-                    disk,
-                    mem,
-                    buffers,
-                    iovecs,
-                    write_through,
-                    metrics,
-                )),
+                Ok(()) => io::begin(disk, mem, head, buffers, batch, write_through, metrics),
                 Err(e) => {
                     metrics.errors += 1;
                     log.warn(format_args!("request refused: {e}"));
@@ -179,6 +167,20 @@ impl Blk {
                 }
             }
         });
+        let mut answered = false;
+        io::finish(
+            disk,
+            &mem,
+            batch,
+            write_through,
+            metrics,
+            |head, written| {
+                answered |= queue.add_used(&*mem, head, written).is_ok();
+            },
+        );
+        if answered {
+            signal(queue, &mem, &activation.interrupt);
+        }
         let event = self.events.as_ref().and_then(|events| events.first());
         end_turn(result, event, &activation.interrupt, &self.log);
     }
@@ -218,7 +220,7 @@ impl VirtioDevice for Blk {
     fn deactivate(&mut self) -> Vec<Queue> {
         self.activation = None;
         self.buffers = Buffers::default();
-        self.iovecs = Iovecs::default();
+        self.batch = Batch::default();
         std::mem::take(&mut self.queue)
     }
 

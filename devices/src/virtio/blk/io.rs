@@ -3,12 +3,13 @@
 use std::io;
 use std::os::fd::AsRawFd;
 
-use vm_memory::{Bytes, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::batch::{Batch, Transfer};
 use super::device::Metrics;
 use super::disk::{Disk, ID_LEN, SECTOR};
 use crate::virtio::queue::{
-    Buffers, pop_last_byte, push_iovecs, read_front, skip_front, total, write_front,
+    Buffers, Segment, pop_last_byte, push_iovecs, read_front, skip_front, total, write_front,
 };
 
 const T_IN: u32 = 0;
@@ -54,25 +55,50 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// Carries out the request in `buffers` and writes its status; returns the number of bytes written
-/// to the guest's buffers.
-pub(super) fn execute(
+/// Begins the request in `buffers`, which came in the chain `head`. Reads and writes go into the
+/// batch (`None`); everything else is done at once, its status is written, and the number of bytes
+/// written to the guest's buffers returned.
+pub(super) fn begin(
     disk: Option<&Disk>,
     mem: &GuestMemoryMmap<()>,
+    head: u16,
     buffers: &mut Buffers,
-    iovecs: &mut Vec<libc::iovec>,
+    batch: &mut Batch,
     write_through: bool,
     metrics: &mut Metrics,
-) -> u32 {
+) -> Option<u32> {
     // The status is the last byte the device may write. Without it the request cannot be answered.
     let Some(status_at) = pop_last_byte(&mut buffers.writable) else {
         metrics.errors += 1;
-        return 0;
+        return Some(0);
     };
     let result = match disk {
-        Some(disk) => run(disk, mem, buffers, iovecs, write_through, metrics),
+        Some(disk) => run(
+            disk,
+            mem,
+            head,
+            status_at,
+            buffers,
+            batch,
+            write_through,
+            metrics,
+        ),
         None => Err(Failure::Io),
     };
+    match result {
+        Ok(None) => None,
+        Ok(Some(written)) => Some(answer(mem, status_at, Ok(written), metrics)),
+        Err(failure) => Some(answer(mem, status_at, Err(failure), metrics)),
+    }
+}
+
+/// Writes the status of a request; returns the number of bytes written to the guest's buffers.
+fn answer(
+    mem: &GuestMemoryMmap<()>,
+    status_at: GuestAddress,
+    result: Result<u32, Failure>,
+    metrics: &mut Metrics,
+) -> u32 {
     let (status, written) = match result {
         Ok(written) => (S_OK, written),
         Err(failure) => {
@@ -90,14 +116,67 @@ pub(super) fn execute(
     }
 }
 
+/// Carries out what is in the batch and calls `done` with each chain and the bytes written to it.
+pub(super) fn finish(
+    disk: Option<&Disk>,
+    mem: &GuestMemoryMmap<()>,
+    batch: &mut Batch,
+    write_through: bool,
+    metrics: &mut Metrics,
+    mut done: impl FnMut(u16, u32),
+) {
+    if let Some(disk) = disk
+        && !batch.transfers.is_empty()
+    {
+        metrics.by_io_uring += batch.run(disk);
+        // Who does not know of flushes gets what they are for with every write (5.2.6.2).
+        let wrote = batch.transfers.iter().any(|t| t.write);
+        let synced = if wrote && write_through {
+            disk.file.sync_data().is_ok()
+        } else {
+            true
+        };
+        for transfer in &batch.transfers {
+            let result = if transfer.result.is_err() || transfer.write && !synced {
+                Err(Failure::Io)
+            } else if transfer.write {
+                metrics.writes += 1;
+                metrics.write_bytes += transfer.bytes;
+                Ok(0)
+            } else {
+                metrics.reads += 1;
+                metrics.read_bytes += transfer.bytes;
+                // At most `MAX_BYTES`.
+                Ok(transfer.bytes as u32)
+            };
+            done(
+                transfer.head,
+                answer(mem, transfer.status_at, result, metrics),
+            );
+        }
+    }
+    batch.clear();
+}
+
+/// What a read or write is to do.
+struct Wish {
+    head: u16,
+    status_at: GuestAddress,
+    sector: u64,
+    write: bool,
+}
+
+#[expect(clippy::too_many_arguments)]
 fn run(
     disk: &Disk,
     mem: &GuestMemoryMmap<()>,
+    head: u16,
+    status_at: GuestAddress,
     buffers: &mut Buffers,
-    iovecs: &mut Vec<libc::iovec>,
+    batch: &mut Batch,
     write_through: bool,
     metrics: &mut Metrics,
-) -> Result<u32, Failure> {
+) -> Result<Option<u32>, Failure> {
     let mut header = [0; HEADER];
     // Drivers may lay a request out over buffers as they like (virtio 1.2, 2.7.4).
     if read_front(mem, &buffers.readable, &mut header) != HEADER
@@ -113,35 +192,34 @@ fn run(
         return Err(Failure::Io);
     }
     match kind {
-        T_IN => {
-            let count = total(&buffers.writable);
-            transfer(disk, mem, sector, count, &buffers.writable, iovecs, false)?;
-            metrics.reads += 1;
-            metrics.read_bytes += count;
-            Ok(count as u32)
-        }
-        T_OUT => {
-            let count = total(&buffers.readable);
-            transfer(disk, mem, sector, count, &buffers.readable, iovecs, true)?;
-            if write_through {
-                disk.file.sync_data()?;
-            }
-            metrics.writes += 1;
-            metrics.write_bytes += count;
-            Ok(0)
+        T_IN | T_OUT => {
+            let write = kind == T_OUT;
+            let segments = if write {
+                &buffers.readable
+            } else {
+                &buffers.writable
+            };
+            let wish = Wish {
+                head,
+                status_at,
+                sector,
+                write,
+            };
+            transfer(disk, mem, segments, batch, wish)?;
+            Ok(None)
         }
         T_FLUSH => {
             if !disk.read_only {
                 disk.file.sync_data()?;
             }
             metrics.flushes += 1;
-            Ok(0)
+            Ok(Some(0))
         }
         T_GET_ID => {
             if total(&buffers.writable) < ID_LEN as u64 {
                 return Err(Failure::Io);
             }
-            Ok(write_front(mem, &buffers.writable, &disk.id) as u32)
+            Ok(Some(write_front(mem, &buffers.writable, &disk.id) as u32))
         }
         T_DISCARD | T_WRITE_ZEROES => {
             ranges(disk, mem, buffers, kind == T_DISCARD)?;
@@ -149,74 +227,41 @@ fn run(
                 disk.file.sync_data()?;
             }
             metrics.discards += 1;
-            Ok(0)
+            Ok(Some(0))
         }
         _ => Err(Failure::Unsupported),
     }
 }
 
-/// Moves data between the disk and guest memory, without a copy in between.
+/// Checks a read or write and puts it into the batch.
 fn transfer(
     disk: &Disk,
     mem: &GuestMemoryMmap<()>,
-    sector: u64,
-    count: u64,
-    segments: &[crate::virtio::queue::Segment],
-    iovecs: &mut Vec<libc::iovec>,
-    write: bool,
+    segments: &[Segment],
+    batch: &mut Batch,
+    wish: Wish,
 ) -> Result<(), Failure> {
-    if !count.is_multiple_of(SECTOR) || count > MAX_BYTES {
+    let bytes = total(segments);
+    if !bytes.is_multiple_of(SECTOR) || bytes > MAX_BYTES {
         return Err(Failure::Io);
     }
-    let mut offset = disk.range(sector, count).ok_or(Failure::Io)?;
-    iovecs.clear();
-    let covered = push_iovecs(mem, segments, count, iovecs).map_err(|_| Failure::Io)?;
-    let mut left = covered;
-    let mut rest = iovecs.as_mut_slice();
-    while left > 0 {
-        let fd = disk.file.as_raw_fd();
-        let parts = rest.len().min(libc::UIO_MAXIOV as usize) as libc::c_int;
-        // SAFETY: every entry lies within guest memory, which `mem` keeps mapped; the kernel's
-        // copy may race with the guest, but no Rust reference to that memory exists.
-        let n = unsafe {
-            if write {
-                libc::pwritev(fd, rest.as_ptr(), parts, offset as libc::off_t)
-            } else {
-                libc::preadv(fd, rest.as_ptr(), parts, offset as libc::off_t)
-            }
-        };
-        match usize::try_from(n) {
-            // The file has become shorter than the disk.
-            Ok(0) => return Err(Failure::Io),
-            Ok(n) => {
-                offset += n as u64;
-                left = left.saturating_sub(n as u64);
-                rest = advance(rest, n);
-            }
-            Err(_) => {
-                let e = io::Error::last_os_error();
-                if e.kind() != io::ErrorKind::Interrupted {
-                    return Err(e.into());
-                }
-            }
-        }
+    let offset = disk.range(wish.sector, bytes).ok_or(Failure::Io)?;
+    let first = batch.iovecs.len();
+    // Pointers of a request that turns out wrong stay behind unused, until the turn ends.
+    let covered = push_iovecs(mem, segments, bytes, &mut batch.iovecs).map_err(|_| Failure::Io)?;
+    if covered != bytes {
+        return Err(Failure::Io);
     }
+    batch.transfers.push(Transfer {
+        head: wish.head,
+        status_at: wish.status_at,
+        write: wish.write,
+        offset,
+        bytes,
+        iovecs: first..batch.iovecs.len(),
+        result: Ok(()),
+    });
     Ok(())
-}
-
-/// Leaves out the first `n` bytes.
-fn advance(iovecs: &mut [libc::iovec], mut n: usize) -> &mut [libc::iovec] {
-    let mut whole = 0;
-    for iovec in iovecs.iter_mut() {
-        if n < iovec.iov_len {
-            iovec.iov_base = iovec.iov_base.cast::<u8>().wrapping_add(n).cast();
-            iovec.iov_len -= n;
-            break;
-        }
-        n -= iovec.iov_len;
-        whole += 1;
-    }
-    &mut iovecs[whole..]
 }
 
 /// Discards or zeroes the ranges a request lists.

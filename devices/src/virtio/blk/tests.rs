@@ -130,6 +130,71 @@ fn a_request_may_be_laid_out_in_any_way() {
 }
 
 #[test]
+fn requests_of_one_turn_are_all_answered_each_as_it_deserves() {
+    let image = image();
+    let disk = Disk::open(image.path(), false, "").unwrap();
+    let mut guest = Guest::new(1, 256);
+    let mut blk = Blk::new(disk);
+    blk.activate(guest.activation(F_FLUSH)).unwrap();
+    // Twenty reads of a sector each, a write, a read past the end, a flush, an unknown request.
+    let mut wanted = Vec::new();
+    let mut add = |n: u64, kind: u32, sector: u64, data: &[(u64, u32, u16)], answer: (u8, u32)| {
+        let header_at = HEADER + n * 16;
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        guest.write(header_at, &header);
+        let mut chain = vec![(header_at, 16, READ)];
+        chain.extend_from_slice(data);
+        chain.push((STATUS + n, 1, WRITE));
+        let head = guest.add(0, &chain);
+        wanted.push((u32::from(head), STATUS + n, answer));
+    };
+    for n in 0..20 {
+        add(n, 0, n, &[(DATA + n * 512, 512, WRITE)], (0, 513));
+    }
+    add(20, 1, 40, &[(HEADER, 512, READ)], (0, 1));
+    add(21, 0, SECTORS, &[(DATA + 0x4000, 512, WRITE)], (1, 1));
+    add(22, 4, 0, &[], (0, 1));
+    add(23, 77, 0, &[], (2, 1));
+    blk.work();
+    let used = guest.used(0);
+    assert_eq!(used.len(), wanted.len());
+    for (head, status_at, (status, len)) in wanted {
+        assert!(used.contains(&(head, len)), "{head}: {used:?}");
+        assert_eq!(guest.read(status_at, 1), [status]);
+    }
+    for n in 0..20 {
+        assert_eq!(guest.read(DATA + n * 512, 512), [n as u8 + 1; 512]);
+    }
+    let mut written = [0; 512];
+    image
+        .as_file()
+        .read_exact_at(&mut written, 40 * 512)
+        .unwrap();
+    assert_eq!(written.as_slice(), guest.read(HEADER, 512));
+    assert_eq!((blk.metrics.reads, blk.metrics.writes), (20, 1));
+    // Together, where the host's kernel lets us.
+    let together = io_uring::IoUring::new(1).is_ok();
+    assert_eq!(blk.metrics.by_io_uring, if together { 21 } else { 0 });
+    // The disk is shorter than it was: those past its end fail, the others do not.
+    image.as_file().set_len(512).unwrap();
+    for n in 0..2u64 {
+        let mut header = [0; 16];
+        header[8..].copy_from_slice(&n.to_le_bytes());
+        guest.write(HEADER + n * 16, &header);
+        let chain = [
+            (HEADER + n * 16, 16, READ),
+            (DATA, 512, WRITE),
+            (STATUS + n, 1, WRITE),
+        ];
+        guest.add(0, &chain);
+    }
+    blk.work();
+    assert_eq!(guest.read(STATUS, 2), [0, 1]);
+}
+
+#[test]
 fn bounds_and_nonsense() {
     let mut s = setup(false);
     assert_eq!(s.request(0, SECTORS - 1, &[(DATA, 512, WRITE)]).0, 0);
