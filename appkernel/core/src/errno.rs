@@ -57,9 +57,25 @@ errnos! {
     ENOSYS = 38, "function not implemented";
     ENOTEMPTY = 39, "directory not empty";
     ELOOP = 40, "too many levels of symbolic links";
+    ENODATA = 61, "no data available";
     EOVERFLOW = 75, "value too large for defined data type";
+    ENOTSOCK = 88, "not a socket";
+    EDESTADDRREQ = 89, "destination address required";
+    EMSGSIZE = 90, "message too long";
+    EPROTONOSUPPORT = 93, "protocol not supported";
+    ESOCKTNOSUPPORT = 94, "socket type not supported";
     EOPNOTSUPP = 95, "operation not supported";
+    EAFNOSUPPORT = 97, "address family not supported";
+    EADDRINUSE = 98, "address in use";
+    EADDRNOTAVAIL = 99, "address not available";
+    ENETUNREACH = 101, "network is unreachable";
+    ECONNRESET = 104, "connection reset by peer";
+    ENOBUFS = 105, "no buffer space available";
+    EISCONN = 106, "is connected already";
+    ENOTCONN = 107, "is not connected";
+    ETOOMANYREFS = 109, "too many files under way";
     ETIMEDOUT = 110, "connection timed out";
+    ECONNREFUSED = 111, "connection refused";
 }
 
 impl Errno {

@@ -14,4 +14,6 @@ pub mod frames;
 pub mod fuse;
 pub mod locks;
 pub mod syscalls;
+pub mod terminal;
 pub mod vma;
+pub mod vsock;

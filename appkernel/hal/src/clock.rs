@@ -81,3 +81,8 @@ pub fn monotonic_ns() -> u64 {
 pub fn realtime_ns() -> u64 {
     WALL.load(Ordering::Relaxed).wrapping_add(monotonic_ns())
 }
+
+/// Sets the wall clock: nanoseconds since 1970, as of now.
+pub fn set_realtime_ns(ns: u64) {
+    WALL.store(ns.wrapping_sub(monotonic_ns()), Ordering::Relaxed);
+}

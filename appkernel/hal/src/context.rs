@@ -7,9 +7,10 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use crate::trap::{Frame, trap_return_address};
 use crate::{cpu, direct};
 
-/// Pages of a kernel stack.
+/// Pages of a program's kernel stack: `1 << STACK_ORDER`.
 pub const STACK_ORDER: usize = 2;
-const STACK_BYTES: u64 = crate::PAGE << STACK_ORDER;
+/// Of the kernel's own threads: they decode what the host sends, which nests.
+const THREAD_STACK_ORDER: usize = 5;
 
 /// Bytes of the vector registers: x87 and SSE, header, upper halves of AVX.
 const AREA: usize = 512 + 64 + 256;
@@ -52,6 +53,7 @@ unsafe extern "C" {
 #[derive(Debug)]
 pub struct Context {
     stack: u64,
+    order: usize,
     vectors: u64,
     pointer: u64,
     /// Base of FS (thread-local storage).
@@ -66,9 +68,29 @@ impl Context {
         if crate::frames::is_scarce() {
             return None;
         }
-        let stack = crate::frames::allocate(STACK_ORDER)?;
+        Self::with_stack(frame, STACK_ORDER)
+    }
+
+    /// A thread of the kernel that starts with `entry`, which must never return.
+    pub fn kernel_thread(entry: extern "C" fn() -> !) -> Option<Self> {
+        let frame = Frame {
+            rip: entry as *const () as u64,
+            cs: cpu::KERNEL_CODE.into(),
+            ss: (cpu::KERNEL_CODE + 8).into(),
+            rflags: 2,
+            ..Frame::default()
+        };
+        let mut context = Self::with_stack(frame, THREAD_STACK_ORDER)?;
+        // Below the frame, and as after a call.
+        let rsp = context.stack_top() - size_of::<Frame>() as u64 - 8;
+        context.start_at(Frame { rsp, ..frame });
+        Some(context)
+    }
+
+    fn with_stack(frame: Frame, order: usize) -> Option<Self> {
+        let stack = crate::frames::allocate(order)?;
         let Some(vectors) = crate::frames::allocate_zeroed() else {
-            crate::frames::release(stack, STACK_ORDER);
+            crate::frames::release(stack, order);
             return None;
         };
         // The initial state: x87 and SSE control words as Linux starts programs. The header of an
@@ -82,6 +104,7 @@ impl Context {
         }
         let mut context = Self {
             stack,
+            order,
             vectors,
             pointer: 0,
             fs_base: 0,
@@ -110,7 +133,7 @@ impl Context {
 
     /// Top of the kernel stack (virtual).
     pub fn stack_top(&self) -> u64 {
-        self.stack + crate::DIRECT_MAP + STACK_BYTES
+        self.stack + crate::DIRECT_MAP + (crate::PAGE << self.order)
     }
 
     /// Registers of the program, while the task is in a system call or trap from it.
@@ -207,7 +230,7 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        crate::frames::release(self.stack, STACK_ORDER);
+        crate::frames::release(self.stack, self.order);
         crate::frames::release(self.vectors, 0);
     }
 }

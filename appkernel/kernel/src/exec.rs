@@ -10,9 +10,11 @@ use appkernel_core::vma::{Area, Backing, EXECUTE, READ, WRITE};
 use appkernel_hal::trap::Frame;
 use appkernel_hal::{PAGE, cpu};
 
+use crate::container::Container;
 use crate::fs;
-use crate::fs::fuse::Node;
-use crate::mm::{MMAP_TOP, Mm, STACK_BYTES, STACK_TOP};
+use crate::fs::node::Node;
+use crate::mm::{MMAP_TOP, Mapping, Mm, STACK_BYTES, STACK_TOP};
+use crate::task::Credentials;
 
 /// Where relocatable programs go (as on Linux without randomisation).
 const PROGRAM_BASE: u64 = 0x5555_5555_4000;
@@ -71,19 +73,28 @@ impl Image {
     }
 }
 
+/// Where a program runs, and for whom.
+#[derive(Clone, Copy)]
+pub struct Context<'a> {
+    pub container: &'a Container,
+    pub cwd: &'a [u8],
+    pub credentials: &'a Credentials,
+}
+
 /// Reads the program and makes its memory.
 ///
 /// # Errors
 /// As execve(2).
-pub fn load(request: &Request, cwd: &[u8]) -> Result<Image, Errno> {
+pub fn load(request: &Request, context: Context<'_>) -> Result<Image, Errno> {
     let mut request = request.clone();
     for _ in 0..SCRIPT_DEPTH {
-        let found = fs::resolve(cwd, &request.path, true)?;
-        let node = found.node()?;
+        let found = fs::resolve(context.container, context.cwd, &request.path, true)?;
+        let node = found.node;
         if !node.is_regular() {
             return Err(Errno::EACCES);
         }
-        if node.attributes()?.mode & 0o111 == 0 {
+        let attributes = node.attributes()?;
+        if attributes.mode & 0o111 == 0 || !context.credentials.may(&attributes, 1) {
             return Err(Errno::EACCES);
         }
         let mut head = vec![0; SCRIPT_LINE];
@@ -93,7 +104,7 @@ pub fn load(request: &Request, cwd: &[u8]) -> Result<Image, Errno> {
             request = script(&head, &request)?;
             continue;
         }
-        return program(&node, found.path, &request, cwd);
+        return program(&node, found.path, &request, context);
     }
     Err(Errno::ELOOP)
 }
@@ -135,7 +146,7 @@ struct Loaded {
     base: u64,
 }
 
-fn read_elf(node: &Arc<Node>) -> Result<(Header, Segments), Errno> {
+fn read_elf(node: &Node) -> Result<(Header, Segments), Errno> {
     let mut bytes = [0; HEADER];
     if node.read(0, &mut bytes)? < HEADER {
         return Err(Errno::ENOEXEC);
@@ -149,8 +160,9 @@ fn read_elf(node: &Arc<Node>) -> Result<(Header, Segments), Errno> {
     Ok((header, segments))
 }
 
-fn map(mm: &mut Mm, node: &Arc<Node>, wanted: u64) -> Result<Loaded, Errno> {
+fn map(mm: &mut Mm, node: &Node, path: &[u8], wanted: u64) -> Result<Loaded, Errno> {
     let (header, segments) = read_elf(node)?;
+    let file = Mapping::new(node.clone(), path.to_vec(), false);
     let (start, end) = segments.extent();
     let base = match (header.relocatable, wanted) {
         (false, _) => 0,
@@ -189,7 +201,7 @@ fn map(mm: &mut Mm, node: &Arc<Node>, wanted: u64) -> Result<Loaded, Errno> {
             end: file_pages,
             protection,
             shared: false,
-            backing: Backing::File(Arc::clone(node), segment.offset & !(PAGE - 1)),
+            backing: Backing::File(Arc::clone(&file), segment.offset & !(PAGE - 1)),
         })?;
         if memory_end > file_pages {
             mm.map(Area {
@@ -219,9 +231,14 @@ fn map(mm: &mut Mm, node: &Arc<Node>, wanted: u64) -> Result<Loaded, Errno> {
     })
 }
 
-fn program(node: &Arc<Node>, path: Vec<u8>, request: &Request, cwd: &[u8]) -> Result<Image, Errno> {
+fn program(
+    node: &Node,
+    path: Vec<u8>,
+    request: &Request,
+    context: Context<'_>,
+) -> Result<Image, Errno> {
     let mut mm = Mm::new()?;
-    let loaded = map(&mut mm, node, PROGRAM_BASE)?;
+    let loaded = map(&mut mm, node, &path, PROGRAM_BASE)?;
     mm.brk = mm.brk_start;
     let mut entry = loaded.base + loaded.header.entry;
     let mut loader_base = 0;
@@ -236,9 +253,9 @@ fn program(node: &Arc<Node>, path: Vec<u8>, request: &Request, cwd: &[u8]) -> Re
         if node.read(offset, &mut name)? < name.len() || name.pop() != Some(0) {
             return Err(Errno::ENOEXEC);
         }
-        let loader_node = fs::resolve(cwd, &name, true)?.node()?;
+        let found = fs::resolve(context.container, context.cwd, &name, true)?;
         let brk = mm.brk_start;
-        let loader = map(&mut mm, &loader_node, 0)?;
+        let loader = map(&mut mm, &found.node, &found.path, 0)?;
         mm.brk_start = brk;
         if loader.segments.interpreter.is_some() {
             return Err(Errno::ENOEXEC);
@@ -253,7 +270,7 @@ fn program(node: &Arc<Node>, path: Vec<u8>, request: &Request, cwd: &[u8]) -> Re
         shared: false,
         backing: Backing::Zero,
     })?;
-    let stack = stack(&mut mm, &loaded, loader_base, request)?;
+    let stack = stack(&mut mm, &loaded, loader_base, request, context.credentials)?;
     Ok(Image {
         mm,
         path,
@@ -263,7 +280,13 @@ fn program(node: &Arc<Node>, path: Vec<u8>, request: &Request, cwd: &[u8]) -> Re
 }
 
 /// Writes arguments, environment and auxiliary vector as the System V ABI has them.
-fn stack(mm: &mut Mm, loaded: &Loaded, loader_base: u64, request: &Request) -> Result<u64, Errno> {
+fn stack(
+    mm: &mut Mm,
+    loaded: &Loaded,
+    loader_base: u64,
+    request: &Request,
+    credentials: &Credentials,
+) -> Result<u64, Errno> {
     let mut strings: Vec<u8> = Vec::new();
     let mut put = |bytes: &[u8]| {
         let at = strings.len() as u64;
@@ -278,11 +301,16 @@ fn stack(mm: &mut Mm, loaded: &Loaded, loader_base: u64, request: &Request) -> R
     let name = put(&request.path);
     let arguments: Vec<u64> = request.arguments.iter().map(|a| put(a)).collect();
     let environment: Vec<u64> = request.environment.iter().map(|e| put(e)).collect();
+    let end = put(b"");
     if strings.len() > ARGUMENTS_MAX {
         return Err(Errno::E2BIG);
     }
     let base = (STACK_TOP - 16 - strings.len() as u64) & !15;
     mm.write(base, &strings)?;
+    let first = arguments.first().copied().unwrap_or(end);
+    let middle = environment.first().copied().unwrap_or(end);
+    mm.arguments = (base + first, middle.saturating_sub(first));
+    mm.environment = (base + middle, end.saturating_sub(middle));
     let mut words = vec![arguments.len() as u64];
     words.extend(arguments.iter().map(|a| base + a));
     words.push(0);
@@ -296,10 +324,10 @@ fn stack(mm: &mut Mm, loaded: &Loaded, loader_base: u64, request: &Request) -> R
         (at::PAGESZ, PAGE),
         (at::BASE, loader_base),
         (at::ENTRY, loaded.base + loaded.header.entry),
-        (at::UID, 0),
-        (at::EUID, 0),
-        (at::GID, 0),
-        (at::EGID, 0),
+        (at::UID, credentials.uid.into()),
+        (at::EUID, credentials.euid.into()),
+        (at::GID, credentials.gid.into()),
+        (at::EGID, credentials.egid.into()),
         (at::CLKTCK, 100),
         (at::SECURE, 0),
         (at::PLATFORM, base + platform),

@@ -6,6 +6,12 @@
 extern crate alloc;
 
 #[cfg(target_os = "none")]
+mod agent;
+#[cfg(target_os = "none")]
+mod alarms;
+#[cfg(target_os = "none")]
+mod container;
+#[cfg(target_os = "none")]
 mod exec;
 #[cfg(target_os = "none")]
 mod fs;
@@ -13,6 +19,8 @@ mod fs;
 mod log;
 #[cfg(target_os = "none")]
 mod mm;
+#[cfg(target_os = "none")]
+mod net;
 #[cfg(target_os = "none")]
 mod signal;
 #[cfg(target_os = "none")]

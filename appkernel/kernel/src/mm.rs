@@ -1,6 +1,7 @@
 //! The memory of a process: areas, and pages that come when they are touched.
 
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 
 use appkernel_core::errno::Errno;
 use appkernel_core::vma::{Area, Areas, Backing, EXECUTE, READ, WRITE};
@@ -9,7 +10,7 @@ use appkernel_hal::paging::{
 };
 use appkernel_hal::{PAGE, cpu, frames};
 
-use crate::fs::fuse::Node;
+use crate::fs::node::Node;
 
 /// Mappings are placed below; the stack lies above.
 pub const MMAP_TOP: u64 = 0x7fff_0000_0000;
@@ -30,11 +31,47 @@ pub enum Access {
     Execute,
 }
 
+/// A file that is mapped.
+pub struct Mapping {
+    /// The file.
+    pub node: Node,
+    /// Its path, for /proc.
+    pub path: Vec<u8>,
+    /// Changes go to the file.
+    shared: bool,
+}
+
+impl Mapping {
+    /// A mapping of a file.
+    pub fn new(node: Node, path: Vec<u8>, shared: bool) -> Arc<Self> {
+        if let (Node::Share(node), true) = (&node, shared) {
+            node.mapped();
+        }
+        Arc::new(Self { node, path, shared })
+    }
+
+    /// Whether changes go to the file.
+    pub fn is_shared(&self) -> bool {
+        self.shared
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if let (Node::Share(node), true) = (&self.node, self.shared) {
+            node.unmapped();
+        }
+    }
+}
+
 /// The memory of a process.
 pub struct Mm {
     table: PageTable,
     /// What is mapped.
-    pub areas: Areas<Arc<Node>>,
+    pub areas: Areas<Arc<Mapping>>,
+    /// Address and length of arguments and of environment, on the stack.
+    pub arguments: (u64, u64),
+    pub environment: (u64, u64),
     /// Start of the heap.
     pub brk_start: u64,
     /// End of the heap.
@@ -57,6 +94,8 @@ impl Mm {
         Ok(Self {
             table: PageTable::new().ok_or(Errno::ENOMEM)?,
             areas: Areas::default(),
+            arguments: (0, 0),
+            environment: (0, 0),
             brk_start: 0,
             brk: 0,
         })
@@ -68,7 +107,7 @@ impl Mm {
     }
 
     /// Adds an area, in place of what is there.
-    pub fn map(&mut self, area: Area<Arc<Node>>) -> Result<(), Errno> {
+    pub fn map(&mut self, area: Area<Arc<Mapping>>) -> Result<(), Errno> {
         if self.areas.count() >= MAX_AREAS {
             return Err(Errno::ENOMEM);
         }
@@ -131,6 +170,8 @@ impl Mm {
         let mut child = Self {
             table: PageTable::new().ok_or(Errno::ENOMEM)?,
             areas: self.areas.clone(),
+            arguments: self.arguments,
+            environment: self.environment,
             brk_start: self.brk_start,
             brk: self.brk,
         };
@@ -156,6 +197,18 @@ impl Mm {
         Ok(child)
     }
 
+    /// The frame behind an address of a shared mapping; `None` for memory of the process alone.
+    pub fn shared_frame(&mut self, address: u64) -> Result<Option<u64>, Errno> {
+        let area = self.areas.find(address).ok_or(Errno::EFAULT)?;
+        if !area.shared {
+            return Ok(None);
+        }
+        if self.table.get(address) & PRESENT == 0 {
+            self.fault(address, Access::Read)?;
+        }
+        Ok(Some(frame_of(self.table.get(address))))
+    }
+
     /// Brings the page at an address.
     ///
     /// # Errors
@@ -179,6 +232,12 @@ impl Mm {
         let writable = area.protection & WRITE != 0;
         let old = self.table.get(page);
         if old & PRESENT != 0 {
+            if let (Backing::File(file, offset), Access::Write, true) =
+                (&area.backing, access, area.shared)
+            {
+                file.node
+                    .page_changed((offset + (page - area.start)) / PAGE);
+            }
             return self.upgrade(
                 page,
                 old,
@@ -193,12 +252,17 @@ impl Mm {
                 let frame = frames::allocate_user().ok_or(Errno::ENOMEM)?;
                 (frame, if writable { flags | WRITABLE } else { flags })
             }
-            Backing::File(node, offset) => {
+            Backing::File(file, offset) => {
                 let index = (offset + (page - area.start)) / PAGE;
-                let cached = node.page(index)?;
+                let cached = file.node.page(index)?;
                 if area.shared {
                     frames::share(cached);
-                    (cached, flags)
+                    if access == Access::Write {
+                        file.node.page_changed(index);
+                        (cached, flags | WRITABLE)
+                    } else {
+                        (cached, flags)
+                    }
                 } else if access == Access::Write {
                     (copy(cached)?, flags | WRITABLE)
                 } else {
@@ -245,6 +309,62 @@ impl Mm {
             frames::release(copy, 0);
             Errno::ENOMEM
         })
+    }
+
+    /// Reads memory that may belong to a process that does not run, as far as it is there; gives
+    /// how many bytes that were.
+    pub fn read(&mut self, address: u64, to: &mut [u8]) -> usize {
+        let mut done = 0;
+        while done < to.len() {
+            let at = address.saturating_add(done as u64);
+            if self.table.get(at) & PRESENT == 0 && self.fault(at, Access::Read).is_err() {
+                break;
+            }
+            let offset = (at % PAGE) as usize;
+            let len = (PAGE as usize - offset).min(to.len() - done);
+            // SAFETY: the frame is mapped in this memory, which is locked; nobody runs with it now.
+            let frame = unsafe { frames::bytes(frame_of(self.table.get(at))) };
+            if let (Some(from), Some(to)) = (
+                frame.get(offset..offset + len),
+                to.get_mut(done..done + len),
+            ) {
+                to.copy_from_slice(from);
+            }
+            done += len;
+        }
+        done
+    }
+
+    /// Moves pages to another place of the same length, with their contents.
+    pub fn move_pages(&mut self, from: u64, to: u64, len: u64) -> Result<(), Errno> {
+        let mut moved: Vec<(u64, u64)> = Vec::new();
+        self.table.visit(from, from + len, |address, entry| {
+            moved.push((address, *entry))
+        });
+        for (address, entry) in &moved {
+            // One owner more for the time that both places have it.
+            frames::share(frame_of(*entry));
+            if self.table.set(to + (address - from), *entry).is_err() {
+                frames::release(frame_of(*entry), 0);
+                return Err(Errno::ENOMEM);
+            }
+        }
+        self.table.clear(from, from + len);
+        Ok(())
+    }
+
+    /// Passes on what was changed in mapped files of a range.
+    pub fn write_back(&mut self, start: u64, end: u64) -> Result<(), Errno> {
+        let files: Vec<Arc<Mapping>> = self
+            .areas
+            .within(start, end)
+            .filter(|a| a.shared)
+            .filter_map(|a| match &a.backing {
+                Backing::File(file, _) => Some(Arc::clone(file)),
+                Backing::Zero => None,
+            })
+            .collect();
+        files.iter().try_for_each(|file| file.node.write_back())
     }
 
     /// Writes to memory that may belong to a process that does not run, as far as it is mapped.

@@ -1,5 +1,6 @@
 //! Signals: what waits, what they do, and the detour of a program through its handler.
 
+use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
 
@@ -7,6 +8,7 @@ use appkernel_core::errno::Errno;
 use appkernel_hal::trap::{Frame, SYSCALL};
 use appkernel_hal::{USER_END, cpu, usercopy};
 
+use crate::container::visible;
 use crate::task::{self, Task};
 
 /// A signal's number.
@@ -22,7 +24,12 @@ impl Signal {
     pub const SEGV: Self = Self(11);
     pub const PIPE: Self = Self(13);
     pub const CHLD: Self = Self(17);
+    pub const CONT: Self = Self(18);
     pub const STOP: Self = Self(19);
+    pub const TTIN: Self = Self(21);
+    pub const WINCH: Self = Self(28);
+    pub const HUP: Self = Self(1);
+    pub const ALRM: Self = Self(14);
 
     /// Its bit in a mask.
     pub fn bit(self) -> u64 {
@@ -37,17 +44,53 @@ impl Signal {
         }
     }
 
-    /// Does nothing unless handled: child, urgent data, window size; continue; and, as nothing can
-    /// be stopped yet, the stop signals of a terminal.
+    /// Does nothing unless handled: child, continue, urgent data, window size.
     fn is_ignored_by_default(self) -> bool {
-        matches!(self.0, 17 | 18 | 20..=23 | 28)
+        matches!(self.0, 17 | 18 | 23 | 28)
     }
+
+    /// Stops the process unless handled.
+    fn stops(self) -> bool {
+        matches!(self.0, 19..=22)
+    }
+
+    /// Cannot be handled, blocked or ignored.
+    fn is_forced(self) -> bool {
+        self == Self::KILL || self == Self::STOP
+    }
+}
+
+/// What a handler is told of a signal.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Info {
+    pub code: i32,
+    /// Who sent it, and its user.
+    pub id: u32,
+    pub uid: u32,
+    /// Exit status of a child, or the value that was sent with it.
+    pub value: u64,
+    /// Where a fault was.
+    pub address: u64,
+}
+
+/// Where a signal comes from.
+pub mod code {
+    pub const USER: i32 = 0;
+    pub const KERNEL: i32 = 0x80;
+    pub const TKILL: i32 = -6;
+    pub const EXITED: i32 = 1;
+    pub const KILLED: i32 = 2;
+    pub const STOPPED: i32 = 5;
+    pub const CONTINUED: i32 = 6;
 }
 
 const IGNORE: u64 = 1;
 /// Flags of an action.
 mod flag {
+    pub const NOCLDSTOP: u64 = 1;
+    pub const NOCLDWAIT: u64 = 2;
     pub const SIGINFO: u64 = 4;
+    pub const ONSTACK: u64 = 0x0800_0000;
     pub const RESTART: u64 = 0x1000_0000;
     pub const NODEFER: u64 = 0x4000_0000;
     pub const RESETHAND: u64 = 0x8000_0000;
@@ -84,6 +127,19 @@ impl Handlers {
         }
     }
 
+    /// Sets of signals that are ignored, and that have handlers.
+    pub fn sets(&self) -> (u64, u64) {
+        let (mut ignored, mut caught) = (0, 0);
+        for (number, action) in self.0.iter().enumerate().skip(1) {
+            match action.handler {
+                0 => {}
+                IGNORE => ignored |= Signal(number as u8).bit(),
+                _ => caught |= Signal(number as u8).bit(),
+            }
+        }
+        (ignored, caught)
+    }
+
     /// Handlers are gone with the program that had them; what was ignored still is.
     pub fn reset(&mut self) {
         for action in &mut self.0 {
@@ -98,13 +154,21 @@ impl Handlers {
 #[derive(Debug, Default)]
 pub struct Pending {
     set: u64,
+    infos: Vec<(Signal, Info)>,
     /// Blocked signals.
     pub mask: u64,
     /// The thread has to end, with this status.
     pub ending: Option<i32>,
     /// Mask to go back to after a call that changed it while it waited.
     pub saved_mask: Option<u64>,
+    /// Alternate stack: start, bytes.
+    pub stack: (u64, u64),
 }
+
+/// Real-time signals that wait for a thread, at most.
+const MAX_QUEUED: usize = 128;
+/// First real-time signal: these are queued.
+const REAL_TIME: u8 = 32;
 
 impl Pending {
     /// Of a new thread.
@@ -124,26 +188,167 @@ impl Pending {
     pub fn waiting(&self) -> u64 {
         self.set
     }
+
+    fn add(&mut self, signal: Signal, info: Info) {
+        if (self.set & signal.bit() == 0 || signal.0 >= REAL_TIME) && self.infos.len() < MAX_QUEUED
+        {
+            self.infos.push((signal, info));
+        }
+        self.set |= signal.bit();
+    }
+
+    /// Takes the first of these signals that waits.
+    pub fn take(&mut self, wanted: u64) -> Option<(Signal, Info)> {
+        let ready = self.set & wanted;
+        if ready == 0 {
+            return None;
+        }
+        let signal = Signal(ready.trailing_zeros() as u8 + 1);
+        let at = self.infos.iter().position(|(s, _)| *s == signal);
+        let info = at.map_or(Info::default(), |at| self.infos.remove(at).1);
+        if self.infos.iter().all(|(s, _)| *s != signal) {
+            self.set &= !signal.bit();
+        }
+        Some((signal, info))
+    }
+
+    fn forget(&mut self, set: u64) {
+        self.set &= !set;
+        self.infos.retain(|(s, _)| s.bit() & set == 0);
+    }
 }
 
 /// Sends a signal to a thread.
-pub fn send(task: &Task, signal: Signal) {
-    let action = task.handlers().lock().get(signal);
-    let ignored = action.handler == IGNORE || action.handler == 0 && signal.is_ignored_by_default();
-    if ignored && signal != Signal::KILL && signal != Signal::STOP {
-        return;
+pub fn send(task: &Task, signal: Signal, info: Info) {
+    let stops = signal.stops();
+    if signal == Signal::CONT || stops {
+        for thread in task::living() {
+            if thread.process == task.process {
+                let other = if stops { Signal::CONT.bit() } else { STOPS };
+                thread.pending.lock().forget(other);
+            }
+        }
     }
+    if signal == Signal::CONT {
+        continue_process(task.process);
+    }
+    let action = task.handlers().lock().get(signal);
+    let default = action.handler == 0;
+    // The first process of a container is deaf to what it does not handle, except from outside.
+    let deaf = default
+        && visible(task.process) == 1
+        && task.container.number != 0
+        && !(signal.is_forced() && info.id == 0);
+    let ignored = action.handler == IGNORE || default && signal.is_ignored_by_default();
     let wakes = {
         let mut pending = task.pending.lock();
-        pending.set |= signal.bit();
-        if signal == Signal::KILL {
+        // A blocked signal waits even if it is ignored: somebody may wait for it.
+        let blocked = pending.mask & signal.bit() != 0;
+        if deaf || ignored && !blocked && !signal.is_forced() {
+            return;
+        }
+        pending.add(signal, info);
+        if signal.is_forced() {
             pending.mask &= !signal.bit();
         }
-        pending.deliverable()
+        pending.deliverable() || blocked
     };
+    if signal == Signal::KILL {
+        task::go_on(task.id);
+    }
     if wakes {
         task::wake_task(task.id);
     }
+}
+
+const STOPS: u64 = 0b1111 << 18;
+
+/// Sends a signal to a process: to a thread that takes it, if there is one.
+pub fn send_process(process: u32, signal: Signal, info: Info) -> bool {
+    let threads: Vec<_> = task::living()
+        .into_iter()
+        .filter(|t| t.process == process)
+        .collect();
+    let willing = threads
+        .iter()
+        .find(|t| t.pending.lock().mask & signal.bit() == 0);
+    match willing.or(threads.first()) {
+        Some(task) => {
+            send(task, signal, info);
+            true
+        }
+        None => false,
+    }
+}
+
+/// Tells a process that a child ended. Whether it does not care: then nobody waits for the child.
+pub fn child_ended(parent: &Task, child: u32, status: i32) -> bool {
+    let action = parent.handlers().lock().get(Signal::CHLD);
+    let (code, value) = if status & 0x7f == 0 {
+        (code::EXITED, status >> 8)
+    } else {
+        (code::KILLED, status & 0x7f)
+    };
+    let info = Info {
+        code,
+        id: child,
+        value: value as u64,
+        ..Info::default()
+    };
+    send_process(parent.process, Signal::CHLD, info);
+    action.handler == IGNORE || action.flags & flag::NOCLDWAIT != 0
+}
+
+fn tell_parent(task: &Task, code: i32, signal: Signal) {
+    let parent = task.links.lock().parent;
+    let Some(parent) = task::find(parent).filter(|_| parent != 0) else {
+        return;
+    };
+    if parent.handlers().lock().get(Signal::CHLD).flags & flag::NOCLDSTOP == 0 {
+        let info = Info {
+            code,
+            id: task.process,
+            value: signal.0.into(),
+            ..Info::default()
+        };
+        send_process(parent.process, Signal::CHLD, info);
+    }
+    task::wake(task::CHILD + parent.process as usize);
+}
+
+fn continue_process(process: u32) {
+    let mut was_stopped = None;
+    for thread in task::living() {
+        if thread.process != process {
+            continue;
+        }
+        let stopped = {
+            let mut links = thread.links.lock();
+            core::mem::take(&mut links.is_stopped)
+        };
+        if stopped {
+            let mut links = thread.links.lock();
+            links.stopped = None;
+            links.continued = true;
+            drop(links);
+            was_stopped = Some(Arc::clone(&thread));
+        }
+        task::go_on(thread.id);
+    }
+    if let Some(task) = was_stopped {
+        tell_parent(&task, code::CONTINUED, Signal::CONT);
+    }
+}
+
+/// Stops the running process.
+fn stop_process(task: &Task, signal: Signal) {
+    {
+        let mut links = task.links.lock();
+        links.stopped = Some(signal.0);
+        links.is_stopped = true;
+        links.continued = false;
+    }
+    tell_parent(task, code::STOPPED, signal);
 }
 
 /// The program did something it may not.
@@ -156,7 +361,7 @@ pub fn fault(signal: Signal, frame: &Frame, address: u64) {
         drop(pending);
         crate::log!(
             "process {} ended by signal {}: exception {} at {:#x}, address {address:#x}",
-            task.process,
+            visible(task.process),
             signal.0,
             frame.vector,
             frame.rip
@@ -164,7 +369,16 @@ pub fn fault(signal: Signal, frame: &Frame, address: u64) {
         task::end_process(task.process, signal.0.into());
         return;
     }
-    pending.set |= signal.bit();
+    let info = Info {
+        code: if signal == Signal::SEGV {
+            1
+        } else {
+            code::KERNEL
+        },
+        address,
+        ..Info::default()
+    };
+    pending.add(signal, info);
 }
 
 /// A mistake in this many bytes below a program's stack pointer is its own (System V ABI).
@@ -181,35 +395,52 @@ mod layout {
     pub const BYTES: usize = INFO + 128;
 }
 
-/// On the way back to the program: ends it, or makes it run a handler first.
+/// On the way back to the program: ends it, stops it, or makes it run a handler first.
 pub fn deliver(frame: &mut Frame) {
+    let mut was_stopped = false;
     loop {
-        let (ending, signal) = {
+        let (ending, signal, stopped) = {
             let task = task::current();
+            let stopped = task.links.lock().is_stopped;
             let mut pending = task.pending.lock();
-            let ready = pending.set & !pending.mask;
-            let signal = (ready != 0).then(|| Signal(ready.trailing_zeros() as u8 + 1));
-            if let Some(signal) = signal {
-                pending.set &= !signal.bit();
-            } else if let Some(mask) = pending.saved_mask.take() {
+            let wanted = if stopped { 0 } else { !pending.mask };
+            let signal = pending.take(wanted);
+            if signal.is_none()
+                && let Some(mask) = pending.saved_mask.take()
+            {
                 pending.mask = mask;
+                // What the old mask lets through is next.
+                if pending.set & !pending.mask != 0 {
+                    continue;
+                }
             }
-            (pending.ending, signal)
+            (pending.ending, signal, stopped)
         };
         if let Some(status) = ending {
             // Nothing is held here: the stack is never unwound.
             task::exit_thread(status);
         }
-        let Some(signal) = signal else { return };
+        if stopped {
+            was_stopped = true;
+            task::stop();
+            continue;
+        }
+        let Some((signal, info)) = signal else {
+            // A stop by itself is nothing that a program notices.
+            restart(frame, was_stopped);
+            return;
+        };
         let task = task::current();
         let action = task.handlers().lock().get(signal);
         match action.handler {
             0 if signal.is_ignored_by_default() => {}
+            0 if signal.stops() => stop_process(&task, signal),
             0 => task::end_process(task.process, signal.0.into()),
             IGNORE => {}
             _ => {
                 restart(frame, action.flags & flag::RESTART != 0);
-                if enter(&task, frame, signal, action).is_err() {
+                was_stopped = false;
+                if enter(&task, frame, signal, info, action).is_err() {
                     task::end_process(task.process, Signal::SEGV.0.into());
                 }
             }
@@ -229,10 +460,17 @@ fn restart(frame: &mut Frame, wanted: bool) {
     }
 }
 
-fn enter(task: &Task, frame: &mut Frame, signal: Signal, action: Action) -> Result<(), Errno> {
+fn enter(
+    task: &Task,
+    frame: &mut Frame,
+    signal: Signal,
+    info: Info,
+    action: Action,
+) -> Result<(), Errno> {
     if action.flags & flag::RESTORER == 0 {
         return Err(Errno::EFAULT);
     }
+    let stack = task.pending.lock().stack;
     let old_mask = {
         let mut pending = task.pending.lock();
         let old = pending.saved_mask.take().unwrap_or(pending.mask);
@@ -244,8 +482,15 @@ fn enter(task: &Task, frame: &mut Frame, signal: Signal, action: Action) -> Resu
     };
     let context = task.own_context();
     let vectors = context.read_vectors();
-    let vectors_at = (frame.rsp - RED_ZONE - vectors.len() as u64) & !63;
-    let at = ((vectors_at - layout::BYTES as u64) & !15) - 8;
+    let on_stack = on_stack(stack, frame.rsp);
+    let top = if action.flags & flag::ONSTACK != 0 && stack.1 > 0 && !on_stack {
+        stack.0.saturating_add(stack.1)
+    } else {
+        // The stack pointer is the program's and may be anything.
+        frame.rsp.wrapping_sub(RED_ZONE)
+    };
+    let vectors_at = top.wrapping_sub(vectors.len() as u64) & !63;
+    let at = (vectors_at.wrapping_sub(layout::BYTES as u64) & !15).wrapping_sub(8);
     let mut bytes = vec![0; layout::BYTES];
     let mut put = |offset: usize, value: u64| {
         if let Some(slot) = bytes.get_mut(offset..offset + 8) {
@@ -253,6 +498,9 @@ fn enter(task: &Task, frame: &mut Frame, signal: Signal, action: Action) -> Resu
         }
     };
     put(0, action.restorer);
+    put(layout::CONTEXT + 16, stack.0);
+    put(layout::CONTEXT + 24, stack_flags(stack, frame.rsp).into());
+    put(layout::CONTEXT + 32, stack.1);
     let f = &*frame;
     let registers = [
         f.r8,
@@ -284,9 +532,8 @@ fn enter(task: &Task, frame: &mut Frame, signal: Signal, action: Action) -> Resu
         put(layout::REGISTERS + i * 8, value);
     }
     put(layout::MASK, old_mask);
-    put(layout::INFO, signal.0.into());
-    if f.vector != SYSCALL {
-        put(layout::INFO + 16, cpu::read_cr2());
+    for (i, word) in siginfo(signal, &info).into_iter().enumerate() {
+        put(layout::INFO + i * 8, word);
     }
     usercopy::write(vectors_at, &vectors).map_err(|_| Errno::EFAULT)?;
     usercopy::write(at, &bytes).map_err(|_| Errno::EFAULT)?;
@@ -308,6 +555,31 @@ fn enter(task: &Task, frame: &mut Frame, signal: Signal, action: Action) -> Resu
         return Err(Errno::EFAULT);
     }
     Ok(())
+}
+
+fn on_stack(stack: (u64, u64), rsp: u64) -> bool {
+    stack.1 > 0 && rsp > stack.0 && rsp <= stack.0.saturating_add(stack.1)
+}
+
+/// `ss_flags` of the alternate stack.
+pub fn stack_flags(stack: (u64, u64), rsp: u64) -> u32 {
+    match stack.1 {
+        0 => 2,
+        _ => on_stack(stack, rsp).into(),
+    }
+}
+
+/// The first words of a `siginfo`.
+pub fn siginfo(signal: Signal, info: &Info) -> [u64; 4] {
+    let number = u64::from(signal.0);
+    let code = u64::from(info.code.cast_unsigned());
+    let sender = u64::from(visible(info.id)) | u64::from(info.uid) << 32;
+    match signal {
+        Signal::ILL | Signal::FPE | Signal::SEGV | Signal::BUS | Signal::TRAP if info.code > 0 => {
+            [number, code, info.address, 0]
+        }
+        _ => [number, code, sender, info.value],
+    }
 }
 
 /// Back from a handler: takes the registers the program (or the handler) left on its stack. They are

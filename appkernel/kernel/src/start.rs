@@ -5,13 +5,15 @@ use alloc::vec::Vec;
 use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use appkernel_core::cmdline::Options;
+use appkernel_core::cmdline::{Device, Options};
 use appkernel_hal as hal;
 
-use crate::fs::file::{File, Kind};
+use crate::container::Container;
+use crate::fs::file::{File, Files, Kind};
 use crate::fs::fuse::Fuse;
-use crate::task::{self, Task};
-use crate::{exec, fs, log, syscall, traps};
+use crate::fs::node::Node;
+use crate::task::{self, Credentials, Task};
+use crate::{agent, alarms, exec, fs, log, syscall, traps};
 
 #[global_allocator]
 static HEAP: hal::heap::Heap = hal::heap::Heap::new();
@@ -47,22 +49,26 @@ extern "C" fn kernel_main(start: u64) -> ! {
         .map(|r| r.1)
         .filter(|end| *end <= 3 << 30)
         .max();
-    for device in &options.devices {
-        if let Some(fuse) = Fuse::probe(device, ram_end.unwrap_or(0))
-            && fuse.tag() == options.root
-        {
-            fs::mount_root(fuse);
-            break;
-        }
-    }
-    if !fs::has_root() {
+    let machine = Machine {
+        devices: options.devices.clone(),
+        ram_end: ram_end.unwrap_or(0),
+    };
+    let Some(program) = options.run.first().cloned() else {
+        serve(machine, tsc);
+    };
+    let share = machine.devices.iter().find(|device| {
+        Fuse::tag_of(device, machine.ram_end).is_some_and(|tag| tag == options.root)
+    });
+    let Some(share) = share.and_then(|device| Fuse::probe(device, machine.ram_end)) else {
         fatal(format_args!(
             "no virtio-fs share {:?}: give the VM one, or name another by app.root=TAG",
             options.root
         ));
-    }
-    let Some(program) = options.run.first() else {
-        fatal(format_args!("no program: name it by app.run=PROGRAM"));
+    };
+    let container = Arc::new(Container::new(0, "", Node::Share(share.root()), false));
+    container.mount_usual();
+    let Some(thread) = task::init(&container, rest) else {
+        fatal(format_args!("no memory for the kernel's own thread"));
     };
     let mut environment: Vec<Vec<u8>> =
         options.env.iter().map(|e| e.clone().into_bytes()).collect();
@@ -75,27 +81,86 @@ extern "C" fn kernel_main(start: u64) -> ! {
         arguments: options.run.iter().map(|a| a.clone().into_bytes()).collect(),
         environment,
     };
-    let image = match exec::load(&request, options.cwd.as_bytes()) {
+    let credentials = Credentials::default();
+    let context = exec::Context {
+        container: &container,
+        cwd: options.cwd.as_bytes(),
+        credentials: &credentials,
+    };
+    let image = match exec::load(&request, context) {
         Ok(image) => image,
         Err(e) => fatal(format_args!("{program}: {} ({})", e.name(), e.0)),
     };
     let console = Arc::new(File::new(Kind::Console, 2));
-    let Some(first) = Task::first(image, &console, options.cwd.into_bytes()) else {
+    let mut files = Files::default();
+    for _ in 0..3 {
+        if files.insert(Arc::clone(&console), 0, false).is_err() {
+            fatal(format_args!("no memory for the first program"));
+        }
+    }
+    drop(console);
+    let new = task::New {
+        container: &container,
+        image,
+        files,
+        credentials,
+        cwd: options.cwd.clone().into_bytes(),
+        umask: 0o22,
+    };
+    let Ok(first) = Task::make(new) else {
         fatal(format_args!("no memory for the first program"));
     };
-    drop(console);
+    task::begin(first.id);
+    announce(tsc, "the first program");
+    drop((first, request, options, container));
+    hal::cpu::boot_mark(mark::FIRST_PROGRAM);
+    task::start(thread)
+}
+
+/// What the kernel found.
+pub struct Machine {
+    pub devices: Vec<Device>,
+    /// Where memory ends and devices begin.
+    pub ram_end: u64,
+}
+
+fn announce(tsc: u64, what: &str) {
     let cycles = hal::cpu::tsc() - tsc;
     let (total, free) = hal::frames::statistics();
     log!(
-        "app kernel {}: {} MiB, {} KiB in use, {} k cycles to the first program",
+        "app kernel {}: {} MiB, {} KiB in use, {} k cycles to {what}",
         env!("CARGO_PKG_VERSION"),
         total / 256,
         (total - free) * 4,
         cycles / 1000
     );
-    drop((request, options.run));
-    hal::cpu::boot_mark(mark::FIRST_PROGRAM);
-    task::start(first)
+}
+
+/// The kernel's own thread when nobody but a program on the command line wants something.
+extern "C" fn rest() -> ! {
+    loop {
+        alarms::run();
+        let next = alarms::next();
+        // Woken when a timer is set, or when one is due.
+        let _ = task::wait_until(task::AGENT, next, || (alarms::next() != next).then_some(()));
+    }
+}
+
+/// Waits for the host to say what to run.
+fn serve(machine: Machine, tsc: u64) -> ! {
+    let root = Node::Memory(fs::memory::new(Some(0), 0o755));
+    let container = Arc::new(Container::new(0, "", root, true));
+    if let Err(reason) = agent::prepare(machine) {
+        fatal(format_args!(
+            "no program: name it by app.run=PROGRAM; {reason}"
+        ));
+    }
+    let Some(thread) = task::init(&container, agent::run) else {
+        fatal(format_args!("no memory for the kernel's own thread"));
+    };
+    announce(tsc, "the agent");
+    drop(container);
+    task::start(thread)
 }
 
 /// Ends the machine because the first program ended: `code` as a shell shows it.

@@ -1,5 +1,7 @@
 //! What comes in: exceptions and interrupts.
 
+use core::sync::atomic::{AtomicU8, Ordering};
+
 use appkernel_hal::trap::{Frame, IRQ_BASE, SPURIOUS, TIMER};
 use appkernel_hal::{USER_END, apic, clock, cpu, trap};
 
@@ -14,6 +16,14 @@ const PAGE_FAULT: u64 = 14;
 mod fault {
     pub const WRITE: u64 = 2;
     pub const FETCH: u64 = 16;
+}
+
+/// IOAPIC pin of the device that the agent listens to.
+static AGENT_PIN: AtomicU8 = AtomicU8::new(u8::MAX);
+
+/// Interrupts of this pin wake the agent.
+pub fn wakes_agent(pin: u8) {
+    AGENT_PIN.store(pin, Ordering::Relaxed);
 }
 
 /// Called by the entry code for everything but system calls.
@@ -34,6 +44,8 @@ extern "C" fn kernel_trap(frame: &mut Frame) {
         _ => {
             if vector == IRQ_BASE + SERIAL_PIN {
                 fs::console::input();
+            } else if vector.wrapping_sub(IRQ_BASE) == AGENT_PIN.load(Ordering::Relaxed) {
+                task::wake(task::AGENT);
             }
             apic::end_of_interrupt();
         }

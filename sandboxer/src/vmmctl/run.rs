@@ -18,7 +18,7 @@ use super::signals::Signals;
 use crate::engine::EngineError;
 use crate::engine::console::ConsoleHub;
 use crate::engine::microvm::MicroVm;
-use crate::engine::microvm::files::GuestFiles;
+use crate::engine::microvm::files::{GuestFiles, find_app_kernel};
 use crate::engine::microvm::share::{PodShare, check_volumes, enter_private_mounts};
 use crate::engine::microvm::tap::Tap;
 use crate::image::Store;
@@ -45,6 +45,9 @@ pub struct Args {
     /// Command and arguments; the image's own if left out.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<String>,
+    /// What runs the program: a Linux guest, or the app kernel.
+    #[arg(long, value_enum, default_value_t = Sandbox::Microvm)]
+    sandbox: Sandbox,
     /// Number of virtual CPUs.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
     cpus: u8,
@@ -117,6 +120,25 @@ pub struct Args {
     allow_emulated_kvm: bool,
 }
 
+/// Which kind of guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Sandbox {
+    /// Linux and the agent.
+    Microvm,
+    /// Our own kernel, which is the agent too.
+    App,
+}
+
+impl Sandbox {
+    /// Its name, as `ps` shows it.
+    const fn kind(self) -> &'static str {
+        match self {
+            Self::Microvm => "microvm",
+            Self::App => "appkernel",
+        }
+    }
+}
+
 /// Which network the VM gets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Net {
@@ -167,7 +189,7 @@ pub fn run(args: Args, context: &Context) -> Result<u8, CliError> {
     }
     // What can be wrong is found out before anything is unpacked or started.
     check_volumes(&args.volume)?;
-    let files = GuestFiles::find(args.kernel.as_deref(), args.guest_image.as_deref())?;
+    let files = guest_files(&args)?;
     let kvm = kvm_check(Probe::Quick);
     if !kvm.usable() && !args.allow_emulated_kvm {
         return Err(VmError::Kvm(kvm.detail).into());
@@ -193,7 +215,7 @@ pub fn run(args: Args, context: &Context) -> Result<u8, CliError> {
     };
     let ms = |d: Duration| (d.as_secs_f64() * 1e4).round() / 10.0;
     let mut report = json!({
-        "id": id, "sandbox": "microvm", "image": image, "command": command, "exit_code": code,
+        "id": id, "sandbox": args.sandbox.kind(), "image": image, "command": command, "exit_code": code,
         "boot_ms": ms(outcome.boot), "total_ms": ms(total), "timeline": timeline,
     });
     if let Err(e) = &result {
@@ -214,11 +236,39 @@ pub fn run(args: Args, context: &Context) -> Result<u8, CliError> {
     Ok(code)
 }
 
+/// What the guest boots from: its kernel, and the image with the agent if it needs one.
+type Boot = (PathBuf, Option<PathBuf>);
+
+/// Finds what the guest boots from; what the app kernel has not is refused.
+fn guest_files(args: &Args) -> Result<Boot, CliError> {
+    if args.sandbox == Sandbox::Microvm {
+        let files = GuestFiles::find(args.kernel.as_deref(), args.guest_image.as_deref())?;
+        return Ok((files.kernel, Some(files.image)));
+    }
+    let refuse = |what: &str, instead: &str| {
+        let text = format!("--sandbox app: {what}; {instead}");
+        Err(CliError::new("not_supported", text))
+    };
+    if args.net != Net::None {
+        return refuse(
+            "the app kernel has no network but its loopback",
+            "leave --net out",
+        );
+    }
+    if args.cpus > 1 {
+        return refuse("the app kernel uses one CPU", "leave --cpus out");
+    }
+    if args.guest_image.is_some() {
+        return refuse("the app kernel needs no guest image", "leave --image out");
+    }
+    Ok((find_app_kernel(args.kernel.as_deref())?, None))
+}
+
 fn prepare(
     args: &Args,
     context: &Context,
     signals: &Signals,
-    files: GuestFiles,
+    (kernel, image_file): Boot,
     can_mount: bool,
     kvm: &bulkhead_vmm::KvmReport,
 ) -> Result<Prepared, CliError> {
@@ -231,7 +281,7 @@ fn prepare(
         version: 0,
         id: String::new(),
         name: args.name.clone().unwrap_or_default(),
-        kind: "microvm".into(),
+        kind: args.sandbox.kind().into(),
         mode: "run".into(),
         image: image.name.clone(),
         command: args.command.clone(),
@@ -274,19 +324,27 @@ fn prepare(
         vcpus: args.cpus,
         memory_mib: args.memory,
         hugepages: args.hugepages,
-        kernel: files.kernel,
+        kernel,
         initramfs: args.initramfs.clone(),
         cmdline: format!(
-            "{}root=/dev/vda rootfstype=erofs ro init=/sbin/agent dummy.numdummies=0 {}",
+            "{}{}{}",
             // Each byte on the console costs exits; without somebody who looks, none are written.
             if context.verbose > 1 { "" } else { "quiet " },
+            match args.sandbox {
+                Sandbox::Microvm =>
+                    "root=/dev/vda rootfstype=erofs ro init=/sbin/agent dummy.numdummies=0 ",
+                Sandbox::App => "",
+            },
             args.cmdline
         ),
-        disks: vec![DiskConfig {
-            source: DiskSource::Path(files.image),
-            read_only: true,
-            serial: "bulkhead-root".into(),
-        }],
+        disks: image_file
+            .map(|image| DiskConfig {
+                source: DiskSource::Path(image),
+                read_only: true,
+                serial: "bulkhead-root".into(),
+            })
+            .into_iter()
+            .collect(),
         shares: share.devices(),
         nets,
         vsock_cid: Some(3),

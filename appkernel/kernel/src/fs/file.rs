@@ -1,7 +1,10 @@
 //! Open files and their numbers.
 
+use alloc::format;
+use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::any::Any;
 
 use appkernel_core::errno::Errno;
 use appkernel_core::fuse::DirEntry;
@@ -9,9 +12,10 @@ use appkernel_hal::cpu;
 use appkernel_hal::serial::Serial;
 use appkernel_hal::sync::Mutex;
 
-use super::fuse::Node;
+use super::console;
+use super::dev::{self, Device};
+use super::node::{Node, kind};
 use super::pipe::{End, Pipe};
-use super::{Device, console};
 use crate::task;
 
 /// Open flags.
@@ -29,20 +33,68 @@ pub mod flag {
     pub const PATH: u32 = 0o10_000_000;
 }
 
+/// How far a file is ready.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ready {
+    pub readable: bool,
+    pub writable: bool,
+    /// The other side is gone.
+    pub hung_up: bool,
+    /// The other side will send no more.
+    pub ended: bool,
+    pub error: bool,
+}
+
+/// An open thing that is no file of a file system.
+pub trait Object: Send + Sync {
+    /// Reads; `wait` until there is something.
+    fn read(&self, _to: &mut [u8], _wait: bool) -> Result<usize, Errno> {
+        Err(Errno::EINVAL)
+    }
+    /// Writes; `wait` until there is room.
+    fn write(&self, _from: &[u8], _wait: bool) -> Result<usize, Errno> {
+        Err(Errno::EINVAL)
+    }
+    /// How far it is ready.
+    fn ready(&self) -> Ready;
+    /// Counts what came to be read, and what room came for writing: to tell that there was
+    /// something new though it is as ready as before.
+    fn progress(&self) -> (u64, u64) {
+        (0, 0)
+    }
+    /// As /proc shows it.
+    fn name(&self) -> String;
+    /// As `stat` shows it.
+    fn mode(&self) -> u32 {
+        0o600
+    }
+    /// Device number, of a terminal.
+    fn rdev(&self) -> u32 {
+        0
+    }
+    /// No open file means it any more.
+    fn closed(&self) {}
+    /// Itself, for calls that are for one kind only.
+    fn as_any(&self) -> &dyn Any;
+}
+
 /// What is open.
 pub enum Kind {
     Console,
     Device(Device),
     Pipe(Arc<Pipe>, End),
     /// A regular file, with a handle if it may be written.
-    Regular(Arc<Node>, Option<u64>),
-    /// A directory, its path, and its entries once they were asked for.
-    Directory(Arc<Node>, Vec<u8>, Mutex<Option<Vec<DirEntry>>>),
+    Regular(Node, Option<u64>),
+    /// A directory and its entries once they were asked for.
+    Directory(Node, Mutex<Option<Vec<DirEntry>>>),
+    Object(Arc<dyn Object>),
 }
 
 /// An open file; several numbers may mean the same.
 pub struct File {
     pub kind: Kind,
+    /// Its path; empty if it has none.
+    pub path: Vec<u8>,
     flags: Mutex<u32>,
     pub offset: Mutex<u64>,
 }
@@ -50,10 +102,54 @@ pub struct File {
 impl File {
     /// Opens what is given, with these flags.
     pub fn new(kind: Kind, flags: u32) -> Self {
+        Self::at(kind, flags, Vec::new())
+    }
+
+    /// Opens what is at a path.
+    pub fn at(kind: Kind, flags: u32, path: Vec<u8>) -> Self {
         Self {
             kind,
+            path,
             flags: Mutex::new(flags),
             offset: Mutex::new(0),
+        }
+    }
+
+    /// Whether opening its path again gives the same.
+    pub fn has_path(&self) -> bool {
+        !self.path.is_empty() && !matches!(self.kind, Kind::Pipe(..) | Kind::Object(_))
+    }
+
+    /// As /proc shows it.
+    pub fn name(&self) -> Vec<u8> {
+        if !self.path.is_empty() {
+            return self.path.clone();
+        }
+        match &self.kind {
+            Kind::Console => b"/dev/console".to_vec(),
+            Kind::Device(device) => format!("/dev/{device:?}").to_lowercase().into_bytes(),
+            Kind::Pipe(pipe, _) => format!("pipe:[{}]", pipe.number()).into_bytes(),
+            Kind::Object(object) => object.name().into_bytes(),
+            Kind::Regular(..) | Kind::Directory(..) => b"/ (deleted)".to_vec(),
+        }
+    }
+
+    /// The thing, if it is of this type.
+    pub fn object<T: 'static>(&self) -> Option<&T> {
+        match &self.kind {
+            Kind::Object(object) => object.as_any().downcast_ref(),
+            _ => None,
+        }
+    }
+
+    /// Mode and device number, of what is no file of a file system.
+    pub fn special(&self) -> (u32, u32) {
+        match &self.kind {
+            Kind::Console => (kind::CHARACTER | 0o620, dev::number(5, 1)),
+            Kind::Device(device) => (kind::CHARACTER | 0o666, device.number()),
+            Kind::Pipe(..) => (kind::FIFO | 0o600, 0),
+            Kind::Object(object) => (object.mode(), object.rdev()),
+            Kind::Regular(..) | Kind::Directory(..) => (0, 0),
         }
     }
 
@@ -69,7 +165,8 @@ impl File {
         *own = (*own & !CHANGEABLE) | (flags & CHANGEABLE);
     }
 
-    fn waits(&self) -> bool {
+    /// Whether calls wait.
+    pub fn waits(&self) -> bool {
         self.flags() & flag::NONBLOCK == 0
     }
 
@@ -82,20 +179,38 @@ impl File {
         self.flags() & flag::ACCESS != 0
     }
 
-    /// The node it shows, if it is of the share.
-    pub fn node(&self) -> Option<&Arc<Node>> {
+    /// The node it shows, if it is of a file system.
+    pub fn node(&self) -> Option<&Node> {
         match &self.kind {
             Kind::Regular(node, _) | Kind::Directory(node, ..) => Some(node),
             _ => None,
         }
     }
 
-    /// Readable, writable, hung up.
-    pub fn ready(&self) -> (bool, bool, bool) {
+    /// How far it is ready.
+    pub fn ready(&self) -> Ready {
         match &self.kind {
-            Kind::Console | Kind::Device(Device::Console) => (console::readable(), true, false),
+            Kind::Console => Ready {
+                readable: console::readable(),
+                writable: true,
+                ..Ready::default()
+            },
             Kind::Pipe(pipe, end) => pipe.ready(*end),
-            _ => (true, true, false),
+            Kind::Object(object) => object.ready(),
+            _ => Ready {
+                readable: true,
+                writable: true,
+                ..Ready::default()
+            },
+        }
+    }
+
+    /// As `Object::progress`.
+    pub fn progress(&self) -> (u64, u64) {
+        match &self.kind {
+            Kind::Pipe(pipe, _) => pipe.progress(),
+            Kind::Object(object) => object.progress(),
+            _ => (0, 0),
         }
     }
 
@@ -105,9 +220,9 @@ impl File {
             return Err(Errno::EBADF);
         }
         match &self.kind {
-            Kind::Console | Kind::Device(Device::Console) => self.read_console(to),
+            Kind::Console => self.read_console(to),
             Kind::Device(device) => match device {
-                Device::Null | Device::Console => Ok(0),
+                Device::Null => Ok(0),
                 Device::Zero | Device::Full => {
                     to.fill(0);
                     Ok(to.len())
@@ -129,6 +244,8 @@ impl File {
                 Ok(count)
             }
             Kind::Directory(..) => Err(Errno::EISDIR),
+            Kind::Object(_) if at.is_some() => Err(Errno::ESPIPE),
+            Kind::Object(object) => object.read(to, self.waits()),
         }
     }
 
@@ -152,7 +269,7 @@ impl File {
             return Err(Errno::EBADF);
         }
         match &self.kind {
-            Kind::Console | Kind::Device(Device::Console) => {
+            Kind::Console => {
                 for line in from.split_inclusive(|b| *b == b'\n') {
                     match line.split_last() {
                         Some((b'\n', text)) => {
@@ -182,6 +299,8 @@ impl File {
                 Ok(count)
             }
             Kind::Directory(..) => Err(Errno::EISDIR),
+            Kind::Object(_) if at.is_some() => Err(Errno::ESPIPE),
+            Kind::Object(object) => object.write(from, self.waits()),
         }
     }
 }
@@ -191,13 +310,14 @@ impl Drop for File {
         match &self.kind {
             Kind::Pipe(pipe, end) => pipe.close(*end),
             Kind::Regular(node, Some(handle)) => node.close(*handle),
+            Kind::Object(object) => object.closed(),
             _ => {}
         }
     }
 }
 
-/// As Linux' usual limit.
-pub const MAX_FILES: usize = 1024;
+/// Open files of a process, at most.
+pub const MAX_FILES: usize = 4096;
 
 /// The open files of a process, by number.
 #[derive(Default)]
@@ -239,6 +359,10 @@ impl Files {
 
     /// Gives a file the lowest free number from `from` on.
     pub fn insert(&mut self, file: Arc<File>, from: usize, close: bool) -> Result<i32, Errno> {
+        // Open files are the kernel's memory.
+        if appkernel_hal::frames::is_scarce() {
+            return Err(Errno::ENFILE);
+        }
         let index = (from..MAX_FILES)
             .find(|i| !matches!(self.0.get(*i), Some(Some(_))))
             .ok_or(Errno::EMFILE)?;
@@ -275,6 +399,12 @@ impl Files {
         let index = usize::try_from(fd).map_err(|_| Errno::EBADF)?;
         let slot = self.0.get_mut(index).and_then(Option::take);
         slot.map(|(file, _)| file).ok_or(Errno::EBADF)
+    }
+
+    /// Numbers in use.
+    pub fn numbers(&self) -> Vec<u32> {
+        let used = self.0.iter().enumerate().filter(|(_, slot)| slot.is_some());
+        used.map(|(i, _)| i as u32).collect()
     }
 
     /// All of them.

@@ -1,6 +1,6 @@
 //! Client of a virtio-fs share: nodes, names, and the cache of their pages.
 
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::string::String;
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
@@ -14,7 +14,9 @@ use appkernel_core::locks::Locks;
 use appkernel_hal::sync::Mutex;
 use appkernel_hal::{PAGE, clock, frames};
 
-use super::virtio::{ANSWER_MAX, Virtio};
+use super::memory::new_device;
+use super::node::{Owner, kind};
+use super::virtio::{ANSWER_MAX, Caller as Channel, Transport};
 use crate::log;
 
 const DEVICE_TYPE: u32 = 26;
@@ -58,11 +60,27 @@ type Names = BTreeMap<(u64, Vec<u8>), (u64, u64)>;
 /// A mounted share.
 pub struct Fuse {
     tag: String,
-    device: Mutex<(Virtio, u64)>,
+    /// Number of the file system, as `stat` shows it.
+    number: u64,
+    device: Mutex<(Channel, u64)>,
     nodes: Mutex<BTreeMap<u64, Arc<Node>>>,
     names: Mutex<Names>,
     handles: Mutex<usize>,
     me: Weak<Self>,
+}
+
+/// All shares that are mounted.
+static ALL: Mutex<Vec<Arc<Fuse>>> = Mutex::new(Vec::new());
+
+/// The mounted share of a tag.
+pub fn mounted(tag: &str) -> Option<Arc<Fuse>> {
+    ALL.lock().iter().find(|fuse| fuse.tag == tag).cloned()
+}
+
+/// Frees pages of the cache that nobody has mapped.
+pub fn shrink_all() -> usize {
+    let all = ALL.lock().clone();
+    all.iter().map(|fuse| fuse.shrink()).sum()
 }
 
 /// A file of the share.
@@ -78,23 +96,36 @@ struct NodeState {
     valid_until: u64,
     /// Frames by page number.
     pages: BTreeMap<u64, u64>,
+    /// Pages that programs can change through mappings, and the handle to write them back with.
+    /// They stay so while the file is known: nobody tells when such a page is changed again.
+    dirty: BTreeSet<u64>,
+    write_handle: Option<u64>,
+    /// Shared mappings of the file.
+    mappings: usize,
     handle: Option<u64>,
     locks: Locks,
 }
 
 impl Fuse {
-    /// Mounts the share behind a device; `None` if it is not one, or does not work.
-    pub fn probe(device: &Device, ram_end: u64) -> Option<Arc<Self>> {
-        let (registers, kind) = Virtio::find(device, ram_end)?;
+    /// Tag of the share behind a device, if there is one.
+    pub fn tag_of(device: &Device, ram_end: u64) -> Option<String> {
+        let (transport, kind) = Transport::find(device, ram_end)?;
         if kind != DEVICE_TYPE {
             return None;
         }
-        let config: Vec<u8> = (0..TAG_LEN).map(|i| Virtio::config(registers, i)).collect();
-        let tag = wire::tag(&config);
-        let virtio = Virtio::start(registers, device.irq, 2)?;
+        let config: Vec<u8> = (0..TAG_LEN).map(|i| transport.config(i)).collect();
+        Some(wire::tag(&config))
+    }
+
+    /// Mounts the share behind a device; `None` if it is not one, or does not work.
+    pub fn probe(device: &Device, ram_end: u64) -> Option<Arc<Self>> {
+        let tag = Self::tag_of(device, ram_end)?;
+        let (transport, _) = Transport::find(device, ram_end)?;
+        let channel = Channel::start(transport, 2)?;
         let fuse = Arc::new_cyclic(|me| Self {
             tag,
-            device: Mutex::new((virtio, 0)),
+            number: new_device(),
+            device: Mutex::new((channel, 0)),
             nodes: Mutex::new(BTreeMap::new()),
             names: Mutex::new(BTreeMap::new()),
             handles: Mutex::new(0),
@@ -125,12 +156,8 @@ impl Fuse {
         });
         fuse.nodes.lock().insert(ROOT, Arc::clone(&root));
         root.attributes().ok()?;
+        ALL.lock().push(Arc::clone(&fuse));
         Some(fuse)
-    }
-
-    /// Name of the share.
-    pub fn tag(&self) -> &str {
-        &self.tag
     }
 
     /// Its root directory.
@@ -150,10 +177,29 @@ impl Fuse {
         room: usize,
         f: impl FnOnce(&[u8]) -> Result<T, Errno>,
     ) -> Result<T, Errno> {
+        self.call_as(Owner::default(), op, node, &[body, data], room, f)
+    }
+
+    /// As `call`; what is made by it belongs to `owner`.
+    fn call_as<T>(
+        &self,
+        owner: Owner,
+        op: Op,
+        node: u64,
+        parts: &[&[u8]; 2],
+        room: usize,
+        f: impl FnOnce(&[u8]) -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
         let mut device = self.device.lock();
         device.1 += 1;
         let unique = device.1;
-        let header = wire::header(op, node, unique, Caller::default(), body.len() + data.len());
+        let caller = Caller {
+            uid: owner.uid,
+            gid: owner.gid,
+            pid: 0,
+        };
+        let [body, data] = parts;
+        let header = wire::header(op, node, unique, caller, body.len() + data.len());
         let answer = device.0.call(&[&header, body, data], OUT_HEADER + room)?;
         f(wire::answer(answer, unique)?)
     }
@@ -167,8 +213,9 @@ impl Fuse {
             let Some(mut state) = node.state.try_lock() else {
                 continue;
             };
-            state.pages.retain(|_, frame| {
-                if frames::owners(*frame) > 1 {
+            let NodeState { pages, dirty, .. } = &mut *state;
+            pages.retain(|index, frame| {
+                if frames::owners(*frame) > 1 || dirty.contains(index) {
                     return true;
                 }
                 frames::release(*frame, 0);
@@ -209,24 +256,22 @@ impl NodeState {
 
     fn drop_pages(&mut self, from: u64) {
         let dropped = self.pages.split_off(&from);
-        for frame in dropped.into_values() {
-            frames::release(frame, 0);
+        for (index, frame) in dropped {
+            // A page that programs change through a mapping is the file: it is not read again.
+            if self.dirty.contains(&index) {
+                self.pages.insert(index, frame);
+            } else {
+                frames::release(frame, 0);
+            }
         }
     }
 }
 
 impl Drop for NodeState {
     fn drop(&mut self) {
+        self.dirty.clear();
         self.drop_pages(0);
     }
-}
-
-/// Kinds of files in a mode.
-mod kind {
-    pub const MASK: u32 = 0o170_000;
-    pub const DIRECTORY: u32 = 0o040_000;
-    pub const REGULAR: u32 = 0o100_000;
-    pub const LINK: u32 = 0o120_000;
 }
 
 impl Node {
@@ -234,23 +279,19 @@ impl Node {
         self.fuse.upgrade().ok_or(Errno::EIO)
     }
 
-    fn kind(&self) -> u32 {
+    /// Its kind, as in a mode.
+    pub fn kind(&self) -> u32 {
         self.state.lock().attributes.mode & kind::MASK
     }
 
-    /// Whether it is a directory.
-    pub fn is_directory(&self) -> bool {
-        self.kind() == kind::DIRECTORY
+    /// Number of the file system.
+    pub fn device(&self) -> u64 {
+        self.fuse.upgrade().map_or(0, |fuse| fuse.number)
     }
 
-    /// Whether it is a regular file.
-    pub fn is_regular(&self) -> bool {
-        self.kind() == kind::REGULAR
-    }
-
-    /// Whether it is a symbolic link.
-    pub fn is_link(&self) -> bool {
-        self.kind() == kind::LINK
+    /// Number in it.
+    pub fn number(&self) -> u64 {
+        self.id
     }
 
     /// Its attributes; asks the host if they are old.
@@ -319,9 +360,9 @@ impl Node {
         Ok(())
     }
 
-    fn entry_call(&self, op: Op, body: &[u8]) -> Result<Arc<Node>, Errno> {
+    fn entry_call(&self, owner: Owner, op: Op, body: &[u8]) -> Result<Arc<Node>, Errno> {
         let fuse = self.fuse()?;
-        let entry = fuse.call(op, self.id, body, &[], 128, |answer| {
+        let entry = fuse.call_as(owner, op, self.id, &[body, &[]], 128, |answer| {
             Entry::parse(&mut Reader(answer))
         })?;
         Ok(fuse.enter(&entry))
@@ -394,7 +435,7 @@ impl Node {
     }
 
     /// Makes a file and opens it for writing.
-    pub fn create(&self, name: &[u8], mode: u32) -> Result<(Arc<Node>, u64), Errno> {
+    pub fn create(&self, name: &[u8], mode: u32, owner: Owner) -> Result<(Arc<Node>, u64), Errno> {
         let fuse = self.fuse()?;
         // O_RDWR | O_CREAT | O_EXCL: whoever made it in the meantime is not overwritten.
         let body = Body::new()
@@ -403,31 +444,53 @@ impl Node {
             .u32(0)
             .u32(0)
             .name(name);
-        let (entry, handle) = fuse.call(Op::Create, self.id, &body.0, &[], 144, |answer| {
-            let mut reader = Reader(answer);
-            Ok((Entry::parse(&mut reader)?, reader.u64()?))
-        })?;
+        let (entry, handle) =
+            fuse.call_as(owner, Op::Create, self.id, &[&body.0, &[]], 144, |answer| {
+                let mut reader = Reader(answer);
+                Ok((Entry::parse(&mut reader)?, reader.u64()?))
+            })?;
         self.forget_name(name);
         Ok((fuse.enter(&entry), handle))
     }
 
     /// Makes a directory.
-    pub fn make_directory(&self, name: &[u8], mode: u32) -> Result<(), Errno> {
-        self.entry_call(Op::Mkdir, &Body::new().u32(mode).u32(0).name(name).0)?;
+    pub fn make_directory(&self, name: &[u8], mode: u32, owner: Owner) -> Result<(), Errno> {
+        self.entry_call(owner, Op::Mkdir, &Body::new().u32(mode).u32(0).name(name).0)?;
         self.forget_name(name);
         Ok(())
     }
 
     /// Makes a symbolic link.
-    pub fn make_link(&self, name: &[u8], target: &[u8]) -> Result<(), Errno> {
-        self.entry_call(Op::Symlink, &Body::new().name(name).name(target).0)?;
+    pub fn make_link(&self, name: &[u8], target: &[u8], owner: Owner) -> Result<(), Errno> {
+        self.entry_call(owner, Op::Symlink, &Body::new().name(name).name(target).0)?;
+        self.forget_name(name);
+        Ok(())
+    }
+
+    /// Makes a fifo or a socket. Device files of the host are none of a program's business.
+    pub fn make_special(
+        &self,
+        name: &[u8],
+        mode: u32,
+        rdev: u32,
+        owner: Owner,
+    ) -> Result<(), Errno> {
+        if !matches!(mode & kind::MASK, kind::FIFO | kind::SOCKET) {
+            return Err(Errno::EPERM);
+        }
+        let body = Body::new().u32(mode).u32(rdev).u32(0).u32(0).name(name);
+        self.entry_call(owner, Op::Mknod, &body.0)?;
         self.forget_name(name);
         Ok(())
     }
 
     /// One more name, in this directory, for a file.
     pub fn link(&self, name: &[u8], file: &Self) -> Result<(), Errno> {
-        self.entry_call(Op::Link, &Body::new().u64(file.id).name(name).0)?;
+        self.entry_call(
+            Owner::default(),
+            Op::Link,
+            &Body::new().u64(file.id).name(name).0,
+        )?;
         self.forget_name(name);
         file.state.lock().valid_until = 0;
         Ok(())
@@ -636,14 +699,85 @@ impl Node {
         Ok(count)
     }
 
+    /// A page that is mapped so that programs can change it was touched.
+    pub fn page_changed(&self, index: u64) {
+        let wants_handle = {
+            let mut state = self.state.lock();
+            state.dirty.insert(index);
+            state.write_handle.is_none()
+        };
+        if wants_handle && let Ok(handle) = self.open_for_writing() {
+            self.state.lock().write_handle = Some(handle);
+        }
+    }
+
+    /// Writes the pages that programs may have changed through mappings to the host.
+    pub fn write_back(&self) -> Result<(), Errno> {
+        let (handle, size, dirty): (_, _, Vec<(u64, u64)>) = {
+            let state = self.state.lock();
+            let pages = state.dirty.iter();
+            let pages = pages.filter_map(|i| state.pages.get(i).map(|frame| (*i, *frame)));
+            (state.write_handle, state.attributes.size, pages.collect())
+        };
+        let Some(handle) = handle else { return Ok(()) };
+        for (index, frame) in dirty {
+            let start = index * PAGE;
+            if start >= size {
+                continue;
+            }
+            let len = PAGE.min(size - start) as usize;
+            // SAFETY: the cache owns the frame; dirty pages are not dropped.
+            let bytes = unsafe { frames::bytes(frame) }
+                .get(..len)
+                .unwrap_or_default();
+            let copy = bytes.to_vec();
+            let mut done = 0;
+            while done < len {
+                let rest = copy.get(done..).unwrap_or_default();
+                done += self.write(handle, start + done as u64, rest)?.max(1);
+            }
+        }
+        Ok(())
+    }
+
+    /// There is one more shared mapping.
+    pub fn mapped(&self) {
+        self.state.lock().mappings += 1;
+    }
+
+    /// There is one less: what was changed through it goes to the host.
+    pub fn unmapped(&self) {
+        // An error has nobody to go to: the program that wrote has unmapped the file, or ended.
+        let _ = self.write_back();
+        let handle = {
+            let mut state = self.state.lock();
+            state.mappings = state.mappings.saturating_sub(1);
+            if state.mappings > 0 {
+                return;
+            }
+            state.dirty.clear();
+            state.write_handle.take()
+        };
+        if let Some(handle) = handle {
+            self.close(handle);
+        }
+    }
+
     /// Makes the host write the file to its disk.
-    pub fn sync(&self, data_only: bool) -> Result<(), Errno> {
-        let handle = self.open_handle(Op::Open, 0)?;
+    pub fn sync(&self, data_only: bool, handle: Option<u64>) -> Result<(), Errno> {
+        self.write_back()?;
+        let own = handle;
+        let handle = match own {
+            Some(handle) => handle,
+            None => self.open_handle(Op::Open, 0)?,
+        };
         let body = Body::new().u64(handle).u32(u32::from(data_only)).u32(0);
         let result = self
             .fuse()?
             .call(Op::Fsync, self.id, &body.0, &[], 16, |_| Ok(()));
-        self.release_handle(Op::Release, handle);
+        if own.is_none() {
+            self.release_handle(Op::Release, handle);
+        }
         result
     }
 
@@ -652,11 +786,16 @@ impl Node {
         f(&mut self.state.lock().locks)
     }
 
-    /// Figures of the file system, as the protocol has them.
-    pub fn statistics(&self) -> Result<Vec<u8>, Errno> {
+    /// Figures of the file system: type, block size, blocks, free blocks, files, free files.
+    pub fn statistics(&self) -> Result<[u64; 6], Errno> {
+        const FUSE_MAGIC: u64 = 0x6573_5546;
         self.fuse()?
             .call(Op::Statfs, self.id, &[], &[], 80, |answer| {
-                Ok(answer.to_vec())
+                let mut reader = Reader(answer);
+                let (blocks, free, _) = (reader.u64()?, reader.u64()?, reader.u64()?);
+                let (files, files_free) = (reader.u64()?, reader.u64()?);
+                let block = reader.u32()?;
+                Ok([FUSE_MAGIC, block.into(), blocks, free, files, files_free])
             })
     }
 }

@@ -1,110 +1,73 @@
-//! Files: the share that is the root, a few devices, and the walk along paths.
+//! Files: file systems, and the walk along paths.
 
 pub mod console;
+pub mod dev;
 pub mod file;
 pub mod fuse;
+pub mod memory;
+pub mod node;
 pub mod pipe;
+pub mod proc;
+pub mod proc_text;
+pub mod pty;
 pub mod virtio;
 
 use alloc::collections::VecDeque;
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use appkernel_core::errno::Errno;
 use appkernel_core::fuse::NAME_MAX;
-use appkernel_hal::sync::Mutex;
 
-use fuse::{Fuse, Node};
+use crate::container::Container;
+use node::Node;
 
 /// As Linux.
 const MAX_LINKS: usize = 40;
 /// Longest path with its end.
 pub const PATH_MAX: usize = 4096;
 
-static ROOT: Mutex<Option<Arc<Fuse>>> = Mutex::new(None);
-
-/// The share becomes the root.
-pub fn mount_root(fuse: Arc<Fuse>) {
-    *ROOT.lock() = Some(fuse);
-}
-
-/// Whether there is a root.
-pub fn has_root() -> bool {
-    ROOT.lock().is_some()
-}
-
-/// The root's file system.
-pub fn root() -> Result<Arc<Fuse>, Errno> {
-    ROOT.lock().clone().ok_or(Errno::ENOENT)
-}
-
-/// Devices the kernel makes itself, under /dev.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Device {
-    Null,
-    Zero,
-    Full,
-    Random,
-    Console,
-}
-
-impl Device {
-    fn by_name(name: &[u8]) -> Option<Self> {
-        Some(match name {
-            b"null" => Self::Null,
-            b"zero" => Self::Zero,
-            b"full" => Self::Full,
-            b"random" | b"urandom" => Self::Random,
-            b"console" | b"tty" => Self::Console,
-            _ => return None,
-        })
-    }
-
-    /// Number as in Linux (major and minor, as stat gives them).
-    pub fn number(self) -> u64 {
-        match self {
-            Self::Null => 0x103,
-            Self::Zero => 0x105,
-            Self::Full => 0x107,
-            Self::Random => 0x109,
-            Self::Console => 0x501,
-        }
-    }
-}
-
-/// What a path leads to.
-#[derive(Clone)]
-pub enum What {
-    Node(Arc<Node>),
-    Device(Device),
-}
-
 /// A path that was walked.
 #[derive(Clone)]
 pub struct Found {
     /// Without links, dots and repeated slashes.
     pub path: Vec<u8>,
-    pub what: What,
-}
-
-impl Found {
-    /// The node of the share.
-    pub fn node(&self) -> Result<Arc<Node>, Errno> {
-        match &self.what {
-            What::Node(node) => Ok(Arc::clone(node)),
-            What::Device(_) => Err(Errno::EACCES),
-        }
-    }
+    pub node: Node,
+    /// The mount it is on cannot be written.
+    pub read_only: bool,
 }
 
 /// A directory and a name in it that need not exist.
 pub struct Place {
-    pub directory: Arc<Node>,
+    pub directory: Node,
     pub name: Vec<u8>,
+    /// Path of the directory.
+    pub parent: Vec<u8>,
     /// What is there.
     pub found: Option<Found>,
     /// The path ended with a slash: only a directory will do.
     pub slash: bool,
+    /// The mount of the directory cannot be written.
+    pub read_only: bool,
+}
+
+impl Place {
+    /// The directory, to change what is in it.
+    pub fn writable(&self) -> Result<&Node, Errno> {
+        if self.read_only {
+            return Err(Errno::EROFS);
+        }
+        Ok(&self.directory)
+    }
+
+    /// Canonical path of the name.
+    pub fn path(&self) -> Vec<u8> {
+        let mut path = self.parent.clone();
+        if path != b"/" {
+            path.push(b'/');
+        }
+        path.extend(&self.name);
+        path
+    }
 }
 
 fn components(path: &[u8]) -> impl DoubleEndedIterator<Item = Vec<u8>> {
@@ -113,106 +76,148 @@ fn components(path: &[u8]) -> impl DoubleEndedIterator<Item = Vec<u8>> {
         .map(<[u8]>::to_vec)
 }
 
-fn joined(stack: &[(Vec<u8>, Arc<Node>)], last: Option<&[u8]>) -> Vec<u8> {
-    let mut path = Vec::new();
-    for name in stack.iter().map(|(name, _)| name.as_slice()).chain(last) {
-        path.push(b'/');
-        path.extend(name);
-    }
-    if path.is_empty() {
-        path.push(b'/');
-    }
-    path
-}
-
 /// Walks a path from `cwd` (canonical).
 ///
 /// # Errors
-/// As path_resolution(7): `ENOENT`, `ENOTDIR`, `ELOOP`, `ENAMETOOLONG`, or the share's error.
-pub fn resolve(cwd: &[u8], path: &[u8], follow: bool) -> Result<Found, Errno> {
-    let place = walk(cwd, path, follow)?;
+/// As path_resolution(7): `ENOENT`, `ENOTDIR`, `ELOOP`, `ENAMETOOLONG`, or the file system's error.
+pub fn resolve(
+    container: &Container,
+    cwd: &[u8],
+    path: &[u8],
+    follow: bool,
+) -> Result<Found, Errno> {
+    let place = walk(container, cwd, path, follow)?;
     let found = place.found.ok_or(Errno::ENOENT)?;
-    if place.slash && !matches!(&found.what, What::Node(n) if n.is_directory()) {
+    if place.slash && !found.node.is_directory() {
         return Err(Errno::ENOTDIR);
     }
     Ok(found)
+}
+
+/// Where a walk is: nodes from the root, with the length of the path up to each.
+struct Walk<'a> {
+    container: &'a Container,
+    path: Vec<u8>,
+    stack: Vec<(Node, usize, bool)>,
+    root: (Node, bool),
+}
+
+impl<'a> Walk<'a> {
+    fn new(container: &'a Container) -> Result<Self, Errno> {
+        let root = container.mount_at(b"/").ok_or(Errno::ENOENT)?;
+        Ok(Self {
+            container,
+            path: Vec::new(),
+            stack: Vec::new(),
+            root,
+        })
+    }
+
+    fn at(&self) -> (&Node, bool) {
+        self.stack
+            .last()
+            .map_or((&self.root.0, self.root.1), |(node, _, read_only)| {
+                (node, *read_only)
+            })
+    }
+
+    /// The path of where it is.
+    fn path(&self) -> Vec<u8> {
+        if self.path.is_empty() {
+            b"/".to_vec()
+        } else {
+            self.path.clone()
+        }
+    }
+
+    fn up(&mut self) {
+        if let Some((_, len, _)) = self.stack.pop() {
+            self.path.truncate(len);
+        }
+    }
+
+    fn restart(&mut self) {
+        self.stack.clear();
+        self.path.clear();
+    }
+
+    /// What has that name here, and whether it is on a mount that cannot be written. Mounts hide
+    /// what is below them.
+    fn look(&mut self, name: &[u8]) -> Result<(Node, bool), Errno> {
+        let len = self.path.len();
+        self.path.push(b'/');
+        self.path.extend(name);
+        let mounted = self.container.mount_at(&self.path);
+        self.path.truncate(len);
+        if let Some(found) = mounted {
+            return Ok(found);
+        }
+        let (at, read_only) = self.at();
+        at.lookup(name).map(|node| (node, read_only))
+    }
+
+    fn down(&mut self, name: &[u8], node: Node, read_only: bool) {
+        let len = self.path.len();
+        self.path.push(b'/');
+        self.path.extend(name);
+        self.stack.push((node, len, read_only));
+    }
 }
 
 /// Walks to the last name of a path, which may be missing; links in it are followed if `follow`.
 ///
 /// # Errors
 /// As `resolve`.
-pub fn walk(cwd: &[u8], path: &[u8], follow: bool) -> Result<Place, Errno> {
+pub fn walk(container: &Container, cwd: &[u8], path: &[u8], follow: bool) -> Result<Place, Errno> {
     if path.is_empty() {
         return Err(Errno::ENOENT);
     }
     if path.len() >= PATH_MAX {
         return Err(Errno::ENAMETOOLONG);
     }
-    let root = root()?.root();
     let mut todo: VecDeque<Vec<u8>> = VecDeque::new();
     if !path.starts_with(b"/") {
         todo.extend(components(cwd));
     }
     todo.extend(components(path));
     let slash = path.ends_with(b"/") || path.ends_with(b"/.");
-    let mut stack: Vec<(Vec<u8>, Arc<Node>)> = Vec::new();
+    let mut walk = Walk::new(container)?;
     let mut links = 0;
-    let mut at = Arc::clone(&root);
     while let Some(name) = todo.pop_front() {
         if name.len() > NAME_MAX {
             return Err(Errno::ENAMETOOLONG);
         }
-        if !at.is_directory() {
+        if !walk.at().0.is_directory() {
             return Err(Errno::ENOTDIR);
         }
         if name == b".." {
-            stack.pop();
-            at = stack
-                .last()
-                .map_or_else(|| Arc::clone(&root), |(_, node)| Arc::clone(node));
+            walk.up();
             continue;
         }
-        // Devices are there whether the image has a /dev or not.
-        if stack.is_empty()
-            && name == b"dev"
-            && todo.len() == 1
-            && let Some(device) = todo.front().and_then(|n| Device::by_name(n))
-        {
-            let last = todo.pop_front().unwrap_or_default();
-            let path = [b"/dev/".as_slice(), &last].concat();
-            return Ok(Place {
-                directory: root,
-                name: last,
-                found: Some(Found {
-                    path,
-                    what: What::Device(device),
-                }),
-                slash,
-            });
-        }
         let last = todo.is_empty();
-        let node = match at.lookup(&name) {
-            Ok(node) => node,
+        let (node, read_only) = match walk.look(&name) {
+            Ok(found) => found,
             Err(Errno::ENOENT) if last => {
+                let (directory, read_only) = walk.at();
                 return Ok(Place {
-                    directory: at,
+                    directory: directory.clone(),
+                    parent: walk.path(),
                     name,
                     found: None,
                     slash,
+                    read_only,
                 });
             }
             Err(e) => return Err(e),
         };
-        if node.is_link() && (!last || follow || slash) {
+        if node.is_link() && (!last || follow || slash) && !(last && proc::is_open_file(&node)) {
             links += 1;
             if links > MAX_LINKS {
                 return Err(Errno::ELOOP);
             }
             let target = node.read_link()?;
             if target.starts_with(b"/") {
-                stack.clear();
-                at = Arc::clone(&root);
+                walk.restart();
             }
             for component in components(&target).rev() {
                 todo.push_front(component);
@@ -220,29 +225,36 @@ pub fn walk(cwd: &[u8], path: &[u8], follow: bool) -> Result<Place, Errno> {
             continue;
         }
         if last {
-            let path = joined(&stack, Some(&name));
+            let (directory, directory_read_only) = walk.at();
+            let (directory, parent) = (directory.clone(), walk.path());
+            walk.down(&name, node.clone(), read_only);
             return Ok(Place {
-                directory: at,
+                directory,
+                parent,
                 name,
                 found: Some(Found {
-                    path,
-                    what: What::Node(node),
+                    path: walk.path(),
+                    node,
+                    read_only,
                 }),
                 slash,
+                read_only: directory_read_only,
             });
         }
-        stack.push((name, Arc::clone(&node)));
-        at = node;
+        walk.down(&name, node, read_only);
     }
     // The path ended in the root, or by "..".
-    let path = joined(&stack, None);
+    let (node, read_only) = walk.at();
     Ok(Place {
-        directory: Arc::clone(&at),
+        directory: node.clone(),
+        parent: walk.path(),
         name: Vec::new(),
         found: Some(Found {
-            path,
-            what: What::Node(at),
+            path: walk.path(),
+            node: node.clone(),
+            read_only,
         }),
         slash,
+        read_only,
     })
 }

@@ -1,10 +1,15 @@
 //! Pipes.
 
-use alloc::collections::VecDeque;
+use alloc::collections::{BTreeMap, VecDeque};
+use alloc::sync::{Arc, Weak};
+
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use appkernel_core::errno::Errno;
 use appkernel_hal::sync::Mutex;
 
+use super::file::{Kind, Ready, flag};
+use super::node::Node;
 use crate::task;
 
 /// As Linux.
@@ -17,11 +22,21 @@ struct State {
     data: VecDeque<u8>,
     readers: usize,
     writers: usize,
+    /// Bytes that came, and that were taken.
+    came: u64,
+    taken: u64,
 }
 
 /// Bytes from writers to readers.
 #[derive(Debug)]
-pub struct Pipe(Mutex<State>);
+pub struct Pipe {
+    number: u64,
+    state: Mutex<State>,
+    /// The agent moves its bytes: it is woken by what happens.
+    is_agents: AtomicBool,
+}
+
+static NEXT: AtomicU64 = AtomicU64::new(1);
 
 /// Which end a file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,46 +48,90 @@ pub enum End {
 impl Pipe {
     /// With one reader and one writer.
     pub fn new() -> Self {
-        Self(Mutex::new(State {
-            readers: 1,
-            writers: 1,
-            ..State::default()
-        }))
+        Self {
+            number: NEXT.fetch_add(1, Ordering::Relaxed),
+            state: Mutex::new(State {
+                readers: 1,
+                writers: 1,
+                ..State::default()
+            }),
+            is_agents: AtomicBool::new(false),
+        }
+    }
+
+    /// Whose other end the agent has.
+    pub fn of_agent() -> Self {
+        let pipe = Self::new();
+        pipe.is_agents.store(true, Ordering::Relaxed);
+        pipe
+    }
+
+    /// Its number.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// One more file has this end.
+    pub fn open(&self, end: End) {
+        let mut state = self.state.lock();
+        match end {
+            End::Read => state.readers += 1,
+            End::Write => state.writers += 1,
+        }
+    }
+
+    fn changed(&self) {
+        task::wake(task::FILES);
+        if self.is_agents.load(Ordering::Relaxed) {
+            task::wake(task::AGENT);
+        }
+    }
+
+    /// Bytes that can be written without waiting; `None` when nobody reads.
+    pub fn room(&self) -> Option<usize> {
+        let state = self.state.lock();
+        (state.readers > 0).then(|| CAPACITY.saturating_sub(state.data.len()))
     }
 
     /// An end is closed.
     pub fn close(&self, end: End) {
         {
-            let mut state = self.0.lock();
+            let mut state = self.state.lock();
             let count = match end {
                 End::Read => &mut state.readers,
                 End::Write => &mut state.writers,
             };
             *count = count.saturating_sub(1);
         }
-        task::wake(task::FILES);
+        self.changed();
     }
 
-    /// Readable (or at its end), writable (or without readers), and hung up.
-    pub fn ready(&self, end: End) -> (bool, bool, bool) {
-        let state = self.0.lock();
+    /// How far an end is ready.
+    pub fn ready(&self, end: End) -> Ready {
+        let state = self.state.lock();
         match end {
-            End::Read => (
-                !state.data.is_empty() || state.writers == 0,
-                false,
-                state.writers == 0,
-            ),
-            End::Write => (
-                false,
-                CAPACITY - state.data.len() >= ATOMIC || state.readers == 0,
-                state.readers == 0,
-            ),
+            End::Read => Ready {
+                readable: !state.data.is_empty(),
+                hung_up: state.writers == 0,
+                ..Ready::default()
+            },
+            End::Write => Ready {
+                writable: CAPACITY - state.data.len() >= ATOMIC || state.readers == 0,
+                error: state.readers == 0,
+                ..Ready::default()
+            },
         }
+    }
+
+    /// Bytes that came, and that were taken.
+    pub fn progress(&self) -> (u64, u64) {
+        let state = self.state.lock();
+        (state.came, state.taken)
     }
 
     /// Bytes in it.
     pub fn len(&self) -> usize {
-        self.0.lock().data.len()
+        self.state.lock().data.len()
     }
 
     /// Reads what there is; waits for at least one byte, unless at the end.
@@ -81,7 +140,7 @@ impl Pipe {
             return Ok(0);
         }
         let mut attempt = || {
-            let mut state = self.0.lock();
+            let mut state = self.state.lock();
             if state.data.is_empty() {
                 return (state.writers == 0).then_some(0);
             }
@@ -89,6 +148,7 @@ impl Pipe {
             for (slot, byte) in to.iter_mut().zip(state.data.drain(..count)) {
                 *slot = byte;
             }
+            state.taken += count as u64;
             Some(count)
         };
         let count = if wait {
@@ -96,7 +156,7 @@ impl Pipe {
         } else {
             attempt().ok_or(Errno::EAGAIN)?
         };
-        task::wake(task::FILES);
+        self.changed();
         Ok(count)
     }
 
@@ -106,7 +166,7 @@ impl Pipe {
         while done < from.len() {
             let rest = from.get(done..).unwrap_or_default();
             let attempt = || {
-                let mut state = self.0.lock();
+                let mut state = self.state.lock();
                 if state.readers == 0 {
                     return Some(Err(Errno::EPIPE));
                 }
@@ -117,6 +177,7 @@ impl Pipe {
                 }
                 let count = room.min(rest.len());
                 state.data.extend(rest.iter().take(count));
+                state.came += count as u64;
                 Some(Ok(count))
             };
             let result = if wait {
@@ -127,7 +188,7 @@ impl Pipe {
             match result {
                 Ok(count) => {
                     done += count;
-                    task::wake(task::FILES);
+                    self.changed();
                 }
                 Err(e) if done == 0 => return Err(e),
                 Err(_) => break,
@@ -135,4 +196,48 @@ impl Pipe {
         }
         Ok(done)
     }
+}
+
+/// Pipes behind the fifos that are open.
+static FIFOS: Mutex<BTreeMap<(u64, u64), Weak<Pipe>>> = Mutex::new(BTreeMap::new());
+
+/// Opens a fifo; waits for the other side if `wait`.
+pub fn open_fifo(node: &Node, access: u32, wait: bool) -> Result<Kind, Errno> {
+    let pipe = {
+        let mut fifos = FIFOS.lock();
+        fifos.retain(|_, pipe| pipe.strong_count() > 0);
+        let known = fifos.get(&node.identity()).and_then(Weak::upgrade);
+        known.unwrap_or_else(|| {
+            let pipe = Arc::new(Pipe::new());
+            *pipe.state.lock() = State::default();
+            fifos.insert(node.identity(), Arc::downgrade(&pipe));
+            pipe
+        })
+    };
+    let end = match access {
+        0 => End::Read,
+        flag::WRITE_ONLY => End::Write,
+        // Both ways is not for fifos by POSIX; Linux lets it be, programs use it to never wait.
+        _ => return Err(Errno::EINVAL),
+    };
+    pipe.open(end);
+    task::wake(task::FILES);
+    let other = |pipe: &Pipe| {
+        let state = pipe.state.lock();
+        match end {
+            End::Read => state.writers > 0 || !state.data.is_empty(),
+            End::Write => state.readers > 0,
+        }
+    };
+    if !other(&pipe) {
+        if !wait && end == End::Write {
+            pipe.close(end);
+            return Err(Errno::ENXIO);
+        }
+        if wait && let Err(e) = task::wait_for(task::FILES, || other(&pipe).then_some(())) {
+            pipe.close(end);
+            return Err(e);
+        }
+    }
+    Ok(Kind::Pipe(pipe, end))
 }

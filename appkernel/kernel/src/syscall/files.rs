@@ -4,13 +4,18 @@ use alloc::sync::Arc;
 use alloc::vec;
 
 use appkernel_core::errno::Errno;
+use appkernel_core::fuse::DirEntry;
 use appkernel_core::locks::Lock;
 
 use super::{Call, Result, get, get_u64, put};
+use crate::container::visible;
 use crate::fs::file::{File, Kind, flag};
-use crate::fs::fuse::{Change, Node};
+use crate::fs::fuse::Change;
+use crate::fs::node::Node;
 use crate::fs::pipe::{End, Pipe};
-use crate::signal::{self, Signal};
+use crate::fs::pty::{Master, Slave};
+use crate::net::Socket;
+use crate::signal::{self, Info, Signal};
 use crate::task;
 
 /// Bytes copied at once between program and kernel.
@@ -91,7 +96,7 @@ fn write(c: &Call<'_>, address: u64, count: u64, at: Option<u64>) -> Result {
             Err(_) if done > 0 => break,
             Err(e) => {
                 if e == Errno::EPIPE {
-                    signal::send(c.task, Signal::PIPE);
+                    signal::send(c.task, Signal::PIPE, Info::default());
                 }
                 return Err(e);
             }
@@ -145,12 +150,12 @@ fn seek(c: &Call<'_>) -> Result {
     let file = c.task.file(c.int(0))?;
     let size = match &file.kind {
         Kind::Regular(node, _) => node.attributes()?.size,
-        Kind::Directory(_, _, entries) => {
+        Kind::Directory(_, entries) => {
             *entries.lock() = None;
             0
         }
         Kind::Device(_) => 0,
-        Kind::Console | Kind::Pipe(..) => return Err(Errno::ESPIPE),
+        Kind::Console | Kind::Pipe(..) | Kind::Object(_) => return Err(Errno::ESPIPE),
     };
     let mut offset = file.offset.lock();
     let base = match c.uint(2) {
@@ -173,10 +178,16 @@ fn ioctl(c: &Call<'_>) -> Result {
     const FIONREAD: u32 = 0x541b;
     const FIONBIO: u32 = 0x5421;
     const FIOCLEX: u32 = 0x5451;
+    const FIONCLEX: u32 = 0x5450;
+    const FIOASYNC: u32 = 0x5452;
     let file = c.task.file(c.int(0))?;
     match c.uint(1) {
         FIONREAD => {
             let count = match &file.kind {
+                Kind::Object(_) if file.object::<Socket>().is_some() => {
+                    file.object::<Socket>().map_or(0, |s| s.waiting() as u32)
+                }
+                Kind::Object(_) => return terminal_call(c, &file, FIONREAD),
                 Kind::Pipe(pipe, End::Read) => pipe.len() as u32,
                 Kind::Regular(node, _) => {
                     let offset = *file.offset.lock();
@@ -200,9 +211,39 @@ fn ioctl(c: &Call<'_>) -> Result {
             c.task.files().lock().set_close_on_exec(c.int(0), true)?;
             Ok(0)
         }
-        // The console is no terminal yet: no line discipline, no job control.
-        _ => Err(Errno::ENOTTY),
+        // Signals for input: accepted, none are sent.
+        FIOASYNC => Ok(0),
+        FIONCLEX => {
+            c.task.files().lock().set_close_on_exec(c.int(0), false)?;
+            Ok(0)
+        }
+        request => terminal_call(c, &file, request),
     }
+}
+
+/// Calls that only terminals know.
+fn terminal_call(c: &Call<'_>, file: &File, request: u32) -> Result {
+    let (pty, is_master) = match (file.object::<Slave>(), file.object::<Master>()) {
+        (Some(slave), _) => (slave.pty(), false),
+        (None, Some(master)) => (master.pty(), true),
+        _ => return Err(Errno::ENOTTY),
+    };
+    // What the argument points to, for the calls that read it.
+    let mut value = [0u8; 64];
+    let len = match request {
+        0x5402..=0x5404 => 36,
+        0x5410 | 0x4004_5431 => 4,
+        0x5414 => 8,
+        _ => 0,
+    };
+    if let Some(part) = value.get_mut(..len) {
+        appkernel_hal::usercopy::read(part, c.arg(2)).map_err(|_| Errno::EFAULT)?;
+    }
+    let answer = pty.control_call(c.task, request, &value, c.arg(2), is_master)?;
+    if !answer.is_empty() {
+        put(c.arg(2), &answer)?;
+    }
+    Ok(0)
 }
 
 fn pipe(c: &Call<'_>, flags: u32) -> Result {
@@ -279,6 +320,9 @@ fn control(c: &Call<'_>) -> Result {
             Ok(0)
         }
         command @ 5..=7 => lock(c, &file, command),
+        // Owner for signals of input, of which none are sent; pipe sizes and seals are as they are.
+        8 | 9 => Ok(0),
+        1031 | 1032 if matches!(file.kind, Kind::Pipe(..)) => Ok(65536),
         _ => Err(Errno::EINVAL),
     }
 }
@@ -325,7 +369,7 @@ fn lock(c: &Call<'_>, file: &File, command: u32) -> Result {
     };
     match (command, kind) {
         (GET, 0 | 1) => {
-            match node.with_locks(|locks| locks.conflict(&wanted)) {
+            match node.with_locks(|locks| locks.conflict(&wanted)).flatten() {
                 None => raw[..2].copy_from_slice(&UNLOCK.to_le_bytes()),
                 Some(other) => {
                     let len = if other.end == u64::MAX {
@@ -337,7 +381,7 @@ fn lock(c: &Call<'_>, file: &File, command: u32) -> Result {
                     raw[2..4].fill(0);
                     raw[8..16].copy_from_slice(&other.start.to_le_bytes());
                     raw[16..24].copy_from_slice(&len.to_le_bytes());
-                    raw[24..28].copy_from_slice(&other.owner.to_le_bytes());
+                    raw[24..28].copy_from_slice(&visible(other.owner).to_le_bytes());
                 }
             }
             put(c.arg(2), &raw)?;
@@ -346,17 +390,19 @@ fn lock(c: &Call<'_>, file: &File, command: u32) -> Result {
         (_, UNLOCK) => unlock(node, wanted.owner, start, end),
         (SET_AND_WAIT, _) => task::wait_for(task::FILES, || {
             match node.with_locks(|locks| locks.take(wanted)) {
-                Err(Errno::EAGAIN) => None,
-                other => Some(other),
+                Some(Err(Errno::EAGAIN)) => None,
+                other => Some(other.unwrap_or(Err(Errno::EINVAL))),
             }
         })??,
-        _ => node.with_locks(|locks| locks.take(wanted))?,
+        _ => node
+            .with_locks(|locks| locks.take(wanted))
+            .unwrap_or(Err(Errno::EINVAL))?,
     }
     Ok(0)
 }
 
 fn unlock(node: &Node, owner: u32, start: u64, end: u64) {
-    if node.with_locks(|locks| locks.release(owner, start, end)) {
+    if node.with_locks(|locks| locks.release(owner, start, end)) == Some(true) {
         task::wake(task::FILES);
     }
 }
@@ -371,7 +417,7 @@ pub fn drop_locks(file: &File, process: u32) {
 fn sync(c: &Call<'_>) -> Result {
     let file = c.task.file(c.int(0))?;
     match &file.kind {
-        Kind::Regular(node, _) => node.sync(c.number == 75)?,
+        Kind::Regular(node, handle) => node.sync(c.number == 75, *handle)?,
         Kind::Directory(..) => {}
         _ => return Err(Errno::EINVAL),
     }
@@ -393,43 +439,73 @@ fn truncate(c: &Call<'_>) -> Result {
 fn sendfile(c: &Call<'_>) -> Result {
     let to = c.task.file(c.int(0))?;
     let from = c.task.file(c.int(1))?;
+    if !matches!(from.kind, Kind::Regular(..)) {
+        return Err(Errno::EINVAL);
+    }
     let place = c.arg(2);
-    let mut at = if place == 0 {
-        None
+    let start = if place == 0 {
+        *from.offset.lock()
     } else {
-        Some(get_u64(place)?)
+        at(get_u64(place)?)?
     };
     let count = c.arg(3).min(MAX_COUNT);
     let mut done = 0;
-    while done < count {
+    let mut result = Ok(());
+    'all: while done < count {
         let mut buffer = vec![0; (count - done).min(CHUNK as u64) as usize];
-        let got = match from.read(&mut buffer, at) {
+        let got = match from.read(&mut buffer, Some(start.saturating_add(done))) {
             Ok(0) => break,
             Ok(got) => got,
-            Err(_) if done > 0 => break,
-            Err(e) => return Err(e),
+            Err(e) => {
+                result = Err(e);
+                break;
+            }
         };
         let mut sent = 0;
+        // What the other side does not take stays in the file: only what went counts.
         while sent < got {
-            let taken = to.write(buffer.get(sent..got).unwrap_or_default(), None)?;
-            sent += taken;
+            match to.write(buffer.get(sent..got).unwrap_or_default(), None) {
+                Ok(0) => break 'all,
+                Ok(taken) => {
+                    sent += taken;
+                    done += taken as u64;
+                }
+                Err(e) => {
+                    result = Err(e);
+                    break 'all;
+                }
+            }
         }
-        done += got as u64;
-        at = at.map(|at| at + got as u64);
     }
-    if let Some(at) = at {
-        put(place, &at.to_le_bytes())?;
+    if done == 0 {
+        result?;
+    }
+    if place == 0 {
+        *from.offset.lock() = start + done;
+    } else {
+        put(place, &(start + done).to_le_bytes())?;
     }
     Ok(done)
 }
 
 fn entries(c: &Call<'_>) -> Result {
     let file = c.task.file(c.int(0))?;
-    let Kind::Directory(node, _, cached) = &file.kind else {
+    let Kind::Directory(node, cached) = &file.kind else {
         return Err(Errno::ENOTDIR);
     };
     if cached.lock().is_none() {
-        let entries = node.entries()?;
+        let mut entries = node.entries()?;
+        // What is mounted here is seen here, also if the directory below it is missing.
+        for name in c.task.container.mounted_names(&file.path) {
+            if entries.iter().all(|e| e.name != name) {
+                entries.push(DirEntry {
+                    ino: 1,
+                    offset: 0,
+                    kind: 4,
+                    name,
+                });
+            }
+        }
         *cached.lock() = Some(entries);
     }
     let room = c.uint(2) as usize;

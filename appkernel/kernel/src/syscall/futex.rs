@@ -12,17 +12,23 @@ use crate::task;
 /// Who waits: address space, address, task.
 static WAITERS: Mutex<Vec<(usize, u64, u32)>> = Mutex::new(Vec::new());
 
-/// Threads share their memory, so its address tells them apart from others.
-fn space(task: &task::Task) -> usize {
-    alloc::sync::Arc::as_ptr(&task.mm()) as usize
+/// What tells one futex from others: memory that processes share goes by its frame, other memory by
+/// the address space, which threads share.
+fn key(task: &task::Task, address: u64) -> (usize, u64) {
+    let mm = task.mm();
+    let frame = mm.lock().shared_frame(address).unwrap_or(None);
+    match frame {
+        Some(frame) => (0, frame + address % appkernel_hal::PAGE),
+        None => (alloc::sync::Arc::as_ptr(&mm) as usize, address),
+    }
 }
 
 /// Wakes those that wait at an address of the running task's memory.
 pub fn wake_at(address: u64, count: u32) -> u64 {
-    let space = space(&task::current());
+    let wanted = key(&task::current(), address);
     let mut woken = Vec::new();
     WAITERS.lock().retain(|(of, at, id)| {
-        let hit = (*of, *at) == (space, address) && woken.len() < count as usize;
+        let hit = (*of, *at) == wanted && woken.len() < count as usize;
         if hit {
             woken.push(*id);
         }
@@ -32,6 +38,29 @@ pub fn wake_at(address: u64, count: u32) -> u64 {
         task::wake_task(*id);
     }
     woken.len() as u64
+}
+
+/// Moves waiters to another address, after waking some.
+fn requeue(c: &Call<'_>, compare: Option<u32>) -> Result {
+    let (wake, most, to) = (c.uint(2), c.uint(3), c.arg(4));
+    if !to.is_multiple_of(4) {
+        return Err(Errno::EINVAL);
+    }
+    if let Some(value) = compare
+        && u32::from_le_bytes(get(c.arg(0))?) != value
+    {
+        return Err(Errno::EAGAIN);
+    }
+    let woken = wake_at(c.arg(0), wake);
+    let (from, to) = (key(c.task, c.arg(0)), key(c.task, to));
+    let mut moved = 0;
+    for waiter in WAITERS.lock().iter_mut() {
+        if (waiter.0, waiter.1) == from && moved < most {
+            (waiter.0, waiter.1) = to;
+            moved += 1;
+        }
+    }
+    Ok(woken + u64::from(moved))
 }
 
 /// futex(2): wait and wake, private or not.
@@ -58,16 +87,20 @@ pub fn futex(c: &Call<'_>) -> Result {
             if u32::from_le_bytes(get(address)?) != c.uint(2) {
                 return Err(Errno::EAGAIN);
             }
-            let me = (space(c.task), address, c.task.id);
-            WAITERS.lock().push(me);
+            let (of, at) = key(c.task, address);
+            let id = c.task.id;
+            WAITERS.lock().push((of, at, id));
             let result = task::wait_until(task::TIME + 1, deadline, || {
-                let waiting = WAITERS.lock().contains(&me);
+                // It may have been moved to another address; it is gone when it was woken.
+                let waiting = WAITERS.lock().iter().any(|w| w.2 == id);
                 (!waiting).then_some(0)
             });
-            WAITERS.lock().retain(|w| *w != me);
+            WAITERS.lock().retain(|w| w.2 != id);
             result
         }
         1 | 10 => Ok(wake_at(address, c.uint(2))),
+        3 => requeue(c, None),
+        4 => requeue(c, Some(c.arg(5) as u32)),
         _ => Err(Errno::ENOSYS),
     }
 }

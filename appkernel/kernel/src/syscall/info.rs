@@ -1,11 +1,13 @@
 //! Calls that tell something: machine, time, users, limits.
 
 use alloc::vec;
+use core::sync::atomic::Ordering;
 
 use appkernel_core::errno::Errno;
 use appkernel_hal::{clock, cpu, frames, usercopy};
 
 use super::{Call, Result, put, put_words};
+use crate::fs::proc_text::{RELEASE, VERSION};
 use crate::mm::STACK_BYTES;
 use crate::task;
 
@@ -27,21 +29,24 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         97 => limit(c.uint(0))
             .and_then(|l| put_words(c.arg(1), &l))
             .map(|()| 0),
-        98 => put_words(c.arg(1), &[0; 18]).map(|()| 0),
+        98 => {
+            let us = cpu_ns(c) / 1000;
+            let mut words = [0; 18];
+            if c.int(0) != -1 {
+                words[0] = us / 1_000_000;
+                words[1] = us % 1_000_000;
+            }
+            put_words(c.arg(1), &words).map(|()| 0)
+        }
         99 => sysinfo(c),
         100 => {
             if c.arg(0) != 0
-                && let Err(e) = put_words(c.arg(0), &[0; 4])
+                && let Err(e) = put_words(c.arg(0), &[cpu_ns(c) / clock::TICK_NS, 0, 0, 0])
             {
                 return Some(Err(e));
             }
             Ok(clock::monotonic_ns() / clock::TICK_NS)
         }
-        // All programs are root.
-        102 | 104 | 107 | 108 => Ok(0),
-        105 | 106 | 113 | 114 | 117 | 119 => identity(c),
-        115 => Ok(0),
-        118 | 120 => (0..3).try_for_each(|i| put(c.arg(i), &[0; 4])).map(|()| 0),
         201 => {
             let now = clock::realtime_ns() / SECOND;
             if c.arg(0) == 0 {
@@ -51,11 +56,11 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
             }
         }
         204 => put(c.arg(2), &1u64.to_le_bytes()).map(|()| 8),
-        228 => time(c.arg(0))
+        228 => time(c, c.arg(0))
             .and_then(|t| put_words(c.arg(1), &[t / SECOND, t % SECOND]))
             .map(|()| 0),
         229 => {
-            let known = time(c.arg(0));
+            let known = time(c, c.arg(0));
             known
                 .and_then(|_| {
                     if c.arg(1) == 0 {
@@ -66,19 +71,37 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
                 })
                 .map(|()| 0)
         }
+        160 => {
+            let raise = |limit: [u64; 2]| -> Result {
+                let hard = super::get_u64(c.arg(1).wrapping_add(8))?;
+                if hard > limit[1] {
+                    Err(Errno::EPERM)
+                } else {
+                    Ok(0)
+                }
+            };
+            limit(c.uint(0)).and_then(raise)
+        }
         302 => prlimit(c),
         318 => random(c),
         _ => return None,
     })
 }
 
+/// Nanoseconds that the caller's process had the CPU.
+fn cpu_ns(c: &Call<'_>) -> u64 {
+    task::charge();
+    task::process_cpu_ns(c.task.process)
+}
+
 fn uname(c: &Call<'_>) -> Result {
-    // The interface is that of this Linux version, as far as it goes.
+    let hostname = c.task.container.hostname.lock().clone();
+    let hostname = hostname.get(..hostname.len().min(64)).unwrap_or_default();
     let fields: [&[u8]; 6] = [
         b"Linux",
-        b"bulkhead",
-        b"6.12.0-bulkhead-app",
-        b"#1 Bulkhead app kernel",
+        hostname,
+        RELEASE.as_bytes(),
+        VERSION.as_bytes(),
         b"x86_64",
         b"(none)",
     ];
@@ -107,7 +130,7 @@ fn limit(resource: u32) -> Result<[u64; 2]> {
 
 fn prlimit(c: &Call<'_>) -> Result {
     let limit = limit(c.uint(1))?;
-    let own = c.uint(0) == 0 || c.uint(0) == c.task.process;
+    let own = c.uint(0) == 0 || c.task.container.id(c.uint(0)) == c.task.process;
     if !own {
         return Err(Errno::ESRCH);
     }
@@ -116,8 +139,11 @@ fn prlimit(c: &Call<'_>) -> Result {
             super::get_u64(c.arg(2))?,
             super::get_u64(c.arg(2).wrapping_add(8))?,
         ];
-        // Limits are fixed: only what they are already can be set.
-        if new != limit {
+        // Limits are fixed: lower ones are taken and not heeded, higher ones refused.
+        if new[0] > new[1] {
+            return Err(Errno::EINVAL);
+        }
+        if new[1] > limit[1] {
             return Err(Errno::EPERM);
         }
     }
@@ -150,22 +176,15 @@ fn sysinfo(c: &Call<'_>) -> Result {
     Ok(0)
 }
 
-/// Becoming root is no change; becoming anybody else is not there yet.
-fn identity(c: &Call<'_>) -> Result {
-    let count = match c.number {
-        105 | 106 => 1,
-        113 | 114 => 2,
-        _ => 3,
-    };
-    let fine = (0..count).all(|i| matches!(c.uint(i), 0 | u32::MAX));
-    if fine { Ok(0) } else { Err(Errno::EPERM) }
-}
-
-fn time(id: u64) -> Result {
+fn time(c: &Call<'_>, id: u64) -> Result {
     match id {
         0 | 5 | 11 => Ok(clock::realtime_ns()),
-        // Processor time is not counted yet.
         1 | 4 | 6 | 7 => Ok(clock::monotonic_ns()),
+        2 => Ok(cpu_ns(c)),
+        3 => {
+            task::charge();
+            Ok(c.task.cpu_ns.load(Ordering::Relaxed))
+        }
         _ => Err(Errno::EINVAL),
     }
 }

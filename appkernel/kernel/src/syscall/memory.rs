@@ -1,14 +1,16 @@
 //! Calls on memory.
 
-use alloc::sync::Arc;
-
 use appkernel_core::errno::Errno;
 use appkernel_core::vma::{Area, Backing, EXECUTE, READ, WRITE};
 use appkernel_hal::{PAGE, USER_END};
 
 use super::{Call, Result};
+use crate::fs::dev::Device;
 use crate::fs::file::{Kind, flag};
-use crate::mm::{Access, LOWEST, MMAP_TOP, Mm};
+use crate::fs::fuse::Change;
+use crate::fs::memory;
+use crate::fs::node::Node;
+use crate::mm::{LOWEST, MMAP_TOP, Mapping};
 
 const SHARED: u32 = 1;
 const PRIVATE: u32 = 2;
@@ -23,6 +25,9 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         10 => protect(c),
         11 => unmap(c),
         12 => brk(c),
+        25 => remap(c),
+        26 => sync(c),
+        27 => resident(c),
         28 => advise(c),
         _ => return None,
     })
@@ -63,7 +68,11 @@ fn map(c: &Call<'_>) -> Result {
         _ => return Err(Errno::EINVAL),
     };
     let backing = if flags & ANONYMOUS != 0 {
-        Backing::Zero
+        if shared {
+            anonymous(len)?
+        } else {
+            Backing::Zero
+        }
     } else {
         let file = c.task.file(c.int(4))?;
         if file.flags() & flag::ACCESS == flag::WRITE_ONLY || !c.arg(5).is_multiple_of(PAGE) {
@@ -75,10 +84,18 @@ fn map(c: &Call<'_>) -> Result {
         }
         c.arg(5).checked_add(len).ok_or(Errno::EOVERFLOW)?;
         match &file.kind {
-            // Nothing writes changed pages back yet: refused rather than lost.
-            Kind::Regular(..) if shared && protection & WRITE != 0 => return Err(Errno::ENODEV),
-            Kind::Regular(node, _) => Backing::File(Arc::clone(node), c.arg(5)),
-            Kind::Device(crate::fs::Device::Zero) => Backing::Zero,
+            // Changes would go to the file: it must be open for that.
+            Kind::Regular(_, None) if shared && protection & WRITE != 0 => {
+                return Err(Errno::EACCES);
+            }
+            Kind::Regular(Node::Proc(_), _) => return Err(Errno::ENODEV),
+            Kind::Regular(node, handle) => {
+                let written = shared && handle.is_some();
+                let mapping = Mapping::new(node.clone(), file.path.clone(), written);
+                Backing::File(mapping, c.arg(5))
+            }
+            Kind::Device(Device::Zero) if shared => anonymous(len)?,
+            Kind::Device(Device::Zero) => Backing::Zero,
             _ => return Err(Errno::ENODEV),
         }
     };
@@ -114,7 +131,6 @@ fn map(c: &Call<'_>) -> Result {
             }
         }
     };
-    let zero = matches!(backing, Backing::Zero);
     mm.map(Area {
         start,
         end,
@@ -122,27 +138,20 @@ fn map(c: &Call<'_>) -> Result {
         shared,
         backing,
     })?;
-    // Pages shared with children have to be there before these are: two processes that touch one
-    // later would get one each.
-    if shared && zero {
-        fill(&mut mm, start, end, protection)?;
-    }
     Ok(start)
 }
 
-fn fill(mm: &mut Mm, start: u64, end: u64, protection: u8) -> Result<()> {
-    mm.areas.protect(start, end, READ | WRITE);
-    let mut at = start;
-    let mut result = Ok(());
-    while at < end && result.is_ok() {
-        result = mm.fault(at, Access::Write);
-        at += PAGE;
-    }
-    if result.is_err() {
-        mm.unmap(start, end)?;
-        return result;
-    }
-    mm.protect(start, end, protection)
+/// Memory that children share: a file without a name.
+fn anonymous(len: u64) -> Result<Backing<alloc::sync::Arc<Mapping>>> {
+    let node = memory::anonymous(crate::fs::node::Owner::default());
+    let size = Some(len.checked_next_multiple_of(PAGE).ok_or(Errno::ENOMEM)?);
+    node.change(&Change {
+        size,
+        ..Change::default()
+    })
+    .map_err(|_| Errno::ENOMEM)?;
+    let mapping = Mapping::new(Node::Memory(node), b"/dev/zero (deleted)".to_vec(), true);
+    Ok(Backing::File(mapping, 0))
 }
 
 fn protect(c: &Call<'_>) -> Result {
@@ -150,8 +159,11 @@ fn protect(c: &Call<'_>) -> Result {
     let protection = protection(c.uint(2));
     let mm = c.task.mm();
     let mut mm = mm.lock();
-    let lost = |a: &Area<_>| a.shared && matches!(a.backing, Backing::File(..));
-    if protection & WRITE != 0 && mm.areas.within(start, end).any(lost) {
+    let refused = |a: &Area<alloc::sync::Arc<Mapping>>| match &a.backing {
+        Backing::File(file, _) => a.shared && !file.is_shared(),
+        Backing::Zero => false,
+    };
+    if protection & WRITE != 0 && mm.areas.within(start, end).any(refused) {
         return Err(Errno::EACCES);
     }
     mm.protect(start, end, protection)?;
@@ -164,6 +176,97 @@ fn unmap(c: &Call<'_>) -> Result {
         return Err(Errno::EINVAL);
     }
     c.task.mm().lock().unmap(start, end)?;
+    Ok(0)
+}
+
+/// mremap(2).
+fn remap(c: &Call<'_>) -> Result {
+    const MAY_MOVE: u32 = 1;
+    const FIXED: u32 = 2;
+    let (old, old_end) = range(c.arg(0), c.arg(1)).map_err(|_| Errno::EINVAL)?;
+    let (_, new_len) = range(0, c.arg(2)).map_err(|_| Errno::EINVAL)?;
+    let flags = c.uint(3);
+    if new_len == 0 || old == old_end || flags & !(MAY_MOVE | FIXED) != 0 {
+        return Err(Errno::EINVAL);
+    }
+    let mm = c.task.mm();
+    let mut mm = mm.lock();
+    let area = mm.areas.find(old).cloned().ok_or(Errno::EFAULT)?;
+    if old_end > area.end {
+        return Err(Errno::EFAULT);
+    }
+    let old_len = old_end - old;
+    if flags & FIXED == 0 {
+        if new_len <= old_len {
+            if new_len < old_len {
+                mm.unmap(old + new_len, old_end)?;
+            }
+            return Ok(old);
+        }
+        let end = old.checked_add(new_len).filter(|e| *e <= USER_END);
+        if old_end == area.end
+            && let Some(end) = end
+            && mm.areas.within(old_end, end).next().is_none()
+        {
+            let grown = Area { end, ..area };
+            // The area itself stays as it is, with its pages; only what follows it is new.
+            mm.areas.insert(grown);
+            return Ok(old);
+        }
+        if flags & MAY_MOVE == 0 {
+            return Err(Errno::ENOMEM);
+        }
+    }
+    let new = if flags & FIXED != 0 {
+        let (new, new_end) = range(c.arg(4), new_len).map_err(|_| Errno::EINVAL)?;
+        if flags & MAY_MOVE == 0 || new < LOWEST || new < old_end && old < new_end {
+            return Err(Errno::EINVAL);
+        }
+        new
+    } else {
+        mm.areas
+            .find_free(new_len, LOWEST, MMAP_TOP)
+            .ok_or(Errno::ENOMEM)?
+    };
+    let backing = match &area.backing {
+        Backing::Zero => Backing::Zero,
+        Backing::File(file, offset) => {
+            Backing::File(alloc::sync::Arc::clone(file), offset + (old - area.start))
+        }
+    };
+    mm.map(Area {
+        start: new,
+        end: new + new_len,
+        backing,
+        ..area
+    })?;
+    mm.move_pages(old, new, old_len.min(new_len))?;
+    mm.unmap(old, old_end)?;
+    Ok(new)
+}
+
+/// msync(2): files that are mapped shared are written now.
+fn sync(c: &Call<'_>) -> Result {
+    let (start, end) = range(c.arg(0), c.arg(1))?;
+    let mm = c.task.mm();
+    let mut mm = mm.lock();
+    if !mm.areas.covers(start, end) {
+        return Err(Errno::ENOMEM);
+    }
+    mm.write_back(start, end)?;
+    Ok(0)
+}
+
+/// mincore(2): all is said to be there, which is what it is after a look.
+fn resident(c: &Call<'_>) -> Result {
+    let (start, end) = range(c.arg(0), c.arg(1))?;
+    if !c.task.mm().lock().areas.covers(start, end) {
+        return Err(Errno::ENOMEM);
+    }
+    let pages = (end - start) / PAGE;
+    for at in 0..pages {
+        super::put(c.arg(2).wrapping_add(at), &[1])?;
+    }
     Ok(0)
 }
 

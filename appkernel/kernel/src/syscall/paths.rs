@@ -9,9 +9,14 @@ use appkernel_hal::clock;
 use appkernel_hal::sync::Mutex;
 
 use super::{Call, Result, get_path, get_u64, put};
+use crate::fs::dev::Special;
 use crate::fs::file::{File, Kind, flag};
 use crate::fs::fuse::Change;
-use crate::fs::{self, Device, Found, Place, What};
+use crate::fs::node::{Node, kind};
+use crate::fs::pipe::End;
+use crate::fs::pty;
+use crate::fs::{self, Found, Place};
+use crate::task::may;
 
 const CWD: i32 = -100;
 const AT_SYMLINK_NOFOLLOW: u32 = 0x100;
@@ -41,10 +46,15 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         79 => getcwd(c),
         80 => chdir(c),
         81 => fchdir(c),
-        82 => rename(c, (CWD, a(0)), (CWD, a(1))),
-        264 => rename(c, (c.int(0), a(1)), (c.int(2), a(3))),
-        316 if c.uint(4) == 0 => rename(c, (c.int(0), a(1)), (c.int(2), a(3))),
+        82 => rename(c, (CWD, a(0)), (CWD, a(1)), 0),
+        264 => rename(c, (c.int(0), a(1)), (c.int(2), a(3)), 0),
+        316 if c.uint(4) & !NOREPLACE == 0 => {
+            rename(c, (c.int(0), a(1)), (c.int(2), a(3)), c.uint(4))
+        }
         316 => Err(Errno::EINVAL),
+        133 => mknod(c, CWD, a(0), c.uint(1), c.uint(2)),
+        259 => mknod(c, c.int(0), a(1), c.uint(2), c.uint(3)),
+        332 => statx(c),
         83 => mkdir(c, CWD, a(0), c.uint(1)),
         258 => mkdir(c, c.int(0), a(1), c.uint(2)),
         84 => unlink(c, CWD, a(0), true),
@@ -75,7 +85,7 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
             let mut place = c.task.place.lock();
             Ok(core::mem::replace(&mut place.umask, c.uint(0) & 0o777).into())
         }
-        137 => statfs(c),
+        137 | 138 => statfs(c),
         _ => return None,
     })
 }
@@ -85,77 +95,85 @@ fn base(c: &Call<'_>, dir: i32, path: &[u8]) -> Result<Vec<u8>> {
     if dir == CWD || path.starts_with(b"/") {
         return Ok(c.task.place.lock().cwd.clone());
     }
-    match &c.task.file(dir)?.kind {
-        Kind::Directory(_, path, _) => Ok(path.clone()),
+    let file = c.task.file(dir)?;
+    match &file.kind {
+        Kind::Directory(..) => Ok(file.path.clone()),
         _ => Err(Errno::ENOTDIR),
     }
 }
 
 fn resolve(c: &Call<'_>, dir: i32, address: u64, follow: bool) -> Result<Found> {
     let path = get_path(address)?;
-    fs::resolve(&base(c, dir, &path)?, &path, follow)
+    fs::resolve(&c.task.container, &base(c, dir, &path)?, &path, follow)
 }
 
-fn walk(c: &Call<'_>, dir: i32, address: u64) -> Result<Place> {
+/// Walks to a name that is made, taken away or changed: its directory must allow that.
+pub(super) fn walk(c: &Call<'_>, dir: i32, address: u64) -> Result<Place> {
     let path = get_path(address)?;
-    fs::walk(&base(c, dir, &path)?, &path, false)
+    fs::walk(&c.task.container, &base(c, dir, &path)?, &path, false)
+}
+
+/// Whether the caller may change what is in the directory.
+pub(super) fn changes(c: &Call<'_>, place: &Place) -> Result<()> {
+    let directory = place.writable()?;
+    let credentials = c.task.credentials.lock().clone();
+    if !credentials.is_root()
+        && !credentials.may(&directory.attributes()?, may::WRITE | may::EXECUTE)
+    {
+        return Err(Errno::EACCES);
+    }
+    Ok(())
+}
+
+/// In a directory with the sticky bit only owners take names away.
+fn removes(c: &Call<'_>, place: &Place) -> Result<()> {
+    const STICKY: u32 = 0o1000;
+    changes(c, place)?;
+    let credentials = c.task.credentials.lock().clone();
+    if credentials.is_root() {
+        return Ok(());
+    }
+    let directory = place.directory.attributes()?;
+    if directory.mode & STICKY != 0
+        && !credentials.owns(&directory)
+        && let Some(found) = &place.found
+        && !credentials.owns(&found.node.attributes()?)
+    {
+        return Err(Errno::EPERM);
+    }
+    Ok(())
 }
 
 fn open(c: &Call<'_>, dir: i32, address: u64, flags: u32, mode: u32) -> Result {
+    const TMPFILE: u32 = 0o20_000_000;
     let path = get_path(address)?;
+    if flags & TMPFILE != 0 {
+        // Programs then make a file with a name and take that away.
+        return Err(Errno::EOPNOTSUPP);
+    }
     let follow = flags & flag::NOFOLLOW == 0
         && flags & (flag::CREATE | flag::EXCLUSIVE) != flag::CREATE | flag::EXCLUSIVE;
-    let place = fs::walk(&base(c, dir, &path)?, &path, follow)?;
-    let writes = flags & flag::ACCESS != 0 || flags & flag::TRUNCATE != 0;
-    let kind = match place.found {
+    let place = fs::walk(&c.task.container, &base(c, dir, &path)?, &path, follow)?;
+    let (kind, path) = match &place.found {
         None if flags & flag::CREATE == 0 => return Err(Errno::ENOENT),
         None if place.slash => return Err(Errno::EISDIR),
         None => {
+            changes(c, &place)?;
             let umask = c.task.place.lock().umask;
-            let (node, handle) = place
-                .directory
-                .create(&place.name, mode & 0o7777 & !umask)?;
-            Kind::Regular(node, Some(handle))
+            let owner = c.task.credentials.lock().owner();
+            let (node, handle) =
+                place
+                    .directory
+                    .create(&place.name, mode & 0o7777 & !umask, owner)?;
+            (Kind::Regular(node, Some(handle)), place.path())
         }
         Some(_) if flags & flag::CREATE != 0 && flags & flag::EXCLUSIVE != 0 => {
             return Err(Errno::EEXIST);
         }
-        Some(found) => match found.what {
-            What::Device(Device::Console) => Kind::Console,
-            What::Device(device) => Kind::Device(device),
-            What::Node(node) if node.is_directory() => {
-                if writes || flags & flag::CREATE != 0 {
-                    return Err(Errno::EISDIR);
-                }
-                Kind::Directory(node, found.path, Mutex::new(None))
-            }
-            What::Node(_) if place.slash || flags & flag::DIRECTORY != 0 => {
-                return Err(Errno::ENOTDIR);
-            }
-            What::Node(node) if node.is_link() && flags & flag::PATH == 0 => {
-                return Err(Errno::ELOOP);
-            }
-            What::Node(node) if flags & flag::PATH != 0 => Kind::Regular(node, None),
-            What::Node(node) if node.is_regular() => {
-                let handle = if writes {
-                    Some(node.open_for_writing()?)
-                } else {
-                    None
-                };
-                if flags & flag::TRUNCATE != 0 {
-                    node.change(&Change {
-                        size: Some(0),
-                        ..Change::default()
-                    })?;
-                }
-                Kind::Regular(node, handle)
-            }
-            // Sockets, fifos and device files of the image.
-            What::Node(_) => return Err(Errno::ENXIO),
-        },
+        Some(found) => (open_found(c, &place, found, flags)?, found.path.clone()),
     };
     let kept = flags & !(flag::CREATE | flag::EXCLUSIVE | flag::TRUNCATE | flag::CLOEXEC);
-    let file = Arc::new(File::new(kind, kept));
+    let file = Arc::new(File::at(kind, kept, path));
     let fd = c
         .task
         .files()
@@ -164,14 +182,136 @@ fn open(c: &Call<'_>, dir: i32, address: u64, flags: u32, mode: u32) -> Result {
     Ok(fd as u64)
 }
 
-fn device_attributes(rdev: u64) -> Attributes {
+fn open_found(c: &Call<'_>, place: &Place, found: &Found, flags: u32) -> Result<Kind> {
+    let node = found.node.clone();
+    if flags & flag::PATH != 0 {
+        return Ok(if node.is_directory() {
+            Kind::Directory(node, Mutex::new(None))
+        } else {
+            Kind::Regular(node, None)
+        });
+    }
+    if let Node::Proc(entry) = &node
+        && let Some(file) = entry.open_file()
+        && flags & flag::NOFOLLOW == 0
+    {
+        return open_again(&file, flags);
+    }
+    if node.is_link() {
+        return Err(Errno::ELOOP);
+    }
+    let access = flags & flag::ACCESS;
+    let mut wanted = match access {
+        0 => may::READ,
+        flag::WRITE_ONLY => may::WRITE,
+        _ => may::READ | may::WRITE,
+    };
+    if flags & flag::TRUNCATE != 0 {
+        wanted |= may::WRITE;
+    }
+    let writes = wanted & may::WRITE != 0;
+    let credentials = c.task.credentials.lock().clone();
+    if !credentials.is_root() && !credentials.may(&node.attributes()?, wanted) {
+        return Err(Errno::EACCES);
+    }
+    match node.kind() {
+        kind::DIRECTORY if writes || flags & flag::CREATE != 0 => Err(Errno::EISDIR),
+        kind::DIRECTORY => Ok(Kind::Directory(node, Mutex::new(None))),
+        _ if place.slash || flags & flag::DIRECTORY != 0 => Err(Errno::ENOTDIR),
+        kind::REGULAR => {
+            if writes && found.read_only {
+                return Err(Errno::EROFS);
+            }
+            let handle = if writes {
+                Some(node.open_for_writing()?)
+            } else {
+                None
+            };
+            if flags & flag::TRUNCATE != 0 {
+                node.change(&Change {
+                    size: Some(0),
+                    ..Change::default()
+                })?;
+            }
+            Ok(Kind::Regular(node, handle))
+        }
+        // Device files of an image are its own numbers, but the kernel's devices.
+        kind::CHARACTER => special(c, &node, flags),
+        kind::FIFO => fs::pipe::open_fifo(&node, access, flags & flag::NONBLOCK == 0),
+        _ => Err(Errno::ENXIO),
+    }
+}
+
+/// /dev/stdout and the like: the same pipe, terminal or socket again.
+fn open_again(file: &Arc<File>, flags: u32) -> Result<Kind> {
+    let end = match flags & flag::ACCESS {
+        0 => End::Read,
+        _ => End::Write,
+    };
+    Ok(match &file.kind {
+        Kind::Pipe(pipe, _) => {
+            pipe.open(end);
+            Kind::Pipe(Arc::clone(pipe), end)
+        }
+        Kind::Object(object) if object.mode() & kind::MASK == kind::SOCKET => {
+            return Err(Errno::ENXIO);
+        }
+        Kind::Object(object) => Kind::Object(Arc::clone(object)),
+        Kind::Console => Kind::Console,
+        Kind::Device(device) => Kind::Device(*device),
+        Kind::Regular(node, handle) => {
+            let handle = match handle {
+                Some(_) if end == End::Write => Some(node.open_for_writing()?),
+                _ => None,
+            };
+            Kind::Regular(node.clone(), handle)
+        }
+        Kind::Directory(node, _) => Kind::Directory(node.clone(), Mutex::new(None)),
+    })
+}
+
+fn special(c: &Call<'_>, node: &Node, flags: u32) -> Result<Kind> {
+    const NOCTTY: u32 = 0o400;
+    let rdev = node.attributes()?.rdev;
+    match Special::of(rdev).ok_or(Errno::ENXIO)? {
+        Special::Device(device) => Ok(Kind::Device(device)),
+        Special::Console => Ok(Kind::Console),
+        Special::Tty if c.task.container.number == 0 => Ok(Kind::Console),
+        Special::Tty => {
+            let session = c.task.links.lock().session;
+            Ok(Kind::Object(
+                pty::of_session(session).ok_or(Errno::ENXIO)?.open(),
+            ))
+        }
+        Special::Ptmx => {
+            let master = pty::Master::new()?;
+            if let Some((Node::Memory(pts), _)) = c.task.container.mount_at(b"/dev/pts") {
+                let owner = c.task.credentials.lock().owner();
+                fs::dev::add_terminal(&pts, master.pty().number, owner);
+            }
+            Ok(Kind::Object(Arc::new(master)))
+        }
+        Special::Pts(number) => {
+            let pty = pty::find(number).ok_or(Errno::ENXIO)?;
+            let session = c.task.links.lock().session;
+            if flags & NOCTTY == 0 && session == c.task.process {
+                pty.take_over(session);
+            }
+            Ok(Kind::Object(pty.open()))
+        }
+    }
+}
+
+/// Attributes of what is no file of a file system.
+fn special_attributes(file: &File) -> Attributes {
     let now = clock::realtime_ns();
     let time = (now / 1_000_000_000, (now % 1_000_000_000) as u32);
+    let (mode, rdev) = file.special();
     Attributes {
-        ino: rdev,
-        mode: 0o020_666,
+        ino: rdev.into(),
+        mode,
         nlink: 1,
-        rdev: rdev as u32,
+        rdev,
         block_size: 4096,
         times: [time; 3],
         ..Attributes::default()
@@ -197,45 +337,88 @@ fn put_stat(address: u64, a: &Attributes, device: u64) -> Result {
     Ok(0)
 }
 
-/// Device numbers that `stat` shows: the share, and what the kernel makes itself.
-const SHARE: u64 = 0x2a;
+/// Device number that `stat` shows of what is on no file system.
 const OWN: u64 = 0x5;
 
 fn stat_path(c: &Call<'_>, dir: i32, path: u64, to: u64, flags: u32) -> Result {
-    if flags & AT_EMPTY_PATH != 0 && super::get::<1>(path) == Ok([0]) {
+    let (attributes, device) = attributes_of(c, dir, path, flags)?;
+    put_stat(to, &attributes, device)
+}
+
+/// Attributes and device of what a path or, with `AT_EMPTY_PATH`, a file leads to.
+fn attributes_of(c: &Call<'_>, dir: i32, path: u64, flags: u32) -> Result<(Attributes, u64)> {
+    let of = |node: &Node| Ok((node.attributes()?, node.identity().0));
+    if flags & AT_EMPTY_PATH != 0 && (path == 0 || super::get::<1>(path) == Ok([0])) {
         if dir == CWD {
             let cwd = c.task.place.lock().cwd.clone();
-            return put_stat(
-                to,
-                &fs::resolve(b"/", &cwd, true)?.node()?.attributes()?,
-                SHARE,
-            );
+            return of(&fs::resolve(&c.task.container, b"/", &cwd, true)?.node);
         }
-        return stat_file(c, dir, to);
+        return attributes_of_file(c, &*c.task.file(dir)?);
     }
-    match resolve(c, dir, path, flags & AT_SYMLINK_NOFOLLOW == 0)?.what {
-        What::Node(node) => put_stat(to, &node.attributes()?, SHARE),
-        What::Device(device) => put_stat(to, &device_attributes(device.number()), OWN),
+    let found = resolve(c, dir, path, flags & AT_SYMLINK_NOFOLLOW == 0)?;
+    if let Node::Proc(entry) = &found.node
+        && flags & AT_SYMLINK_NOFOLLOW == 0
+        && let Some(file) = entry.open_file()
+    {
+        return attributes_of_file(c, &file);
     }
+    of(&found.node)
 }
 
 fn stat_file(c: &Call<'_>, fd: i32, to: u64) -> Result {
-    let file = c.task.file(fd)?;
-    match &file.kind {
-        Kind::Regular(node, _) | Kind::Directory(node, ..) => {
-            put_stat(to, &node.attributes()?, SHARE)
-        }
-        Kind::Console => put_stat(to, &device_attributes(Device::Console.number()), OWN),
-        Kind::Device(device) => put_stat(to, &device_attributes(device.number()), OWN),
-        Kind::Pipe(..) => {
-            let attributes = Attributes {
-                mode: 0o010_600,
-                rdev: 0,
-                ..device_attributes(1)
-            };
-            put_stat(to, &attributes, OWN)
-        }
+    let (attributes, device) = attributes_of_file(c, &*c.task.file(fd)?)?;
+    put_stat(to, &attributes, device)
+}
+
+fn attributes_of_file(c: &Call<'_>, file: &File) -> Result<(Attributes, u64)> {
+    if let Some(node) = file.node() {
+        return Ok((node.attributes()?, node.identity().0));
     }
+    // A terminal is the file under /dev/pts: programs find its name by comparing the two.
+    let (_, rdev) = file.special();
+    if rdev != 0
+        && matches!(file.kind, Kind::Object(_))
+        && let Ok(found) = fs::resolve(&c.task.container, b"/", &file.name(), true)
+        && let Ok(attributes) = found.node.attributes()
+        && attributes.rdev == rdev
+    {
+        return Ok((attributes, found.node.identity().0));
+    }
+    Ok((special_attributes(file), OWN))
+}
+
+/// statx(2).
+fn statx(c: &Call<'_>) -> Result {
+    const BASIC: u32 = 0x7ff;
+    let (a, device) = attributes_of(c, c.int(0), c.arg(1), c.uint(2))?;
+    let mut bytes = [0u8; 256];
+    let mut put32 = |at: usize, value: u32| {
+        if let Some(slot) = bytes.get_mut(at..at + 4) {
+            slot.copy_from_slice(&value.to_le_bytes());
+        }
+    };
+    put32(0, BASIC);
+    put32(4, a.block_size);
+    put32(16, a.nlink);
+    put32(20, a.uid);
+    put32(24, a.gid);
+    put32(28, a.mode & 0xffff);
+    for (at, value) in [(32, a.ino), (40, a.size), (48, a.blocks)] {
+        put32(at, value as u32);
+        put32(at + 4, (value >> 32) as u32);
+    }
+    // Access, (birth is not known), change, modification.
+    for (at, (seconds, ns)) in [(64, a.times[0]), (96, a.times[2]), (112, a.times[1])] {
+        put32(at, seconds as u32);
+        put32(at + 4, (seconds >> 32) as u32);
+        put32(at + 8, ns);
+    }
+    put32(128, a.rdev >> 8 & 0xfff);
+    put32(132, a.rdev & 0xff | a.rdev >> 12 & 0xfff00);
+    put32(136, 0);
+    put32(140, device as u32);
+    put(c.arg(4), &bytes)?;
+    Ok(0)
 }
 
 fn access(c: &Call<'_>, dir: i32, path: u64, mode: u32, flags: u32) -> Result {
@@ -244,9 +427,18 @@ fn access(c: &Call<'_>, dir: i32, path: u64, mode: u32, flags: u32) -> Result {
         return Err(Errno::EINVAL);
     }
     let found = resolve(c, dir, path, flags & AT_SYMLINK_NOFOLLOW == 0)?;
-    if let What::Node(node) = found.what {
-        // All programs are root: only what nobody may execute is refused.
-        if mode & EXECUTE != 0 && node.is_regular() && node.attributes()?.mode & 0o111 == 0 {
+    const EFFECTIVE: u32 = 0x200;
+    const WRITE: u32 = 2;
+    if mode & WRITE != 0 && found.read_only && !found.node.is_directory() {
+        return Err(Errno::EROFS);
+    }
+    let mut credentials = c.task.credentials.lock().clone();
+    if flags & EFFECTIVE == 0 {
+        (credentials.euid, credentials.egid) = (credentials.uid, credentials.gid);
+    }
+    if mode & EXECUTE != 0 || !credentials.is_root() {
+        let attributes = found.node.attributes()?;
+        if !credentials.may(&attributes, mode) {
             return Err(Errno::EACCES);
         }
     }
@@ -265,32 +457,50 @@ fn getcwd(c: &Call<'_>) -> Result {
 
 fn chdir(c: &Call<'_>) -> Result {
     let found = resolve(c, CWD, c.arg(0), true)?;
-    if !found.node().map_err(|_| Errno::ENOTDIR)?.is_directory() {
+    if !found.node.is_directory() {
         return Err(Errno::ENOTDIR);
+    }
+    if found.path.len() >= fs::PATH_MAX {
+        return Err(Errno::ENAMETOOLONG);
     }
     c.task.place.lock().cwd = found.path;
     Ok(0)
 }
 
 fn fchdir(c: &Call<'_>) -> Result {
-    match &c.task.file(c.int(0))?.kind {
-        Kind::Directory(_, path, _) => {
-            c.task.place.lock().cwd = path.clone();
-            Ok(0)
-        }
-        _ => Err(Errno::ENOTDIR),
+    let file = c.task.file(c.int(0))?;
+    if !matches!(file.kind, Kind::Directory(..)) {
+        return Err(Errno::ENOTDIR);
     }
+    c.task.place.lock().cwd = file.path.clone();
+    Ok(0)
 }
 
-fn rename(c: &Call<'_>, from: (i32, u64), to: (i32, u64)) -> Result {
+/// As renameat2 has it.
+const NOREPLACE: u32 = 1;
+
+fn rename(c: &Call<'_>, from: (i32, u64), to: (i32, u64), flags: u32) -> Result {
     let from = walk(c, from.0, from.1)?;
     let to = walk(c, to.0, to.1)?;
-    let node = from.found.as_ref().ok_or(Errno::ENOENT)?.node()?;
-    if from.name.is_empty() || to.name.is_empty() {
+    let node = &from.found.as_ref().ok_or(Errno::ENOENT)?.node;
+    let busy =
+        |place: &Place| place.name.is_empty() || c.task.container.mount_at(&place.path()).is_some();
+    if busy(&from) || busy(&to) {
         return Err(Errno::EBUSY);
     }
     if (from.slash || to.slash) && !node.is_directory() {
         return Err(Errno::ENOTDIR);
+    }
+    if flags & NOREPLACE != 0 && to.found.is_some() {
+        return Err(Errno::EEXIST);
+    }
+    removes(c, &from)?;
+    removes(c, &to)?;
+    // Never below itself: the tree would come loose.
+    let mut below = from.path();
+    below.push(b'/');
+    if to.path().starts_with(&below) {
+        return Err(Errno::EINVAL);
     }
     from.directory.rename(&from.name, &to.directory, &to.name)?;
     Ok(0)
@@ -301,18 +511,55 @@ fn mkdir(c: &Call<'_>, dir: i32, path: u64, mode: u32) -> Result {
     if place.found.is_some() {
         return Err(Errno::EEXIST);
     }
+    changes(c, &place)?;
     let umask = c.task.place.lock().umask;
+    let owner = c.task.credentials.lock().owner();
     place
         .directory
-        .make_directory(&place.name, mode & 0o1777 & !umask)?;
+        .make_directory(&place.name, mode & 0o1777 & !umask, owner)?;
+    Ok(0)
+}
+
+fn mknod(c: &Call<'_>, dir: i32, path: u64, mode: u32, device: u32) -> Result {
+    let place = walk(c, dir, path)?;
+    if place.found.is_some() {
+        return Err(Errno::EEXIST);
+    }
+    changes(c, &place)?;
+    let umask = c.task.place.lock().umask;
+    let owner = c.task.credentials.lock().owner();
+    let permissions = mode & 0o7777 & !umask;
+    match mode & kind::MASK {
+        0 | kind::REGULAR => {
+            let (node, handle) = place.directory.create(&place.name, permissions, owner)?;
+            node.close(handle);
+        }
+        special @ (kind::FIFO | kind::SOCKET) => {
+            place
+                .directory
+                .make_special(&place.name, special | permissions, 0, owner)?;
+        }
+        kind::CHARACTER if c.task.credentials.lock().is_root() => {
+            // The kernel's own devices only; and no terminals: they may be another container's.
+            if !matches!(Special::of(device), Some(Special::Device(_) | Special::Tty)) {
+                return Err(Errno::EPERM);
+            }
+            place.directory.make_special(
+                &place.name,
+                kind::CHARACTER | permissions,
+                device,
+                owner,
+            )?;
+        }
+        _ => return Err(Errno::EPERM),
+    }
     Ok(0)
 }
 
 fn unlink(c: &Call<'_>, dir: i32, path: u64, directory: bool) -> Result {
     let place = walk(c, dir, path)?;
-    let found = place.found.as_ref().ok_or(Errno::ENOENT)?;
-    let node = found.node()?;
-    if place.name.is_empty() {
+    let node = &place.found.as_ref().ok_or(Errno::ENOENT)?.node;
+    if place.name.is_empty() || c.task.container.mount_at(&place.path()).is_some() {
         return Err(Errno::EBUSY);
     }
     match (directory, node.is_directory()) {
@@ -320,17 +567,19 @@ fn unlink(c: &Call<'_>, dir: i32, path: u64, directory: bool) -> Result {
         (false, true) => return Err(Errno::EISDIR),
         _ => {}
     }
+    removes(c, &place)?;
     place.directory.unlink(&place.name, directory)?;
     Ok(0)
 }
 
 fn link(c: &Call<'_>, from: (i32, u64), to: (i32, u64), flags: u32) -> Result {
     const AT_SYMLINK_FOLLOW: u32 = 0x400;
-    let node = resolve(c, from.0, from.1, flags & AT_SYMLINK_FOLLOW != 0)?.node()?;
+    let node = resolve(c, from.0, from.1, flags & AT_SYMLINK_FOLLOW != 0)?.node;
     let place = walk(c, to.0, to.1)?;
     if place.found.is_some() {
         return Err(Errno::EEXIST);
     }
+    changes(c, &place)?;
     place.directory.link(&place.name, &node)?;
     Ok(0)
 }
@@ -344,7 +593,9 @@ fn symlink(c: &Call<'_>, target: u64, dir: i32, path: u64) -> Result {
     if place.found.is_some() {
         return Err(Errno::EEXIST);
     }
-    place.directory.make_link(&place.name, &target)?;
+    changes(c, &place)?;
+    let owner = c.task.credentials.lock().owner();
+    place.directory.make_link(&place.name, &target, owner)?;
     Ok(0)
 }
 
@@ -353,29 +604,46 @@ fn readlink(c: &Call<'_>, dir: i32, path: u64, to: u64, room: u64) -> Result {
         return Err(Errno::EINVAL);
     }
     let text = get_path(path)?;
-    // The one file of /proc that programs cannot do without.
-    let target = if text == b"/proc/self/exe" {
-        c.task.place.lock().exe.clone()
+    let node = if text.is_empty() {
+        c.task.file(dir)?.node().cloned().ok_or(Errno::EINVAL)?
     } else {
-        let node = fs::resolve(&base(c, dir, &text)?, &text, false)?
-            .node()
-            .map_err(|_| Errno::EINVAL)?;
-        if !node.is_link() {
-            return Err(Errno::EINVAL);
-        }
-        node.read_link()?
+        fs::resolve(&c.task.container, &base(c, dir, &text)?, &text, false)?.node
     };
+    if !node.is_link() {
+        return Err(Errno::EINVAL);
+    }
+    let target = node.read_link()?;
     let len = target.len().min(room as usize);
     put(to, target.get(..len).unwrap_or_default())?;
     Ok(len as u64)
 }
 
 fn chmod(c: &Call<'_>, dir: i32, path: u64, mode: u32) -> Result {
-    let node = resolve(c, dir, path, true)?.node()?;
-    node.change(&Change {
+    let found = resolve(c, dir, path, true)?;
+    let change = Change {
         mode: Some(mode & 0o7777),
         ..Change::default()
-    })?;
+    };
+    changed(c, &found.node, found.read_only, &change)
+}
+
+/// Changes attributes, if the caller may.
+fn changed(c: &Call<'_>, node: &Node, read_only: bool, change: &Change) -> Result {
+    if read_only {
+        return Err(Errno::EROFS);
+    }
+    let credentials = c.task.credentials.lock().clone();
+    if !credentials.is_root() {
+        let attributes = node.attributes()?;
+        let gives_away = change.uid.is_some_and(|uid| uid != attributes.uid)
+            || change
+                .gid
+                .is_some_and(|gid| gid != credentials.egid && !credentials.groups.contains(&gid));
+        if !credentials.owns(&attributes) || gives_away {
+            return Err(Errno::EPERM);
+        }
+    }
+    node.change(change)?;
     Ok(0)
 }
 
@@ -389,15 +657,22 @@ fn owner(uid: u32, gid: u32) -> Change {
 }
 
 fn chown(c: &Call<'_>, dir: i32, path: u64, ids: (u32, u32), flags: u32) -> Result {
-    let node = resolve(c, dir, path, flags & AT_SYMLINK_NOFOLLOW == 0)?.node()?;
-    node.change(&owner(ids.0, ids.1))?;
-    Ok(0)
+    let change = owner(ids.0, ids.1);
+    if flags & AT_EMPTY_PATH != 0 && super::get::<1>(path) == Ok([0]) {
+        let file = c.task.file(dir)?;
+        return changed(c, file.node().ok_or(Errno::EINVAL)?, false, &change);
+    }
+    let found = resolve(c, dir, path, flags & AT_SYMLINK_NOFOLLOW == 0)?;
+    changed(c, &found.node, found.read_only, &change)
 }
 
 fn change_file(c: &Call<'_>, change: &Change) -> Result {
     let file = c.task.file(c.int(0))?;
-    file.node().ok_or(Errno::EINVAL)?.change(change)?;
-    Ok(0)
+    match file.node() {
+        Some(node) => changed(c, node, false, change),
+        // Pipes and sockets have no attributes to keep.
+        None => Ok(0),
+    }
 }
 
 fn truncate(c: &Call<'_>) -> Result {
@@ -405,11 +680,18 @@ fn truncate(c: &Call<'_>) -> Result {
     if size > i64::MAX.cast_unsigned() {
         return Err(Errno::EINVAL);
     }
-    let node = resolve(c, CWD, c.arg(0), true)?.node()?;
-    if node.is_directory() {
+    let found = resolve(c, CWD, c.arg(0), true)?;
+    if found.node.is_directory() {
         return Err(Errno::EISDIR);
     }
-    node.change(&Change {
+    if found.read_only {
+        return Err(Errno::EROFS);
+    }
+    let credentials = c.task.credentials.lock().clone();
+    if !credentials.may(&found.node.attributes()?, may::WRITE) {
+        return Err(Errno::EACCES);
+    }
+    found.node.change(&Change {
         size: Some(size),
         ..Change::default()
     })?;
@@ -447,36 +729,24 @@ fn utimens(c: &Call<'_>) -> Result {
     if c.arg(1) == 0 {
         return change_file(c, &change);
     }
-    let node = resolve(c, c.int(0), c.arg(1), c.uint(3) & AT_SYMLINK_NOFOLLOW == 0)?.node()?;
-    node.change(&change)?;
+    let found = resolve(c, c.int(0), c.arg(1), c.uint(3) & AT_SYMLINK_NOFOLLOW == 0)?;
+    if found.read_only {
+        return Err(Errno::EROFS);
+    }
+    found.node.change(&change)?;
     Ok(0)
 }
 
 fn statfs(c: &Call<'_>) -> Result {
-    let node = resolve(c, CWD, c.arg(0), true)?.node()?;
-    let bytes = node.statistics()?;
-    let word = |i: usize| {
-        let bytes = bytes.get(i * 8..i * 8 + 8).and_then(|b| b.try_into().ok());
-        bytes.map_or(0, u64::from_le_bytes)
+    let node = if c.number == 138 {
+        let file = c.task.file(c.int(0))?;
+        file.node().cloned().ok_or(Errno::ENOSYS)?
+    } else {
+        resolve(c, CWD, c.arg(0), true)?.node
     };
-    const FUSE_MAGIC: u64 = 0x6573_5546;
-    let block = word(5) & 0xffff_ffff;
+    let [magic, block, blocks, free, files, files_free] = node.statistics()?;
     let words = [
-        FUSE_MAGIC,
-        block,
-        word(0),
-        word(1),
-        word(2),
-        word(3),
-        word(4),
-        0,
-        word(5) >> 32,
-        word(6) & 0xffff_ffff,
-        0,
-        0,
-        0,
-        0,
-        0,
+        magic, block, blocks, free, free, files, files_free, 0, 255, block, 0, 0, 0, 0, 0,
     ];
     super::put_words(c.arg(1), &words)?;
     Ok(0)

@@ -6,12 +6,18 @@ use alloc::vec::Vec;
 use appkernel_core::errno::Errno;
 use appkernel_hal::clock;
 
+use super::events::timer_deadline;
 use super::{Call, Result, get_timespec, get_u64, put, put_words};
+use crate::fs::file::Ready;
 use crate::signal::Signal;
 use crate::task;
 
 const IN: u16 = 1;
 const OUT: u16 = 4;
+const ERROR: u16 = 8;
+const READ_NORMAL: u16 = 0x40;
+const WRITE_NORMAL: u16 = 0x100;
+const READ_HUP: u16 = 0x2000;
 const HUP: u16 = 0x10;
 const INVALID: u16 = 0x20;
 const REALTIME: u64 = 0;
@@ -73,11 +79,13 @@ fn mask(at: u64) -> Result<Option<u64>> {
     }
 }
 
-/// Waits until `ready` gives something or the time is over (then 0).
-fn wait(
+/// Waits until `ready` gives something or the time is over (then 0). `timer` is when a timer among
+/// the files expires.
+pub fn wait_for_files(
     c: &Call<'_>,
     ns: Option<u64>,
     mask: Option<u64>,
+    timer: impl Fn() -> Option<u64>,
     mut ready: impl FnMut() -> Option<u64>,
 ) -> Result {
     if let Some(value) = ready() {
@@ -92,9 +100,20 @@ fn wait(
         pending.mask = mask & !(Signal::KILL.bit() | Signal::STOP.bit());
     }
     let deadline = ns.map(|ns| clock::monotonic_ns().saturating_add(ns));
-    match task::wait_until(task::FILES, deadline, ready) {
-        Err(Errno::ETIMEDOUT) => Ok(0),
-        other => other,
+    loop {
+        let timer = timer();
+        let next = deadline.into_iter().chain(timer).min();
+        match task::wait_until(task::FILES, next, &mut ready) {
+            Err(Errno::ETIMEDOUT) => {
+                if let Some(value) = ready() {
+                    return Ok(value);
+                }
+                if deadline.is_some_and(|at| clock::monotonic_ns() >= at) {
+                    return Ok(0);
+                }
+            }
+            other => return other,
+        }
     }
 }
 
@@ -106,7 +125,15 @@ fn poll(c: &Call<'_>, ns: Option<u64>, mask: Option<u64>) -> Result {
     let mut bytes = vec![0; count as usize * 8];
     appkernel_hal::usercopy::read(&mut bytes, c.arg(0)).map_err(|_| Errno::EFAULT)?;
     let files = c.task.files();
-    let result = wait(c, ns, mask, || {
+    let numbers: Vec<i32> = bytes
+        .chunks_exact(8)
+        .map(|e| i32::from_le_bytes([e[0], e[1], e[2], e[3]]))
+        .collect();
+    let timer = || {
+        let open = numbers.iter().filter_map(|fd| files.lock().get(*fd).ok());
+        open.filter_map(|file| timer_deadline(&file)).min()
+    };
+    let result = wait_for_files(c, ns, mask, timer, || {
         let mut ready = 0;
         for entry in bytes.chunks_exact_mut(8) {
             let fd = i32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]);
@@ -114,7 +141,7 @@ fn poll(c: &Call<'_>, ns: Option<u64>, mask: Option<u64>) -> Result {
             let got = if fd < 0 {
                 0
             } else {
-                state(&files, fd) & (wanted | HUP | INVALID)
+                state(&files, fd) & (wanted | HUP | INVALID | ERROR)
             };
             entry[6..8].copy_from_slice(&got.to_le_bytes());
             ready += u64::from(got != 0);
@@ -129,11 +156,21 @@ fn state(files: &appkernel_hal::sync::Mutex<crate::fs::file::Files>, fd: i32) ->
     let Ok(file) = files.lock().get(fd) else {
         return INVALID;
     };
-    let (readable, writable, hung_up) = file.ready();
+    bits(file.ready())
+}
+
+/// Readiness as poll and epoll have it.
+pub fn bits(ready: Ready) -> u16 {
     let mut state = 0;
-    for (is, bit) in [(readable, IN), (writable, OUT), (hung_up, HUP)] {
+    for (is, bits) in [
+        (ready.readable, IN | READ_NORMAL),
+        (ready.writable, OUT | WRITE_NORMAL),
+        (ready.hung_up, HUP),
+        (ready.ended, READ_HUP | IN),
+        (ready.error, ERROR),
+    ] {
         if is {
-            state |= bit;
+            state |= bits;
         }
     }
     state
@@ -169,14 +206,22 @@ fn select(c: &Call<'_>, ns: Option<u64>, mask: Option<u64>) -> Result {
         }
     }
     let mut results: Vec<Option<Vec<u64>>> = Vec::new();
-    let ready = wait(c, ns, mask, || {
+    let timer = || {
+        let open = (0..count).filter_map(|fd| files.lock().get(fd as i32).ok());
+        open.filter_map(|file| timer_deadline(&file)).min()
+    };
+    let ready = wait_for_files(c, ns, mask, timer, || {
         let mut ready = 0;
         results = sets
             .iter()
             .map(|s| s.as_ref().map(|s| vec![0; s.len()]))
             .collect();
         for fd in 0..count {
-            for ((set, result), bits) in sets.iter().zip(&mut results).zip([IN | HUP, OUT, 0]) {
+            for ((set, result), bits) in
+                sets.iter()
+                    .zip(&mut results)
+                    .zip([IN | HUP | ERROR, OUT | ERROR, 0])
+            {
                 let (Some(set), Some(result)) = (set, result) else {
                     continue;
                 };

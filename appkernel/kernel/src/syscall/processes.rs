@@ -8,6 +8,7 @@ use appkernel_hal::USER_END;
 use appkernel_hal::trap::Frame;
 
 use super::{Call, Result, get_path, get_string, get_u64, put, put_words};
+use crate::container::visible;
 use crate::exec::{self, ARGUMENTS_MAX};
 use crate::task::{self, CloneOptions, Task};
 
@@ -47,7 +48,7 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
             task::yield_now();
             Ok(0)
         }
-        39 => Ok(c.task.process.into()),
+        39 => Ok(visible(c.task.process).into()),
         56 => clone(c, c.arg(0), c.arg(1), c.arg(2), c.arg(3), c.arg(4)),
         57 => clone(c, 0, 0, 0, 0, 0),
         58 => clone(c, flag::VM | flag::VFORK, 0, 0, 0, 0),
@@ -60,18 +61,19 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
             Ok(0)
         }
         61 => wait4(c),
+        247 => waitid(c),
         109 => set_group(c),
-        110 => Ok(c.task.links.lock().parent.into()),
-        111 => Ok(c.task.links.lock().group.into()),
+        110 => Ok(visible(c.task.links.lock().parent).into()),
+        111 => Ok(visible(c.task.links.lock().group).into()),
         112 => set_session(c),
-        121 => process(c).map(|t| t.links.lock().group.into()),
-        124 => process(c).map(|t| t.links.lock().session.into()),
+        121 => process(c).map(|t| visible(t.links.lock().group).into()),
+        124 => process(c).map(|t| visible(t.links.lock().session).into()),
         158 => arch(c),
-        186 => Ok(c.task.id.into()),
+        186 => Ok(visible(c.task.id).into()),
         202 => super::futex::futex(c),
         218 => {
             c.task.clear_tid.store(c.arg(0), Ordering::Relaxed);
-            Ok(c.task.id.into())
+            Ok(visible(c.task.id).into())
         }
         231 => {
             task::end_process(c.task.process, task::exited(c.int(0)));
@@ -113,19 +115,20 @@ fn clone(
         vfork: has(flag::VFORK),
     };
     let id = c.task.clone(&options)?;
+    let shown = visible(id);
     if has(flag::PARENT_SETTID) {
-        put(parent_tid, &id.to_le_bytes())?;
+        put(parent_tid, &shown.to_le_bytes())?;
     }
     if has(flag::CHILD_SETTID)
         && let Some(child) = task::find(id)
     {
         let mm = child.mm();
-        mm.lock().write(child_tid, &id.to_le_bytes())?;
+        mm.lock().write(child_tid, &shown.to_le_bytes())?;
     }
     if options.vfork {
         task::wait_vfork(id);
     }
-    Ok(id.into())
+    Ok(shown.into())
 }
 
 fn strings(at: u64, total: &mut usize) -> Result<Vec<Vec<u8>>> {
@@ -164,7 +167,13 @@ pub fn execve(c: &Call<'_>, frame: &mut Frame) -> Result<()> {
         return Err(Errno::EAGAIN);
     }
     let cwd = c.task.place.lock().cwd.clone();
-    let image = exec::load(&request, &cwd)?;
+    let credentials = c.task.credentials.lock().clone();
+    let context = exec::Context {
+        container: &c.task.container,
+        cwd: &cwd,
+        credentials: &credentials,
+    };
+    let image = exec::load(&request, context)?;
     let closing = c.task.files().lock().take_closing();
     drop(closing);
     let handlers = c.task.handlers().lock().clone();
@@ -176,10 +185,25 @@ pub fn execve(c: &Call<'_>, frame: &mut Frame) -> Result<()> {
     Ok(())
 }
 
-fn wait4(c: &Call<'_>) -> Result {
-    const NOHANG: u32 = 1;
-    let (me, who) = (c.task.process, c.int(0));
+const NOHANG: u32 = 1;
+const UNTRACED: u32 = 2;
+const EXITED: u32 = 4;
+const CONTINUED: u32 = 8;
+const NOWAIT: u32 = 0x0100_0000;
+
+/// What happened to a child.
+#[derive(Clone, Copy)]
+enum Event {
+    Ended(i32),
+    Stopped(u8),
+    Continued,
+}
+
+/// Waits for a child of `who` (as wait4 has it); `None` if there is nothing yet and `NOHANG`.
+fn wait(c: &Call<'_>, who: i32, options: u32) -> Result<Option<(u32, Event)>> {
+    let me = c.task.process;
     let group = c.task.links.lock().group;
+    let container = &c.task.container;
     let matches = move |task: &Task| {
         if task.id == c.task.id {
             return false;
@@ -190,23 +214,62 @@ fn wait4(c: &Call<'_>) -> Result {
             && match who {
                 -1 => true,
                 0 => links.group == group,
-                1.. => task.id == who.unsigned_abs(),
-                _ => links.group == who.unsigned_abs(),
+                1.. => task.id == container.id(who.unsigned_abs()),
+                _ => links.group == container.id(who.unsigned_abs()),
             }
     };
+    let changed = || {
+        task::living().into_iter().find_map(|child| {
+            if child.id != child.process || !matches(&child) {
+                return None;
+            }
+            let mut links = child.links.lock();
+            if options & UNTRACED != 0
+                && let Some(signal) = links.stopped
+            {
+                if options & NOWAIT == 0 {
+                    links.stopped = None;
+                }
+                return Some((child.id, Event::Stopped(signal)));
+            }
+            if options & CONTINUED != 0 && links.continued {
+                if options & NOWAIT == 0 {
+                    links.continued = false;
+                }
+                return Some((child.id, Event::Continued));
+            }
+            None
+        })
+    };
     let look = || {
-        if let Some(found) = task::find_zombie(matches, true) {
+        if options & EXITED != 0
+            && let Some((id, status)) = task::find_zombie(matches, options & NOWAIT == 0)
+        {
+            return Some(Ok((id, Event::Ended(status))));
+        }
+        if let Some(found) = changed() {
             return Some(Ok(found));
         }
         (!task::has_child(matches)).then_some(Err(Errno::ECHILD))
     };
-    let (id, status) = if c.uint(2) & NOHANG != 0 {
-        match look() {
-            Some(result) => result?,
-            None => return Ok(0),
-        }
-    } else {
-        task::wait_for(task::CHILD + me as usize, look)??
+    if options & NOHANG != 0 {
+        return look().transpose();
+    }
+    task::wait_for(task::CHILD + me as usize, look)?.map(Some)
+}
+
+fn wait4(c: &Call<'_>) -> Result {
+    let options = c.uint(2);
+    if options & !(NOHANG | UNTRACED | CONTINUED | 0xe000_0000) != 0 {
+        return Err(Errno::EINVAL);
+    }
+    let Some((id, event)) = wait(c, c.int(0), options | EXITED)? else {
+        return Ok(0);
+    };
+    let status = match event {
+        Event::Ended(status) => status,
+        Event::Stopped(signal) => i32::from(signal) << 8 | 0x7f,
+        Event::Continued => 0xffff,
     };
     if c.arg(1) != 0 {
         put(c.arg(1), &status.to_le_bytes())?;
@@ -214,14 +277,45 @@ fn wait4(c: &Call<'_>) -> Result {
     if c.arg(3) != 0 {
         put_words(c.arg(3), &[0; 18])?;
     }
-    Ok(id.into())
+    Ok(visible(id).into())
+}
+
+fn waitid(c: &Call<'_>) -> Result {
+    let who = match (c.uint(0), c.int(1)) {
+        (0, _) => -1,
+        (1, id @ 1..) => id,
+        (2, 0) => 0,
+        (2, id @ 1..) => -id,
+        _ => return Err(Errno::EINVAL),
+    };
+    let options = c.uint(3);
+    if options & (EXITED | UNTRACED | CONTINUED) == 0 {
+        return Err(Errno::EINVAL);
+    }
+    let mut words = [0u64; 16];
+    if let Some((id, event)) = wait(c, who, options)? {
+        let (code, status) = match event {
+            Event::Ended(status) if status & 0x7f == 0 => (1, (status >> 8) as u32),
+            Event::Ended(status) => (2, status as u32 & 0x7f),
+            Event::Stopped(signal) => (5, signal.into()),
+            Event::Continued => (6, 18),
+        };
+        words[0] = 17;
+        words[1] = code;
+        words[2] = visible(id).into();
+        words[3] = status.into();
+    }
+    if c.arg(2) != 0 {
+        put_words(c.arg(2), &words)?;
+    }
+    Ok(0)
 }
 
 /// The process a call names; 0 is its own.
 fn process(c: &Call<'_>) -> Result<alloc::sync::Arc<Task>> {
     let id = match c.uint(0) {
         0 => c.task.process,
-        id => id,
+        id => c.task.container.id(id),
     };
     task::find(id)
         .filter(|t| t.id == t.process)
@@ -233,7 +327,7 @@ fn set_group(c: &Call<'_>) -> Result {
     let group = match c.int(1) {
         ..0 => return Err(Errno::EINVAL),
         0 => task.id,
-        group => group.unsigned_abs(),
+        group => c.task.container.id(group.unsigned_abs()),
     };
     let session = c.task.links.lock().session;
     let mut links = task.links.lock();
@@ -254,7 +348,7 @@ fn set_session(c: &Call<'_>) -> Result {
     }
     links.group = c.task.process;
     links.session = c.task.process;
-    Ok(c.task.process.into())
+    Ok(visible(c.task.process).into())
 }
 
 fn arch(c: &Call<'_>) -> Result {

@@ -4,7 +4,7 @@ use appkernel_core::errno::Errno;
 use appkernel_hal::trap::Frame;
 
 use super::{Call, Result, get, get_u64, put, put_words};
-use crate::signal::{self, Action, Signal};
+use crate::signal::{self, Action, Info, Signal, code};
 use crate::task;
 
 const KEPT: u64 = (1 << 8) | (1 << 18);
@@ -17,7 +17,8 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         62 => kill(c),
         127 => put_words(c.arg(0), &[c.task.pending.lock().waiting()]).map(|()| 0),
         130 => suspend(c),
-        131 => Ok(0),
+        128 => timed_wait(c),
+        131 => alternate_stack(c),
         200 => one(c, c.int(0), c.arg(1)),
         234 => one(c, c.int(1), c.arg(2)),
         _ => return None,
@@ -97,15 +98,40 @@ fn suspend(c: &Call<'_>) -> Result {
     task::wait_for(task::TIME, || None::<u64>)
 }
 
+/// Where a signal of the caller comes from.
+fn sender(c: &Call<'_>, code: i32) -> Info {
+    Info {
+        code,
+        id: c.task.process,
+        uid: c.task.credentials.lock().uid,
+        ..Info::default()
+    }
+}
+
+/// Whether the caller may send signals to a task.
+fn permitted(c: &Call<'_>, to: &task::Task) -> bool {
+    let own = c.task.credentials.lock().clone();
+    if own.is_root() || to.process == c.task.process {
+        return true;
+    }
+    let other = to.credentials.lock();
+    [own.uid, own.euid]
+        .iter()
+        .any(|id| *id == other.uid || *id == other.suid)
+}
+
 fn one(c: &Call<'_>, id: i32, number: u64) -> Result {
     let task = u32::try_from(id)
         .ok()
-        .and_then(task::find)
+        .filter(|id| *id > 0)
+        .and_then(|id| task::find(c.task.container.id(id)))
         .ok_or(Errno::ESRCH)?;
-    if number != 0 {
-        signal::send(&task, Signal::parse(number)?);
+    if !permitted(c, &task) {
+        return Err(Errno::EPERM);
     }
-    let _ = c;
+    if number != 0 {
+        signal::send(&task, Signal::parse(number)?, sender(c, code::TKILL));
+    }
     Ok(0)
 }
 
@@ -116,30 +142,93 @@ fn kill(c: &Call<'_>) -> Result {
     } else {
         Some(Signal::parse(number)?)
     };
+    let container = &c.task.container;
     let group = match who {
         0 => Some(c.task.links.lock().group),
-        ..=-2 => Some(who.unsigned_abs()),
+        ..=-2 => Some(container.id(who.unsigned_abs())),
         _ => None,
     };
-    let mut found = false;
+    let one = container.id(who.unsigned_abs());
+    let mut result = Err(Errno::ESRCH);
     let mut processes = alloc::vec::Vec::new();
     for task in task::living() {
         let process = task.process;
-        let hit = match (who, group) {
-            (-1, _) => process != 1 && process != c.task.process,
-            (_, Some(group)) => task.links.lock().group == group,
-            _ => process == who.unsigned_abs(),
-        };
+        let hit = container.has(process)
+            && match (who, group) {
+                (-1, _) => process != container.id(1) && process != c.task.process,
+                (_, Some(group)) => task.links.lock().group == group,
+                _ => process == one,
+            };
         if !hit || processes.contains(&process) {
             continue;
         }
         processes.push(process);
-        found = true;
+        if !permitted(c, &task) {
+            result = result.or(Err(Errno::EPERM));
+            continue;
+        }
+        result = Ok(0);
         if let Some(signal) = signal {
-            signal::send(&task, signal);
+            signal::send_process(process, signal, sender(c, code::USER));
         }
     }
-    if found { Ok(0) } else { Err(Errno::ESRCH) }
+    if result.is_err() && who > 0 && task::is_zombie(one) {
+        return Ok(0);
+    }
+    result
+}
+
+/// rt_sigtimedwait(2).
+fn timed_wait(c: &Call<'_>) -> Result {
+    let set = get_u64(c.arg(0))? & !KEPT;
+    let deadline = match c.arg(2) {
+        0 => None,
+        at => Some(appkernel_hal::clock::monotonic_ns().saturating_add(super::get_timespec(at)?)),
+    };
+    let take = || c.task.pending.lock().take(set);
+    let (signal, info) = match task::wait_until(task::TIME, deadline, take) {
+        Err(Errno::ETIMEDOUT) => return Err(Errno::EAGAIN),
+        other => other?,
+    };
+    if c.arg(1) != 0 {
+        let mut words = [0; 16];
+        for (slot, word) in words.iter_mut().zip(signal::siginfo(signal, &info)) {
+            *slot = word;
+        }
+        put_words(c.arg(1), &words)?;
+    }
+    Ok(signal.0.into())
+}
+
+/// sigaltstack(2).
+fn alternate_stack(c: &Call<'_>) -> Result {
+    const DISABLE: u64 = 2;
+    const SMALLEST: u64 = 2048;
+    let rsp = c.task.frame().rsp;
+    let old = c.task.pending.lock().stack;
+    if c.arg(0) != 0 {
+        let (start, flags, len) = (
+            get_u64(c.arg(0))?,
+            get_u64(c.arg(0).wrapping_add(8))? & 0xffff_ffff,
+            get_u64(c.arg(0).wrapping_add(16))?,
+        );
+        if signal::stack_flags(old, rsp) == 1 {
+            return Err(Errno::EPERM);
+        }
+        let new = if flags & DISABLE != 0 {
+            (0, 0)
+        } else if len < SMALLEST {
+            return Err(Errno::ENOMEM);
+        } else {
+            (start, len)
+        };
+        c.task.pending.lock().stack = new;
+    }
+    if c.arg(1) != 0 {
+        let flags = signal::stack_flags(old, rsp);
+        put_words(c.arg(1), &[old.0, flags.into(), old.1])?;
+    }
+    Ok(0)
 }
 
 /// Back from a handler.

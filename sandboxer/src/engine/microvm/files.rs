@@ -36,6 +36,20 @@ impl GuestFiles {
     }
 }
 
+/// The app kernel, which is a guest by itself: looked for in the same places.
+///
+/// # Errors
+/// It is not there.
+pub fn find_app_kernel(kernel: Option<&Path>) -> Result<PathBuf, EngineError> {
+    find(
+        kernel,
+        "BULKHEAD_APPKERNEL",
+        "appkernel",
+        "app kernel",
+        "kernel",
+    )
+}
+
 /// The kernel alone.
 ///
 /// # Errors

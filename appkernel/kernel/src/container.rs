@@ -1,0 +1,184 @@
+//! What the programs of one container share: their view of files, names and numbers.
+
+use alloc::string::String;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use appkernel_core::errno::Errno;
+use appkernel_hal::sync::Mutex;
+
+use crate::fs::node::Node;
+use crate::fs::{dev, memory, proc};
+
+/// Bits of a task's number that its programs see; the rest is the container's number.
+const PID_BITS: u32 = 22;
+/// Largest number of a process.
+const PID_MAX: u32 = (1 << PID_BITS) - 1;
+/// Containers of one kernel, at most.
+pub const MAX_CONTAINERS: u32 = 1 << (32 - PID_BITS);
+
+/// The number of a task as its container's programs see it.
+pub const fn visible(id: u32) -> u32 {
+    id & PID_MAX
+}
+
+/// A file system at a place.
+#[derive(Clone)]
+pub struct Mount {
+    /// Canonical path.
+    pub at: Vec<u8>,
+    pub root: Node,
+    pub read_only: bool,
+    /// For /proc/mounts: source, type, options.
+    pub shown: (String, String, String),
+}
+
+/// A container.
+pub struct Container {
+    /// Upper bits of its tasks' numbers.
+    pub number: u32,
+    pub name: String,
+    pub hostname: Mutex<Vec<u8>>,
+    mounts: Mutex<Vec<Mount>>,
+    next: AtomicU32,
+    /// Nanoseconds its programs had the CPU.
+    pub cpu_ns: AtomicU64,
+    /// Programs that were ended for lack of memory.
+    pub oom_kills: AtomicU64,
+}
+
+impl Container {
+    /// A container with a root and nothing else.
+    pub fn new(number: u32, name: &str, root: Node, read_only: bool) -> Self {
+        let root = Mount {
+            at: b"/".to_vec(),
+            root,
+            read_only,
+            shown: (
+                String::from("share"),
+                String::from("virtiofs"),
+                String::from("relatime"),
+            ),
+        };
+        Self {
+            number,
+            name: String::from(name),
+            hostname: Mutex::new(b"bulkhead".to_vec()),
+            mounts: Mutex::new(alloc::vec![root]),
+            next: AtomicU32::new(1),
+            cpu_ns: AtomicU64::new(0),
+            oom_kills: AtomicU64::new(0),
+        }
+    }
+
+    /// The root of what is mounted at a canonical path, and whether it cannot be written.
+    pub fn mount_at(&self, path: &[u8]) -> Option<(Node, bool)> {
+        let mounts = self.mounts.lock();
+        // The last one hides those before it.
+        let mount = mounts.iter().rev().find(|m| m.at == path)?;
+        Some((mount.root.clone(), mount.read_only))
+    }
+
+    /// Mounts something.
+    pub fn mount(&self, mount: Mount) {
+        self.mounts.lock().push(mount);
+    }
+
+    /// All mounts, for /proc/mounts.
+    pub fn mounts(&self) -> Vec<Mount> {
+        self.mounts.lock().clone()
+    }
+
+    /// Names of mounts directly in a directory, which must be seen there.
+    pub fn mounted_names(&self, directory: &[u8]) -> Vec<Vec<u8>> {
+        let prefix = if directory == b"/" { b"" } else { directory };
+        let mounts = self.mounts.lock();
+        let names = mounts.iter().filter_map(|m| {
+            let name = m.at.strip_prefix(prefix)?.strip_prefix(b"/")?;
+            (!name.is_empty() && !name.contains(&b'/')).then(|| name.to_vec())
+        });
+        names.collect()
+    }
+
+    /// What every container has: /proc, /sys, /dev, /dev/pts, /dev/shm.
+    pub fn mount_usual(&self) {
+        let dev = memory::new(Some(64 << 10), 0o755);
+        dev::populate(&dev);
+        let pts = memory::new(Some(64 << 10), 0o755);
+        let shm = memory::new(Some(64 << 20), 0o1777);
+        for (at, root, kind) in [
+            ("/proc", Node::Proc(proc::Entry::root()), "proc"),
+            ("/sys", Node::Proc(proc::Entry::sys()), "sysfs"),
+            ("/dev", Node::Memory(dev), "tmpfs"),
+            ("/dev/pts", Node::Memory(pts), "devpts"),
+            ("/dev/shm", Node::Memory(shm), "tmpfs"),
+        ] {
+            self.mount(Mount {
+                at: at.as_bytes().to_vec(),
+                root,
+                read_only: false,
+                shown: (
+                    String::from(kind),
+                    String::from(kind),
+                    String::from("nosuid"),
+                ),
+            });
+        }
+    }
+
+    /// A number for a new task, which `taken` does not know yet.
+    pub fn new_id(&self, taken: impl Fn(u32) -> bool) -> u32 {
+        loop {
+            let next = self.next.fetch_add(1, Ordering::Relaxed);
+            if next >= PID_MAX {
+                // Low numbers are not given out again soon, as on Linux.
+                self.next.store(300, Ordering::Relaxed);
+            }
+            let id = self.id(next);
+            if next > 0 && !taken(id) {
+                return id;
+            }
+        }
+    }
+
+    /// The task's number from the one that programs see.
+    pub fn id(&self, visible: u32) -> u32 {
+        self.number << PID_BITS | visible & PID_MAX
+    }
+
+    /// Whether a task is one of it.
+    pub fn has(&self, id: u32) -> bool {
+        id >> PID_BITS == self.number
+    }
+
+    /// Makes what is mounted go: files in memory are freed.
+    pub fn unmount_all(&self) {
+        let mounts = core::mem::take(&mut *self.mounts.lock());
+        drop(mounts);
+    }
+}
+
+/// The containers that are there, by number.
+static ALL: Mutex<Vec<Arc<Container>>> = Mutex::new(Vec::new());
+
+/// Makes a container of a free number.
+///
+/// # Errors
+/// `EAGAIN` if there are too many.
+pub fn make(name: &str, root: Node, read_only: bool) -> Result<Arc<Container>, Errno> {
+    let mut all = ALL.lock();
+    // Zero is the kernel's own, and that of a first program named on the command line.
+    let number = (1..MAX_CONTAINERS)
+        .find(|n| all.iter().all(|c| c.number != *n))
+        .ok_or(Errno::EAGAIN)?;
+    let container = Arc::new(Container::new(number, name, root, read_only));
+    all.push(Arc::clone(&container));
+    Ok(container)
+}
+
+/// Forgets a container whose tasks have all ended.
+pub fn remove(container: &Arc<Container>) {
+    ALL.lock().retain(|c| !Arc::ptr_eq(c, container));
+    container.unmount_all();
+}

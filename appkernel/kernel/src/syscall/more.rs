@@ -1,0 +1,206 @@
+//! Calls of little substance that programs make all the same.
+
+use appkernel_core::errno::Errno;
+
+use super::{Call, Result, get, get_u64, put, put_words};
+use crate::alarms;
+use crate::fs::file::Kind;
+use crate::fs::fuse::Change;
+use crate::task;
+
+const SECOND: u64 = 1_000_000_000;
+
+/// The calls of this family.
+pub fn call(c: &Call<'_>) -> Option<Result> {
+    Some(match c.number {
+        36 => interval(c, c.arg(1)),
+        37 => {
+            let (left, _) = alarms::set(c.task.process, u64::from(c.uint(0)) * SECOND, 0);
+            Ok(left.div_ceil(SECOND))
+        }
+        38 => set_interval(c),
+        73 => lock_file(c),
+        135 => Ok(0),
+        140 => Ok(20),
+        141 | 144 | 142 | 251 => Ok(0),
+        143 => put(c.arg(1), &0u32.to_le_bytes()).map(|()| 0),
+        145 | 146 | 147 | 252 => Ok(0),
+        157 => control(c),
+        162 => Ok(0),
+        187 | 203 => Ok(0),
+        188..=190 => Err(Errno::EOPNOTSUPP),
+        191..=193 => Err(Errno::ENODATA),
+        194..=196 => Ok(0),
+        197..=199 => Err(Errno::EOPNOTSUPP),
+        221 => Ok(0),
+        285 => allocate(c),
+        306 => c.task.file(c.int(0)).map(|_| 0),
+        309 => {
+            for at in [c.arg(0), c.arg(1)] {
+                if at != 0
+                    && let Err(e) = put(at, &0u32.to_le_bytes())
+                {
+                    return Some(Err(e));
+                }
+            }
+            Ok(0)
+        }
+        436 => close_range(c),
+        _ => return None,
+    })
+}
+
+fn put_interval(at: u64, (left, interval): (u64, u64)) -> Result {
+    if at == 0 {
+        return Ok(0);
+    }
+    let us = |ns: u64| ns % SECOND / 1000;
+    let words = [interval / SECOND, us(interval), left / SECOND, us(left)];
+    put_words(at, &words).map(|()| 0)
+}
+
+fn interval(c: &Call<'_>, to: u64) -> Result {
+    match c.uint(0) {
+        0 => put_interval(to, alarms::get(c.task.process)),
+        1 | 2 => put_interval(to, (0, 0)),
+        _ => Err(Errno::EINVAL),
+    }
+}
+
+fn set_interval(c: &Call<'_>) -> Result {
+    // Timers of processor time are not there: setting one has no effect but turning it off.
+    let time = |at: u64| -> Result {
+        let (seconds, us) = (get_u64(at)?, get_u64(at.wrapping_add(8))?);
+        if us >= 1_000_000 || seconds > i64::MAX.cast_unsigned() {
+            return Err(Errno::EINVAL);
+        }
+        Ok(seconds.saturating_mul(SECOND).saturating_add(us * 1000))
+    };
+    let (interval, value) = match c.arg(1) {
+        0 => (0, 0),
+        at => (time(at)?, time(at.wrapping_add(16))?),
+    };
+    match c.uint(0) {
+        0 => put_interval(c.arg(2), alarms::set(c.task.process, value, interval)),
+        1 | 2 if value == 0 => put_interval(c.arg(2), (0, 0)),
+        1 | 2 => Err(Errno::EOPNOTSUPP),
+        _ => Err(Errno::EINVAL),
+    }
+}
+
+/// flock(2), as a record lock on the whole file that belongs to the process: what programs use it
+/// for is to keep a second one of them out.
+fn lock_file(c: &Call<'_>) -> Result {
+    use appkernel_core::locks::Lock;
+    const NOWAIT: u32 = 4;
+    let file = c.task.file(c.int(0))?;
+    let node = file.node().ok_or(Errno::EBADF)?;
+    let exclusive = match c.uint(1) & !NOWAIT {
+        1 => false,
+        2 => true,
+        8 => {
+            node.with_locks(|locks| locks.release(c.task.process, u64::MAX - 1, u64::MAX));
+            task::wake(task::FILES);
+            return Ok(0);
+        }
+        _ => return Err(Errno::EINVAL),
+    };
+    // A place that no record lock reaches, so that the two kinds do not meet.
+    let wanted = Lock {
+        owner: c.task.process,
+        exclusive,
+        start: u64::MAX - 1,
+        end: u64::MAX,
+    };
+    let attempt = || match node.with_locks(|locks| locks.take(wanted)) {
+        Some(Err(Errno::EAGAIN)) => None,
+        other => Some(other.unwrap_or(Ok(()))),
+    };
+    if c.uint(1) & NOWAIT != 0 {
+        attempt().unwrap_or(Err(Errno::EAGAIN))?;
+    } else {
+        task::wait_for(task::FILES, attempt)??;
+    }
+    Ok(0)
+}
+
+/// prctl(2).
+fn control(c: &Call<'_>) -> Result {
+    match c.uint(0) {
+        // Parent's death signal, dumpable, keep capabilities, timer slack, no new privileges, child
+        // subreaper, names of memory: nothing here depends on them.
+        1 | 4 | 8 | 29 | 36 | 38 | 0x5356_4d41 => Ok(0),
+        2 => put(c.arg(1), &0u32.to_le_bytes()).map(|()| 0),
+        3 => Ok(1),
+        7 | 39 => Ok(0),
+        30 => Ok(50_000),
+        37 => put(c.arg(1), &0u32.to_le_bytes()).map(|()| 0),
+        15 => {
+            let mut name = super::get_string(c.arg(1), 16, Errno::ERANGE).or_else(|e| match e {
+                // Longer names are cut.
+                Errno::ERANGE => get::<15>(c.arg(1)).map(|b| b.to_vec()),
+                e => Err(e),
+            })?;
+            name.truncate(15);
+            *c.task.name.lock() = name;
+            Ok(0)
+        }
+        16 => {
+            let mut name = c.task.name.lock().clone();
+            name.resize(16, 0);
+            put(c.arg(1), &name).map(|()| 0)
+        }
+        // Capabilities of the bounding set.
+        23 => Ok((c.task.credentials.lock().capabilities() >> c.arg(1).min(63) & 1 != 0).into()),
+        24 => Ok(0),
+        _ => Err(Errno::EINVAL),
+    }
+}
+
+fn allocate(c: &Call<'_>) -> Result {
+    const KEEP_SIZE: u32 = 1;
+    let file = c.task.file(c.int(0))?;
+    let Kind::Regular(node, Some(_)) = &file.kind else {
+        return Err(Errno::EBADF);
+    };
+    if c.uint(1) & !KEEP_SIZE != 0 {
+        return Err(Errno::EOPNOTSUPP);
+    }
+    let end = c
+        .arg(2)
+        .checked_add(c.arg(3))
+        .filter(|e| *e <= i64::MAX.cast_unsigned());
+    let end = end.ok_or(Errno::EFBIG)?;
+    if c.arg(3) == 0 {
+        return Err(Errno::EINVAL);
+    }
+    if c.uint(1) & KEEP_SIZE == 0 && node.attributes()?.size < end {
+        node.change(&Change {
+            size: Some(end),
+            ..Change::default()
+        })?;
+    }
+    Ok(0)
+}
+
+fn close_range(c: &Call<'_>) -> Result {
+    const CLOEXEC: u32 = 4;
+    let (first, last) = (c.uint(0), c.uint(1));
+    if first > last || c.uint(2) & !(CLOEXEC | 2) != 0 {
+        return Err(Errno::EINVAL);
+    }
+    let files = c.task.files();
+    let numbers = files.lock().numbers();
+    for fd in numbers.into_iter().filter(|n| (first..=last).contains(n)) {
+        if c.uint(2) & CLOEXEC != 0 {
+            files.lock().set_close_on_exec(fd.cast_signed(), true)?;
+            continue;
+        }
+        // Not in one expression: the file is dropped without the lock.
+        let removed = files.lock().remove(fd.cast_signed());
+        if let Ok(file) = removed {
+            super::files::drop_locks(&file, c.task.process);
+        }
+    }
+    Ok(0)
+}

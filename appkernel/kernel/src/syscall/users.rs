@@ -1,0 +1,157 @@
+//! Calls on users and groups.
+
+use alloc::vec::Vec;
+
+use appkernel_core::errno::Errno;
+
+use super::{Call, Result, get, put, put_words};
+use crate::task::Credentials;
+
+/// As Linux (`NGROUPS_MAX`).
+const MAX_GROUPS: u64 = 65536;
+const KEEP: u32 = u32::MAX;
+
+/// The calls of this family.
+pub fn call(c: &Call<'_>) -> Option<Result> {
+    let own = || c.task.credentials.lock().clone();
+    Some(match c.number {
+        102 => Ok(own().uid.into()),
+        104 => Ok(own().gid.into()),
+        107 => Ok(own().euid.into()),
+        108 => Ok(own().egid.into()),
+        105 => {
+            let id = c.uint(0);
+            if own().is_root() {
+                set_users(c, [id, id, id])
+            } else {
+                set_users(c, [KEEP, id, KEEP])
+            }
+        }
+        106 => {
+            let id = c.uint(0);
+            if own().is_root() {
+                set_groups_of(c, [id, id, id])
+            } else {
+                set_groups_of(c, [KEEP, id, KEEP])
+            }
+        }
+        113 => {
+            let saved = if c.uint(0) != KEEP || c.uint(1) != KEEP && c.uint(1) != own().uid {
+                c.uint(1)
+            } else {
+                KEEP
+            };
+            set_users(c, [c.uint(0), c.uint(1), saved])
+        }
+        114 => {
+            let saved = if c.uint(0) != KEEP || c.uint(1) != KEEP && c.uint(1) != own().gid {
+                c.uint(1)
+            } else {
+                KEEP
+            };
+            set_groups_of(c, [c.uint(0), c.uint(1), saved])
+        }
+        115 => groups(c),
+        116 => set_groups(c),
+        117 => set_users(c, [c.uint(0), c.uint(1), c.uint(2)]),
+        118 => {
+            let own = own();
+            put_ids(c, [own.uid, own.euid, own.suid])
+        }
+        119 => set_groups_of(c, [c.uint(0), c.uint(1), c.uint(2)]),
+        120 => {
+            let own = own();
+            put_ids(c, [own.gid, own.egid, own.sgid])
+        }
+        // The user for files is always the effective one.
+        122 => Ok(own().euid.into()),
+        123 => Ok(own().egid.into()),
+        125 => capabilities(c),
+        126 => Ok(0),
+        _ => return None,
+    })
+}
+
+fn put_ids(c: &Call<'_>, ids: [u32; 3]) -> Result {
+    for (i, id) in ids.into_iter().enumerate() {
+        put(c.arg(i), &id.to_le_bytes())?;
+    }
+    Ok(0)
+}
+
+/// Only root becomes anybody; others change between what they are already.
+fn chosen(wanted: [u32; 3], now: [u32; 3], root: bool) -> Result<[u32; 3]> {
+    let mut new = now;
+    for (slot, id) in new.iter_mut().zip(wanted) {
+        if id == KEEP {
+            continue;
+        }
+        if !root && !now.contains(&id) {
+            return Err(Errno::EPERM);
+        }
+        *slot = id;
+    }
+    Ok(new)
+}
+
+fn set_users(c: &Call<'_>, wanted: [u32; 3]) -> Result {
+    let mut own = c.task.credentials.lock();
+    let now = [own.uid, own.euid, own.suid];
+    [own.uid, own.euid, own.suid] = chosen(wanted, now, own.is_root())?;
+    Ok(0)
+}
+
+fn set_groups_of(c: &Call<'_>, wanted: [u32; 3]) -> Result {
+    let mut own = c.task.credentials.lock();
+    let now = [own.gid, own.egid, own.sgid];
+    [own.gid, own.egid, own.sgid] = chosen(wanted, now, own.is_root())?;
+    Ok(0)
+}
+
+fn groups(c: &Call<'_>) -> Result {
+    let groups = c.task.credentials.lock().groups.clone();
+    let room = c.arg(0) & 0xffff_ffff;
+    if room == 0 {
+        return Ok(groups.len() as u64);
+    }
+    if room < groups.len() as u64 {
+        return Err(Errno::EINVAL);
+    }
+    let bytes: Vec<u8> = groups.iter().flat_map(|g| g.to_le_bytes()).collect();
+    put(c.arg(1), &bytes)?;
+    Ok(groups.len() as u64)
+}
+
+fn set_groups(c: &Call<'_>) -> Result {
+    let count = c.arg(0) & 0xffff_ffff;
+    if count > MAX_GROUPS {
+        return Err(Errno::EINVAL);
+    }
+    if !c.task.credentials.lock().is_root() {
+        return Err(Errno::EPERM);
+    }
+    let mut groups = Vec::new();
+    for i in 0..count {
+        groups.push(u32::from_le_bytes(get(c.arg(1).wrapping_add(i * 4))?));
+    }
+    c.task.credentials.lock().groups = groups;
+    Ok(0)
+}
+
+/// capget(2).
+fn capabilities(c: &Call<'_>) -> Result {
+    const VERSION_3: u32 = 0x2008_0522;
+    let version = u32::from_le_bytes(get(c.arg(0))?);
+    if version != VERSION_3 {
+        put(c.arg(0), &VERSION_3.to_le_bytes())?;
+        return Err(Errno::EINVAL);
+    }
+    if c.arg(1) != 0 {
+        let own: Credentials = c.task.credentials.lock().clone();
+        let all = own.capabilities();
+        let half = |shift: u32| all >> shift & 0xffff_ffff;
+        let words = [half(0) | half(0) << 32, half(32) << 32, half(32)];
+        put_words(c.arg(1), &words)?;
+    }
+    Ok(0)
+}

@@ -1,0 +1,86 @@
+//! Who a program is, and what it may do.
+
+use alloc::vec::Vec;
+
+use appkernel_core::fuse::Attributes;
+
+use crate::fs::node::{Owner, kind};
+
+/// Users and groups of a task.
+#[derive(Clone, Debug, Default)]
+pub struct Credentials {
+    pub uid: u32,
+    pub euid: u32,
+    pub suid: u32,
+    pub gid: u32,
+    pub egid: u32,
+    pub sgid: u32,
+    pub groups: Vec<u32>,
+}
+
+/// Permission bits, as in a mode.
+pub mod may {
+    pub const READ: u32 = 4;
+    pub const WRITE: u32 = 2;
+    pub const EXECUTE: u32 = 1;
+}
+
+impl Credentials {
+    /// Of a user and a group.
+    pub fn of(uid: u32, gid: u32, groups: Vec<u32>) -> Self {
+        Self {
+            uid,
+            euid: uid,
+            suid: uid,
+            gid,
+            egid: gid,
+            sgid: gid,
+            groups,
+        }
+    }
+
+    /// Whether it is root.
+    pub fn is_root(&self) -> bool {
+        self.euid == 0
+    }
+
+    /// Who owns what it makes.
+    pub fn owner(&self) -> Owner {
+        Owner {
+            uid: self.euid,
+            gid: self.egid,
+        }
+    }
+
+    /// Capabilities that programs are told of: all that containers usually have, or none.
+    pub fn capabilities(&self) -> u64 {
+        if self.is_root() { 0xa804_25fb } else { 0 }
+    }
+
+    fn in_group(&self, gid: u32) -> bool {
+        self.egid == gid || self.groups.contains(&gid)
+    }
+
+    /// Whether the permission bits of a file let it do what is `wanted`.
+    pub fn may(&self, file: &Attributes, wanted: u32) -> bool {
+        if self.is_root() {
+            // Root may all, but executes only what somebody may.
+            return wanted & may::EXECUTE == 0
+                || file.mode & kind::MASK == kind::DIRECTORY
+                || file.mode & 0o111 != 0;
+        }
+        let shift = if self.euid == file.uid {
+            6
+        } else if self.in_group(file.gid) {
+            3
+        } else {
+            0
+        };
+        wanted & !(file.mode >> shift) & 7 == 0
+    }
+
+    /// Whether it may change mode and owner of a file.
+    pub fn owns(&self, file: &Attributes) -> bool {
+        self.is_root() || self.euid == file.uid
+    }
+}

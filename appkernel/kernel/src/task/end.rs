@@ -1,0 +1,270 @@
+//! How tasks end.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::Ordering;
+
+use appkernel_core::errno::Errno;
+use appkernel_hal::sync::Mutex;
+use appkernel_hal::{boot, cpu, usercopy};
+
+use super::{
+    AGENT, CHILD, FILES, NEVER, SCHEDULER, State, Task, charge, current, find, go_on, living,
+    schedule, wake, wake_task, with, yield_now,
+};
+use crate::container::visible;
+use crate::mm::Access;
+use crate::start;
+
+/// A page fault of the running task; whether the page is there now.
+pub fn fault(address: u64, access: Access) -> bool {
+    let running = SCHEDULER.lock().is_some();
+    if !running {
+        return false;
+    }
+    // Threads of the kernel have no memory of programs.
+    let Some(mm) = current().memory() else {
+        return false;
+    };
+    let result = mm.lock().fault(address, access);
+    match result {
+        Ok(()) => true,
+        Err(Errno::ENOMEM) => {
+            out_of_memory();
+            // Tried again, unless it was this one that had to go: a copy in the kernel then ends
+            // at this byte, and the task on its way back.
+            yield_now();
+            current().pending.lock().ending.is_none()
+        }
+        Err(_) => false,
+    }
+}
+
+/// Whether the running task has to end.
+pub fn is_ending() -> bool {
+    current().pending.lock().ending.is_some()
+}
+
+/// There is no memory for a program's page: pages of files go first, then the process that has most.
+fn out_of_memory() {
+    if crate::fs::fuse::shrink_all() > 0 {
+        return;
+    }
+    let candidates = living();
+    if candidates.iter().any(|t| t.pending.lock().ending.is_some()) {
+        // One is on its way out already.
+        return;
+    }
+    let mut worst: Option<(usize, Arc<Task>)> = None;
+    for task in candidates {
+        let Some(mm) = task.mm.lock().clone() else {
+            continue;
+        };
+        let pages = mm.lock().resident();
+        // A container's first process only when there is no other: its end is the container's.
+        let weight = if visible(task.process) == 1 { 0 } else { pages };
+        if worst.as_ref().is_none_or(|(most, _)| weight > *most) {
+            worst = Some((weight, task));
+        }
+    }
+    if let Some((pages, task)) = worst {
+        crate::log!(
+            "out of memory: ending process {} ({} KiB)",
+            visible(task.process),
+            pages * 4
+        );
+        task.container.oom_kills.fetch_add(1, Ordering::Relaxed);
+        end_process(task.process, crate::signal::Signal::KILL.0.into());
+    }
+}
+
+/// How a task ends: the status `wait` gives.
+pub fn exited(code: i32) -> i32 {
+    (code & 0xff) << 8
+}
+
+/// Tells all threads of a process to end; they do on their way back to the program.
+pub fn end_process(process: u32, status: i32) {
+    for task in living() {
+        if task.process == process {
+            task.pending.lock().ending.get_or_insert(status);
+            go_on(task.id);
+            wake_task(task.id);
+        }
+    }
+}
+
+/// Ends the running thread, and the process with its last one. The caller holds nothing: its stack
+/// is never unwound.
+pub fn exit_thread(status: i32) -> ! {
+    leave(status);
+    schedule::schedule();
+    panic!("an ended task ran again")
+}
+
+fn leave(status: i32) {
+    let me = current();
+    let address = me.clear_tid.swap(0, Ordering::Relaxed);
+    if address != 0 && usercopy::write(address, &0u32.to_le_bytes()).is_ok() {
+        crate::syscall::futex::wake_at(address, u32::MAX);
+    }
+    me.has_own_memory();
+    // Files are closed now, not when somebody waits for the task.
+    let files = core::mem::take(&mut *me.files.lock());
+    for file in files.lock().all() {
+        crate::syscall::files::drop_locks(file, me.process);
+    }
+    drop(files);
+    charge();
+    let siblings = living()
+        .iter()
+        .filter(|t| t.process == me.process && t.id != me.id)
+        .count();
+    let first = visible(me.process) == 1;
+    if siblings == 0 && first && me.container.number == 0 {
+        start::ended(if status & 0x7f == 0 {
+            (status >> 8) as u8
+        } else {
+            128 + (status & 0x7f) as u8
+        });
+    }
+    let parent = me.links.lock().parent;
+    let container = Arc::clone(&me.container);
+    let (id, process) = (me.id, me.process);
+    // The memory goes with the last task that uses it; from here the kernel's own table is in use.
+    me.root.store(boot::kernel_pml4(), Ordering::Relaxed);
+    // SAFETY: the kernel's own table.
+    unsafe { cpu::write_cr3(boot::kernel_pml4()) };
+    let mm = me.mm.lock().take();
+    drop(mm);
+    drop(me);
+    if siblings > 0 {
+        if id == process {
+            // A first thread that ended before the others is kept, asleep for ever, as Linux does.
+            with(|s| {
+                if let Some((_, state)) = s.tasks.get_mut(&id) {
+                    *state = State::Sleeping(NEVER);
+                }
+            });
+        } else {
+            bury(id);
+        }
+        return;
+    }
+    crate::alarms::forget(process);
+    // Nobody's namespace outlives its first process.
+    if first {
+        for task in living() {
+            if container.has(task.id) && task.process != process {
+                end_process(task.process, crate::signal::Signal::KILL.0.into());
+            }
+        }
+    }
+    let orphans_parent = if first { 0 } else { container.id(1) };
+    let mut gone: Vec<Arc<Task>> = Vec::new();
+    // The process' number is that of its first thread, which stays until it is waited for.
+    with(|s| {
+        let mut orphans = Vec::new();
+        for (task, state) in s.tasks.values() {
+            if task.id != task.process {
+                continue;
+            }
+            let mut links = task.links.lock();
+            if links.parent == process {
+                links.parent = orphans_parent;
+                if orphans_parent == 0 && matches!(state, State::Zombie(_)) {
+                    orphans.push(task.id);
+                }
+            }
+        }
+        for orphan in orphans {
+            gone.extend(s.tasks.remove(&orphan).map(|(task, _)| task));
+        }
+        if let Some((_, state)) = s.tasks.get_mut(&process) {
+            *state = State::Zombie(status);
+        }
+    });
+    drop(gone);
+    if id != process {
+        bury(id);
+    }
+    match find(parent).filter(|_| parent != 0) {
+        Some(parent) => {
+            let ignores = crate::signal::child_ended(&parent, process, status);
+            if ignores {
+                bury_process(process, id);
+            }
+            wake(CHILD + parent.process as usize);
+            wake(CHILD + orphans_parent as usize);
+            wake(FILES);
+        }
+        None => {
+            // Nobody waits for it but whoever started it from outside.
+            bury_process(process, id);
+            EXITS.lock().push((process, status));
+            wake(AGENT);
+        }
+    }
+}
+
+/// Processes without a parent that ended, and how.
+static EXITS: Mutex<Vec<(u32, i32)>> = Mutex::new(Vec::new());
+
+/// Takes the processes that ended since the last time.
+pub fn take_exits() -> Vec<(u32, i32)> {
+    core::mem::take(&mut *EXITS.lock())
+}
+
+/// An ended process that nobody will wait for; `id` is its thread that still runs on its stack.
+fn bury_process(process: u32, id: u32) {
+    if process == id {
+        bury(id);
+    } else {
+        let gone = with(|s| s.tasks.remove(&process));
+        drop(gone);
+    }
+}
+
+/// An ended thread; its stack is in use until the next one runs.
+fn bury(id: u32) {
+    with(|s| {
+        if let Some((_, state)) = s.tasks.get_mut(&id) {
+            *state = State::Sleeping(NEVER);
+            s.dead.push(id);
+        }
+    });
+}
+
+/// A child that ended: its number and status. With `reap` it is gone then.
+pub fn find_zombie(matches: impl Fn(&Task) -> bool, reap: bool) -> Option<(u32, i32)> {
+    let found = with(|s| {
+        s.tasks.values().find_map(|(task, state)| match state {
+            State::Zombie(status) if matches(task) => Some((task.id, *status)),
+            _ => None,
+        })
+    })?;
+    if reap {
+        let gone = with(|s| s.tasks.remove(&found.0));
+        drop(gone);
+    }
+    Some(found)
+}
+
+/// Whether a process has a child that matches.
+pub fn has_child(matches: impl Fn(&Task) -> bool) -> bool {
+    with(|s| {
+        s.tasks
+            .values()
+            .any(|(task, _)| task.id == task.process && matches(task))
+    })
+}
+
+/// Whether a process has ended and waits for its parent.
+pub fn is_zombie(id: u32) -> bool {
+    with(|s| matches!(s.tasks.get(&id), Some((_, State::Zombie(_)))))
+}
+
+/// Whether `take_exits` would give any.
+pub fn has_exits() -> bool {
+    !EXITS.lock().is_empty()
+}

@@ -1,0 +1,462 @@
+//! Processes and threads, and who runs.
+//!
+//! The kernel is not interrupted for another task: a task gives up the CPU where it sleeps, and at
+//! the end of a time slice while its program runs. Lock order: memory, open files, then what is
+//! below them (nodes, pipes), then `SCHEDULER`; under it only a task's `links`.
+
+mod credentials;
+mod end;
+mod schedule;
+
+use alloc::collections::{BTreeMap, VecDeque};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::cell::UnsafeCell;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use appkernel_core::errno::Errno;
+use appkernel_hal::context::Context;
+use appkernel_hal::sync::Mutex;
+use appkernel_hal::trap::Frame;
+use appkernel_hal::{clock, cpu};
+
+use crate::container::Container;
+use crate::exec::Image;
+use crate::fs::file::{File, Files};
+use crate::mm::Mm;
+use crate::signal::{Handlers, Pending};
+
+pub use credentials::{Credentials, may};
+pub use end::*;
+pub use schedule::*;
+
+/// Most tasks at once: what a fork bomb gets before `EAGAIN`.
+const MAX_TASKS: usize = 4096;
+
+/// What a task waits for: any number that both sides know; the address of what is waited for, or
+/// one of these.
+pub type Channel = usize;
+/// A child changes its state; plus its parent's number.
+pub const CHILD: Channel = 0x1_0000_0000;
+/// Time passes.
+pub const TIME: Channel = 0x2_0000_0000;
+/// Any file becomes readable or writable.
+pub const FILES: Channel = 0x3_0000_0000;
+/// Something happens that the agent has to look at.
+pub const AGENT: Channel = 0x4_0000_0000;
+/// Of tasks that wait for nothing: not started yet, or ended.
+const NEVER: Channel = usize::MAX;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Ready,
+    Sleeping(Channel),
+    /// By a signal; goes on by another.
+    Stopped,
+    Zombie(i32),
+}
+
+/// What can change of a task, other than by the task itself.
+#[derive(Debug, Default)]
+pub struct Links {
+    /// Parent process.
+    pub parent: u32,
+    /// Process group.
+    pub group: u32,
+    /// Session.
+    pub session: u32,
+    /// Signal that stopped the process, until its parent was told; and whether it goes on again.
+    pub stopped: Option<u8>,
+    pub is_stopped: bool,
+    pub continued: bool,
+}
+
+/// Where a process is in the tree of files.
+#[derive(Clone, Debug, Default)]
+pub struct Place {
+    /// Current directory, canonical.
+    pub cwd: Vec<u8>,
+    /// Mode bits that new files do not get.
+    pub umask: u32,
+    /// The program.
+    pub exe: Vec<u8>,
+}
+
+/// A thread; a process is the threads of the same `process`.
+pub struct Task {
+    /// Its number.
+    pub id: u32,
+    /// Its process' number: that of its first thread.
+    pub process: u32,
+    /// Where it lives.
+    pub container: Arc<Container>,
+    /// Who it is.
+    pub credentials: Mutex<Credentials>,
+    /// Its name, as /proc shows it.
+    pub name: Mutex<Vec<u8>>,
+    /// Nanoseconds it had the CPU.
+    pub cpu_ns: AtomicU64,
+    /// When it was made, since the machine's start.
+    pub started_ns: u64,
+    context: UnsafeCell<Context>,
+    /// Physical address of its page table.
+    root: AtomicU64,
+    mm: Mutex<Option<Arc<Mutex<Mm>>>>,
+    /// Open files.
+    pub files: Mutex<Arc<Mutex<Files>>>,
+    /// Directory and mask.
+    pub place: Arc<Mutex<Place>>,
+    /// Parent and groups, of the process.
+    pub links: Arc<Mutex<Links>>,
+    /// Signals that wait, and the mask.
+    pub pending: Mutex<Pending>,
+    /// What signals do.
+    pub handlers: Mutex<Arc<Mutex<Handlers>>>,
+    /// Cleared, and waited for, when the thread ends.
+    pub clear_tid: AtomicU64,
+    /// A parent sleeps until this task has its own memory (vfork).
+    pub vfork: Mutex<bool>,
+}
+
+// SAFETY: the context is touched by the scheduler only, with interrupts off on the only CPU, and by
+// the task itself.
+unsafe impl Sync for Task {}
+
+struct Scheduler {
+    tasks: BTreeMap<u32, (Arc<Task>, State)>,
+    ready: VecDeque<u32>,
+    current: u32,
+    /// Threads that ended; their stacks are freed by whoever runs next.
+    dead: Vec<u32>,
+}
+
+static SCHEDULER: Mutex<Option<Scheduler>> = Mutex::new(None);
+
+fn with<T>(f: impl FnOnce(&mut Scheduler) -> T) -> T {
+    match SCHEDULER.lock().as_mut() {
+        Some(scheduler) => f(scheduler),
+        None => panic!("a task is needed before there is one"),
+    }
+}
+
+/// How a new task differs from the one that makes it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CloneOptions {
+    /// Same memory.
+    pub share_memory: bool,
+    /// Same open files.
+    pub share_files: bool,
+    /// Same handlers.
+    pub share_handlers: bool,
+    /// A thread of the same process.
+    pub thread: bool,
+    /// Stack pointer; 0 for the same.
+    pub stack: u64,
+    /// Base of FS.
+    pub tls: Option<u64>,
+    /// Where the new task's number is cleared at its end.
+    pub clear_tid: u64,
+    /// The parent waits until the child has its own memory.
+    pub vfork: bool,
+}
+
+/// Starts the scheduler with a thread of the kernel, which runs until it sleeps.
+pub fn init(container: &Arc<Container>, entry: extern "C" fn() -> !) -> Option<Arc<Task>> {
+    let context = Context::kernel_thread(entry)?;
+    let task = Arc::new(Task {
+        id: 0,
+        process: 0,
+        container: Arc::clone(container),
+        credentials: Mutex::default(),
+        name: Mutex::new(b"kernel".to_vec()),
+        cpu_ns: AtomicU64::new(0),
+        started_ns: 0,
+        context: UnsafeCell::new(context),
+        root: AtomicU64::new(appkernel_hal::boot::kernel_pml4()),
+        mm: Mutex::new(None),
+        files: Mutex::default(),
+        place: Arc::new(Mutex::new(Place::default())),
+        links: Arc::new(Mutex::new(Links::default())),
+        pending: Mutex::new(Pending::default()),
+        handlers: Mutex::default(),
+        clear_tid: AtomicU64::new(0),
+        vfork: Mutex::new(false),
+    });
+    let mut tasks = BTreeMap::new();
+    tasks.insert(0, (Arc::clone(&task), State::Ready));
+    *SCHEDULER.lock() = Some(Scheduler {
+        tasks,
+        ready: VecDeque::new(),
+        current: 0,
+        dead: Vec::new(),
+    });
+    Some(task)
+}
+
+/// A process that the kernel starts.
+pub struct New<'a> {
+    pub container: &'a Arc<Container>,
+    pub image: Image,
+    pub files: Files,
+    pub credentials: Credentials,
+    pub cwd: Vec<u8>,
+    pub umask: u32,
+}
+
+/// Last part of a path, as the name of a task.
+fn name_of(path: &[u8]) -> Vec<u8> {
+    let name = path.rsplit(|b| *b == b'/').next().unwrap_or_default();
+    name.iter().copied().take(15).collect()
+}
+
+impl Task {
+    /// A process without a parent, that waits to be started.
+    pub fn make(new: New<'_>) -> Result<Arc<Self>, Errno> {
+        let context = Context::new(new.image.frame()).ok_or(Errno::ENOMEM)?;
+        let root = new.image.mm.root();
+        let id = with(|s| new.container.new_id(|id| s.tasks.contains_key(&id)));
+        let task = Arc::new(Self {
+            id,
+            process: id,
+            container: Arc::clone(new.container),
+            credentials: Mutex::new(new.credentials),
+            name: Mutex::new(name_of(&new.image.path)),
+            cpu_ns: AtomicU64::new(0),
+            started_ns: clock::monotonic_ns(),
+            context: UnsafeCell::new(context),
+            root: AtomicU64::new(root),
+            mm: Mutex::new(Some(Arc::new(Mutex::new(new.image.mm)))),
+            files: Mutex::new(Arc::new(Mutex::new(new.files))),
+            place: Arc::new(Mutex::new(Place {
+                cwd: new.cwd,
+                umask: new.umask,
+                exe: new.image.path,
+            })),
+            links: Arc::new(Mutex::new(Links {
+                group: id,
+                session: id,
+                ..Links::default()
+            })),
+            pending: Mutex::new(Pending::default()),
+            handlers: Mutex::default(),
+            clear_tid: AtomicU64::new(0),
+            vfork: Mutex::new(false),
+        });
+        with(|s| {
+            s.tasks
+                .insert(id, (Arc::clone(&task), State::Sleeping(NEVER)));
+        });
+        Ok(task)
+    }
+
+    /// Its memory.
+    pub fn mm(&self) -> Arc<Mutex<Mm>> {
+        match &*self.mm.lock() {
+            Some(mm) => Arc::clone(mm),
+            None => panic!("task {} ended and has no memory any more", self.id),
+        }
+    }
+
+    /// Its memory, if it has not ended.
+    pub fn memory(&self) -> Option<Arc<Mutex<Mm>>> {
+        self.mm.lock().clone()
+    }
+
+    /// Its open files.
+    pub fn files(&self) -> Arc<Mutex<Files>> {
+        Arc::clone(&self.files.lock())
+    }
+
+    /// Its handlers.
+    pub fn handlers(&self) -> Arc<Mutex<Handlers>> {
+        Arc::clone(&self.handlers.lock())
+    }
+
+    /// An open file of it.
+    pub fn file(&self, fd: i32) -> Result<Arc<File>, Errno> {
+        self.files().lock().get(fd)
+    }
+
+    /// The context of the running task.
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "one CPU; only the running task asks, for itself"
+    )]
+    pub fn own_context(&self) -> &mut Context {
+        // SAFETY: see the implementation of Sync.
+        unsafe { &mut *self.context.get() }
+    }
+
+    /// Registers of its program.
+    pub fn frame(&self) -> Frame {
+        // SAFETY: the frame lies at the top of the kernel stack while the task is in the kernel.
+        unsafe { *self.own_context().frame() }
+    }
+
+    /// Makes a task like this one, which goes on at `frame`; returns its number.
+    pub fn clone(&self, options: &CloneOptions) -> Result<u32, Errno> {
+        let count = with(|s| s.tasks.len());
+        if count >= MAX_TASKS {
+            return Err(Errno::EAGAIN);
+        }
+        let mut frame = self.frame();
+        frame.rax = 0;
+        if options.stack != 0 {
+            frame.rsp = options.stack;
+        }
+        let mut context = Context::new(frame).ok_or(Errno::ENOMEM)?;
+        let own = self.own_context();
+        own.save_vectors();
+        context.copy_vectors(own);
+        context.fs_base = options.tls.unwrap_or(own.fs_base);
+        context.gs_base = own.gs_base;
+        let mm = if options.share_memory {
+            self.mm()
+        } else {
+            Arc::new(Mutex::new(self.mm().lock().fork()?))
+        };
+        let files = if options.share_files {
+            self.files()
+        } else {
+            let copy = self.files().lock().duplicate();
+            Arc::new(Mutex::new(copy))
+        };
+        let handlers = if options.share_handlers {
+            self.handlers()
+        } else {
+            let copy = self.handlers().lock().clone();
+            Arc::new(Mutex::new(copy))
+        };
+        let id = with(|s| self.container.new_id(|id| s.tasks.contains_key(&id)));
+        let links = if options.thread {
+            Arc::clone(&self.links)
+        } else {
+            let own = self.links.lock();
+            Arc::new(Mutex::new(Links {
+                parent: self.process,
+                group: own.group,
+                session: own.session,
+                ..Links::default()
+            }))
+        };
+        let place = if options.thread {
+            Arc::clone(&self.place)
+        } else {
+            let copy = self.place.lock().clone();
+            Arc::new(Mutex::new(copy))
+        };
+        let mask = self.pending.lock().mask;
+        let root = mm.lock().root();
+        let task = Arc::new(Self {
+            id,
+            process: if options.thread { self.process } else { id },
+            container: Arc::clone(&self.container),
+            credentials: Mutex::new(self.credentials.lock().clone()),
+            name: Mutex::new(self.name.lock().clone()),
+            cpu_ns: AtomicU64::new(0),
+            started_ns: clock::monotonic_ns(),
+            context: UnsafeCell::new(context),
+            root: AtomicU64::new(root),
+            mm: Mutex::new(Some(mm)),
+            files: Mutex::new(files),
+            place,
+            links,
+            pending: Mutex::new(Pending::with_mask(mask)),
+            handlers: Mutex::new(handlers),
+            clear_tid: AtomicU64::new(options.clear_tid),
+            vfork: Mutex::new(options.vfork),
+        });
+        with(|s| {
+            s.tasks.insert(id, (task, State::Ready));
+            s.ready.push_back(id);
+        });
+        Ok(id)
+    }
+
+    /// The running task goes on with another program: `frame` is where.
+    pub fn replace(&self, image: Image) {
+        let frame = image.frame();
+        let mm = Arc::new(Mutex::new(image.mm));
+        let root = mm.lock().root();
+        self.root.store(root, Ordering::Relaxed);
+        // SAFETY: the new table has the kernel in its upper half as all have.
+        unsafe { cpu::write_cr3(root) };
+        let old = self.mm.lock().replace(mm);
+        drop(old);
+        *self.name.lock() = name_of(&image.path);
+        self.place.lock().exe = image.path;
+        let context = self.own_context();
+        context.fs_base = 0;
+        context.gs_base = 0;
+        context.load_bases();
+        context.reset_vectors();
+        // SAFETY: the frame at the top of this task's kernel stack, which the return path reads.
+        unsafe { *context.frame() = frame };
+        self.clear_tid.store(0, Ordering::Relaxed);
+        self.has_own_memory();
+    }
+
+    fn has_own_memory(&self) {
+        let waiting = core::mem::take(&mut *self.vfork.lock());
+        if waiting {
+            wake(core::ptr::from_ref(&self.vfork) as Channel);
+        }
+    }
+}
+
+/// The running task.
+pub fn current() -> Arc<Task> {
+    with(|s| match s.tasks.get(&s.current) {
+        Some((task, _)) => Arc::clone(task),
+        None => panic!("the running task is not in the table"),
+    })
+}
+
+/// A task by its number.
+pub fn find(id: u32) -> Option<Arc<Task>> {
+    with(|s| s.tasks.get(&id).map(|(task, _)| Arc::clone(task)))
+}
+
+/// All tasks that run or sleep.
+pub fn living() -> Vec<Arc<Task>> {
+    with(|s| {
+        // An ended task has no memory any more; threads of the kernel never had.
+        let alive = s
+            .tasks
+            .values()
+            .filter(|(task, _)| task.mm.lock().is_some());
+        alive.map(|(task, _)| Arc::clone(task)).collect()
+    })
+}
+
+/// Number of tasks.
+pub fn count() -> usize {
+    with(|s| s.tasks.len())
+}
+
+/// Threads of a process that live.
+pub fn threads(process: u32) -> usize {
+    living().iter().filter(|t| t.process == process).count()
+}
+
+/// How /proc names the state of a task.
+pub fn state_letter(id: u32) -> char {
+    with(|s| match s.tasks.get(&id) {
+        Some((_, State::Zombie(_))) | None => 'Z',
+        Some((_, State::Stopped)) => 'T',
+        Some((_, State::Sleeping(_))) if s.current != id => 'S',
+        _ => 'R',
+    })
+}
+
+/// Nanoseconds that the threads of a process had the CPU.
+pub fn process_cpu_ns(process: u32) -> u64 {
+    let threads = living();
+    let own = threads.iter().filter(|t| t.process == process);
+    own.map(|t| t.cpu_ns.load(Ordering::Relaxed)).sum()
+}
+
+/// Number of the terminal of a session, 0 without.
+pub fn terminal_number(_session: u32) -> u32 {
+    0
+}

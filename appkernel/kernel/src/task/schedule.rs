@@ -1,0 +1,236 @@
+//! Who runs: choosing, sleeping, waking.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use appkernel_core::errno::Errno;
+use appkernel_hal::context::{self, Context};
+use appkernel_hal::sync::Mutex;
+use appkernel_hal::{clock, cpu};
+
+use super::{Channel, NEVER, SCHEDULER, State, Task, current, find, with};
+
+/// Starts the first task.
+pub fn start(task: Arc<Task>) -> ! {
+    SINCE.store(clock::monotonic_ns(), Ordering::Relaxed);
+    let context: *const Context = task.context.get();
+    let root = task.root.load(Ordering::Relaxed);
+    drop(task);
+    // SAFETY: the task is in the table, which keeps its context in place.
+    unsafe { context::start(context, root) }
+}
+
+/// When the running task got the CPU.
+static SINCE: AtomicU64 = AtomicU64::new(0);
+/// Nanoseconds that any task had it.
+static BUSY: AtomicU64 = AtomicU64::new(0);
+
+/// Nanoseconds that the CPU was not idle.
+pub fn busy_ns() -> u64 {
+    BUSY.load(Ordering::Relaxed)
+}
+
+/// Counts the time since the last call for the running task.
+pub fn charge() {
+    let now = clock::monotonic_ns();
+    let spent = now.saturating_sub(SINCE.swap(now, Ordering::Relaxed));
+    BUSY.fetch_add(spent, Ordering::Relaxed);
+    with(|s| {
+        if let Some((task, _)) = s.tasks.get(&s.current) {
+            task.cpu_ns.fetch_add(spent, Ordering::Relaxed);
+            task.container.cpu_ns.fetch_add(spent, Ordering::Relaxed);
+        }
+    });
+}
+
+/// Lets others run; returns when this task is chosen again.
+pub(super) fn schedule() {
+    charge();
+    let dead: Vec<Arc<Task>> = with(|s| {
+        let current = s.current;
+        let ids: Vec<u32> = s.dead.extract_if(.., |id| *id != current).collect();
+        ids.iter()
+            .filter_map(|id| s.tasks.remove(id))
+            .map(|(task, _)| task)
+            .collect()
+    });
+    drop(dead);
+    let (previous, next, root) = loop {
+        let choice = with(|s| {
+            let previous = s.current;
+            let id = s.ready.pop_front()?;
+            let from = s.tasks.get(&previous).map(|(task, _)| task.context.get())?;
+            let to = s
+                .tasks
+                .get(&id)
+                .map(|(task, _)| (task.context.get(), task.root.load(Ordering::Relaxed)))?;
+            s.current = id;
+            Some((from, to.0, to.1))
+        });
+        match choice {
+            Some(choice) => break choice,
+            // Nobody can run: the next interrupt may change that.
+            None => {
+                cpu::idle();
+                SINCE.store(clock::monotonic_ns(), Ordering::Relaxed);
+            }
+        }
+    };
+    if previous != next {
+        // SAFETY: both contexts are kept in place by the table of tasks (an ended one by `dead`
+        // until somebody else runs); `previous` is the running one. No lock is held.
+        unsafe { context::switch(previous, next, root) };
+    }
+}
+
+/// The end of a time slice.
+pub fn yield_now() {
+    let alone = with(|s| {
+        if s.ready.is_empty() {
+            return true;
+        }
+        let id = s.current;
+        s.ready.push_back(id);
+        false
+    });
+    if !alone {
+        schedule();
+    }
+}
+
+/// Sleeps until somebody calls `wake` with the same channel. No lock may be held.
+pub fn sleep(channel: Channel) {
+    with(|s| {
+        let id = s.current;
+        if let Some((_, state)) = s.tasks.get_mut(&id) {
+            *state = State::Sleeping(channel);
+        }
+    });
+    schedule();
+}
+
+/// Sleeps until `ready` gives something; `EINTR` if a signal comes first.
+pub fn wait_for<T>(channel: Channel, mut ready: impl FnMut() -> Option<T>) -> Result<T, Errno> {
+    loop {
+        if let Some(value) = ready() {
+            return Ok(value);
+        }
+        if current().pending.lock().deliverable() {
+            return Err(Errno::EINTR);
+        }
+        sleep(channel);
+    }
+}
+
+/// As `wait_for`, with a point of monotonic time after which it gives up: `ETIMEDOUT`.
+pub fn wait_until<T>(
+    channel: Channel,
+    deadline_ns: Option<u64>,
+    mut ready: impl FnMut() -> Option<T>,
+) -> Result<T, Errno> {
+    let Some(deadline) = deadline_ns else {
+        return wait_for(channel, ready);
+    };
+    let id = current().id;
+    TIMERS.lock().push((deadline, id));
+    let result = wait_for(channel, || match ready() {
+        Some(value) => Some(Ok(value)),
+        None if clock::monotonic_ns() >= deadline => Some(Err(Errno::ETIMEDOUT)),
+        None => None,
+    });
+    TIMERS
+        .lock()
+        .retain(|(at, of)| (*at, *of) != (deadline, id));
+    result?
+}
+
+static TIMERS: Mutex<Vec<(u64, u32)>> = Mutex::new(Vec::new());
+
+/// Wakes tasks whose time has come; called by the timer. The timer may come while the kernel idles
+/// or a program runs, so no lock is held then.
+pub fn wake_sleepers() {
+    let now = clock::monotonic_ns();
+    let due: Vec<u32> = TIMERS
+        .lock()
+        .iter()
+        .filter(|(at, _)| *at <= now)
+        .map(|(_, id)| *id)
+        .collect();
+    for id in due {
+        wake_task(id);
+    }
+}
+
+/// Wakes one task, whatever it waits for; it will look again.
+pub fn wake_task(id: u32) {
+    with(|s| {
+        if let Some((_, state @ State::Sleeping(_))) = s.tasks.get_mut(&id)
+            && *state != State::Sleeping(NEVER)
+        {
+            *state = State::Ready;
+            s.ready.push_back(id);
+        }
+    });
+}
+
+/// Wakes all that sleep on the channel. An interrupt may come before there is any task.
+pub fn wake(channel: Channel) {
+    if let Some(s) = SCHEDULER.lock().as_mut() {
+        for (id, (_, state)) in &mut s.tasks {
+            if *state == State::Sleeping(channel) {
+                *state = State::Ready;
+                s.ready.push_back(*id);
+            }
+        }
+    }
+}
+
+/// Lets a task run that waits to be started.
+pub fn begin(id: u32) {
+    with(|s| {
+        if let Some((_, state)) = s.tasks.get_mut(&id)
+            && *state == State::Sleeping(NEVER)
+        {
+            *state = State::Ready;
+            s.ready.push_back(id);
+        }
+    });
+}
+
+/// Stops the running task until a signal lets it go on or ends it.
+pub fn stop() {
+    // A signal that came a moment ago may have ended the stop, or the process.
+    let me = current();
+    if !me.links.lock().is_stopped || me.pending.lock().ending.is_some() {
+        return;
+    }
+    drop(me);
+    with(|s| {
+        let id = s.current;
+        if let Some((_, state)) = s.tasks.get_mut(&id) {
+            *state = State::Stopped;
+        }
+    });
+    schedule();
+}
+
+/// Lets a stopped task go on.
+pub fn go_on(id: u32) {
+    with(|s| {
+        if let Some((_, state @ State::Stopped)) = s.tasks.get_mut(&id) {
+            *state = State::Ready;
+            s.ready.push_back(id);
+        }
+    });
+}
+
+/// Sleeps until the child of a vfork has its own memory or ended.
+pub fn wait_vfork(child: u32) {
+    let Some(task) = find(child) else { return };
+    let channel = core::ptr::from_ref(&task.vfork) as Channel;
+    // A child that is ended before it has memory of its own wakes too.
+    while *task.vfork.lock() {
+        sleep(channel);
+    }
+}
