@@ -18,8 +18,9 @@ use crate::task::Credentials;
 
 /// Where relocatable programs go (as on Linux without randomisation).
 const PROGRAM_BASE: u64 = 0x5555_5555_4000;
-/// Arguments and environment together, in bytes (Linux: a quarter of the stack's limit).
-pub const ARGUMENTS_MAX: usize = 2 << 20;
+/// Arguments and environment together, in bytes (Linux: a quarter of the stack's limit, which is four
+/// times as much; here they are in one piece on the way).
+pub const ARGUMENTS_MAX: usize = 512 << 10;
 /// Scripts whose interpreter is a script, at most (as Linux).
 const SCRIPT_DEPTH: usize = 5;
 const SCRIPT_LINE: usize = 256;

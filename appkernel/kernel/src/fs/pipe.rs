@@ -6,6 +6,7 @@ use alloc::sync::{Arc, Weak};
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use appkernel_core::errno::Errno;
+use appkernel_hal::frames;
 use appkernel_hal::sync::Mutex;
 
 use super::file::{Kind, Ready, flag};
@@ -162,6 +163,10 @@ impl Pipe {
 
     /// Writes all bytes, or as many as fit without waiting.
     pub fn write(&self, from: &[u8], wait: bool) -> Result<usize, Errno> {
+        // What waits in pipes is the kernel's memory.
+        if frames::is_scarce() {
+            return Err(Errno::ENOMEM);
+        }
         let mut done = 0;
         while done < from.len() {
             let rest = from.get(done..).unwrap_or_default();

@@ -17,6 +17,9 @@ use crate::task::{self, Task};
 pub const RELEASE: &str = "6.12.0-bulkhead-app";
 /// What is told of the build.
 pub const VERSION: &str = "#1 Bulkhead app kernel";
+/// Longest text: a program with many mappings chooses how long it would be, and the kernel has to
+/// have it in one piece.
+const LONGEST: usize = 256 << 10;
 /// Ticks of the clock that times in /proc are counted in.
 const TICK_NS: u64 = 10_000_000;
 
@@ -177,7 +180,7 @@ pub fn of_task(name: &str, task: &Task, thread: bool) -> Option<Vec<u8>> {
             } else {
                 mm.environment
             };
-            let mut bytes = alloc::vec![0; len.min(1 << 20) as usize];
+            let mut bytes = alloc::vec![0; len.min(LONGEST as u64) as usize];
             let read = mm.read(start, &mut bytes);
             bytes.truncate(read);
             return Some(bytes);
@@ -278,6 +281,9 @@ fn maps(task: &Task) -> Vec<u8> {
     let mm = mm.lock();
     let mut text = Vec::new();
     for area in mm.areas.iter() {
+        if text.len() >= LONGEST {
+            break;
+        }
         let bit = |bit, letter| {
             if area.protection & bit != 0 {
                 letter

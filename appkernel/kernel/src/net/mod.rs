@@ -21,7 +21,7 @@ use crate::task;
 pub use address::Address;
 
 /// Bytes that wait in one socket.
-const BUFFER: usize = 208 << 10;
+const BUFFER: usize = 64 << 10;
 /// Largest datagram.
 const MAX_PACKET: usize = 65507;
 /// Packets that wait in one socket.
@@ -436,6 +436,10 @@ impl Socket {
         }
         if self.state.lock().write_closed {
             return Err(Errno::EPIPE);
+        }
+        // What waits in sockets is the kernel's memory.
+        if appkernel_hal::frames::is_scarce() {
+            return Err(Errno::ENOBUFS);
         }
         if self.kind == Kind::Stream {
             return self.send_stream(bytes, files, wait);

@@ -5,7 +5,7 @@ use alloc::string::String;
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use core::any::Any;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use appkernel_core::errno::Errno;
 use appkernel_hal::clock;
@@ -396,9 +396,10 @@ struct Watch {
     off: bool,
 }
 
-/// Watches files.
+/// Watches files. One that another watches holds no further ones: rings and deep chains would end in
+/// the kernel's stack.
 #[derive(Default)]
-struct Epoll(Mutex<BTreeMap<(i32, usize), Watch>>);
+struct Epoll(Mutex<BTreeMap<(i32, usize), Watch>>, AtomicBool);
 
 const READABLE: u32 = 0x41;
 const WRITABLE: u32 = 0x104;
@@ -415,9 +416,12 @@ fn control(c: &Call<'_>) -> Result {
     let file = c.task.file(c.int(0))?;
     let watched = c.task.file(c.int(2))?;
     let own = file.object::<Epoll>().ok_or(Errno::EINVAL)?;
-    // Epolls in epolls could form rings: one level is enough for what programs do.
-    if Arc::ptr_eq(&file, &watched) || watched.object::<Epoll>().is_some_and(Epoll::holds_epoll) {
-        return Err(Errno::EINVAL);
+    if let Some(inner) = watched.object::<Epoll>() {
+        let is_inner = own.1.load(Ordering::Relaxed);
+        if Arc::ptr_eq(&file, &watched) || is_inner || inner.holds_epoll() {
+            return Err(Errno::EINVAL);
+        }
+        inner.1.store(true, Ordering::Relaxed);
     }
     if matches!(watched.kind, Kind::Regular(..) | Kind::Directory(..)) {
         return Err(Errno::EPERM);

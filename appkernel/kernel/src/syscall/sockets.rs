@@ -30,7 +30,7 @@ const SOL_SOCKET: u32 = 1;
 const NONBLOCK: u32 = 0o4000;
 const CLOEXEC: u32 = 0o2_000_000;
 /// Most bytes of one call.
-const MAX_BYTES: usize = 256 << 10;
+const MAX_BYTES: usize = 64 << 10;
 /// Most bytes beside a message.
 const MAX_CONTROL: usize = 4096;
 const MAX_PASSED: usize = 253;
@@ -398,7 +398,15 @@ fn passed_files(c: &Call<'_>, at: u64, len: usize) -> Result<Vec<Arc<File>>> {
         if (level, kind) == (SOL_SOCKET, RIGHTS) {
             for fd in data.chunks_exact(4) {
                 let fd = i32::from_le_bytes([fd[0], fd[1], fd[2], fd[3]]);
-                files.push(c.task.file(fd)?);
+                let file = c.task.file(fd)?;
+                // Sockets in sockets in sockets: closing the last would end in the kernel's stack.
+                let holds_files = file
+                    .object::<Socket>()
+                    .is_some_and(|s| s.family == family::UNIX);
+                if holds_files {
+                    return Err(Errno::ETOOMANYREFS);
+                }
+                files.push(file);
                 if files.len() > MAX_PASSED {
                     return Err(Errno::EINVAL);
                 }

@@ -412,9 +412,12 @@ pub fn current() -> Arc<Task> {
     })
 }
 
-/// A task by its number.
+/// A task by its number; the kernel's own thread is none that could be asked for.
 pub fn find(id: u32) -> Option<Arc<Task>> {
-    with(|s| s.tasks.get(&id).map(|(task, _)| Arc::clone(task)))
+    with(|s| {
+        let found = s.tasks.get(&id).filter(|_| id != 0);
+        found.map(|(task, _)| Arc::clone(task))
+    })
 }
 
 /// All tasks that run or sleep.
