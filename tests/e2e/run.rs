@@ -747,6 +747,20 @@ fn a_tap_network_reaches_the_host() {
     );
     let text = succeeded(&output);
     assert!(text.contains(" 0% packet loss"), "{text}");
+
+    // The same by the host's kernel: our process sees none of the packets.
+    let mut vm = Running::start(
+        "vhost",
+        &["--net", "tap", "--vhost"],
+        "trap 'exit 0' TERM; while :; do sleep 1; done",
+    );
+    let ping = "ping -c 3 -W 20 $(ip route | awk '/default/ { print $3 }')";
+    let text = succeeded(&vm.ctl("exec", &["sh", "-c", ping]));
+    assert!(text.contains(" 0% packet loss"), "{text}");
+    let inspected = succeeded(&vm.ctl("inspect", &["--json"]));
+    assert!(inspected.contains("\"vhost\": true"), "{inspected}");
+    succeeded(&vm.ctl("kill", &["-s=TERM"]));
+    assert_eq!(vm.child.0.wait().unwrap().code(), Some(0));
 }
 
 #[test]

@@ -66,6 +66,9 @@ pub struct Args {
     /// Tap device for a network card: NAME, or "new" for one of its own.
     #[arg(long, value_name = "NAME")]
     tap: Vec<String>,
+    /// Let the host's kernel move packets between taps and guest (vhost-net), where it can.
+    #[arg(long)]
+    vhost: bool,
     /// Appended to the default kernel command line.
     #[arg(long, value_name = "TEXT", default_value = "")]
     cmdline: String,
@@ -240,7 +243,7 @@ fn start_and_watch(
             .tap
             .iter()
             .enumerate()
-            .map(|(i, name)| tap(dir.id(), i, name))
+            .map(|(i, name)| tap(dir.id(), i, name, args.vhost))
             .collect::<Result<_, _>>()?,
         vsock_cid: args.vsock_cid,
         rng: args.rng,
@@ -332,7 +335,7 @@ fn disk(text: &str) -> DiskConfig {
     }
 }
 
-fn tap(id: &str, index: usize, name: &str) -> Result<NetConfig, EngineError> {
+fn tap(id: &str, index: usize, name: &str, vhost: bool) -> Result<NetConfig, EngineError> {
     let number = u32::from_str_radix(id, 16)
         .unwrap_or(1)
         .wrapping_add(u32::try_from(index).unwrap_or(0));
@@ -346,7 +349,7 @@ fn tap(id: &str, index: usize, name: &str) -> Result<NetConfig, EngineError> {
         fd: Some(tap.fd),
         mac: Some([0x02, 0xb7, bytes[0], bytes[1], bytes[2], bytes[3]]),
         mtu: None,
-        vhost: false,
+        vhost,
     })
 }
 

@@ -69,6 +69,9 @@ pub struct Args {
     /// Network: none, tap (made for this VM) or tap:NAME (an existing one).
     #[arg(long, default_value = "none", value_parser = parse_net)]
     net: Net,
+    /// Let the host's kernel move packets between tap and guest (vhost-net), where it can.
+    #[arg(long)]
+    vhost: bool,
     /// The root filesystem cannot be written.
     #[arg(long)]
     read_only: bool,
@@ -318,7 +321,7 @@ fn prepare(
         binds,
     };
     let spec = spec::build(&image.config, &wish)?;
-    let (nets, tap) = network(&args.net, &id)?;
+    let (nets, tap) = network(&args.net, args.vhost, &id)?;
     let config = VmConfig {
         id: id.clone(),
         vcpus: args.cpus,
@@ -380,7 +383,7 @@ fn stderr() -> Result<OwnedFd, CliError> {
 
 type Addresses = Option<(std::net::Ipv4Addr, std::net::Ipv4Addr)>;
 
-fn network(net: &Net, id: &str) -> Result<(Vec<NetConfig>, Addresses), EngineError> {
+fn network(net: &Net, vhost: bool, id: &str) -> Result<(Vec<NetConfig>, Addresses), EngineError> {
     let Net::Tap(name) = net else {
         return Ok((Vec::new(), None));
     };
@@ -393,7 +396,7 @@ fn network(net: &Net, id: &str) -> Result<(Vec<NetConfig>, Addresses), EngineErr
         fd: Some(tap.fd),
         mac: Some([0x02, 0xb7, bytes[0], bytes[1], bytes[2], bytes[3]]),
         mtu: None,
-        vhost: false,
+        vhost,
     };
     Ok((vec![config], tap.host.zip(tap.guest)))
 }
