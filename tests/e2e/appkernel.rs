@@ -305,6 +305,231 @@ fn calls_are_printed_when_asked_for() {
     assert!(ran.log.contains("exit_group(0x0"), "{ran:?}");
 }
 
+/// `vmmctl run --sandbox app`: the kernel is driven by the agent's protocol.
+struct App {
+    dir: tempfile::TempDir,
+    image: PathBuf,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl App {
+    fn new(image: &str) -> Self {
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let image = bulkhead_fixtures::find_image(image)
+            .unwrap()
+            .unwrap_or_else(|| panic!("image {image} is missing: run `just fixtures`"))
+            .oci_tar;
+        kernel();
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+            image,
+            _alone: alone,
+        }
+    }
+
+    fn vmmctl(&self) -> Command {
+        let mut command = Command::new(env::vmmctl().unwrap());
+        command
+            .env("BULKHEAD_TIMEOUT_FACTOR", "50")
+            .arg("--root")
+            .arg(self.dir.path().join("store"))
+            .env("BULKHEAD_RUN", self.dir.path().join("run"));
+        command
+    }
+
+    fn command(&self, options: &[&str], program: &[&str]) -> Command {
+        let mut command = self.vmmctl();
+        command
+            .args(["run", "--sandbox", "app", "--memory", "128M"])
+            .args(options)
+            .arg(&self.image)
+            .arg("--")
+            .args(program);
+        command
+    }
+
+    /// Exit code, output, errors.
+    fn run(&self, options: &[&str], program: &[&str], input: &[u8]) -> (i32, String, String) {
+        let mut child = self
+            .command(options, program)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // A program that does not read may be gone before all is written.
+        let _ = child.stdin.take().unwrap().write_all(input);
+        let output = child.wait_with_output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();
+        (
+            output.status.code().unwrap_or(-1),
+            text(&output.stdout),
+            text(&output.stderr),
+        )
+    }
+}
+
+#[test]
+fn a_container_has_its_environment_user_directory_streams_and_exit_code() {
+    let app = App::new("busybox");
+    let script = "echo $A; pwd; id -u; id -g; hostname; cat; echo err >&2; exit 7";
+    let options = [
+        "-i",
+        "-e",
+        "A=b c",
+        "-w",
+        "/tmp",
+        "-u",
+        "1000:100",
+        "--hostname",
+        "pod",
+    ];
+    let (code, output, errors) = app.run(&options, &["sh", "-c", script], b"typed\n");
+    assert_eq!(
+        (code, output.as_str()),
+        (7, "b c\n/tmp\n1000\n100\npod\ntyped"),
+        "{errors}"
+    );
+    assert!(errors.contains("err"), "{errors}");
+    let (code, _, errors) = app.run(&[], &["nosuch"], b"");
+    assert_eq!(code, 127, "{errors}");
+    assert!(
+        errors.contains("nosuch: executable file not found"),
+        "{errors}"
+    );
+    let (code, _, errors) = app.run(&[], &["/etc"], b"");
+    assert_eq!(code, 126, "{errors}");
+    // A signal in the program's own hands.
+    let (code, ..) = app.run(&[], &["sh", "-c", "sh -c 'kill -9 $$'; exit $?"], b"");
+    assert_eq!(code, 137);
+}
+
+#[test]
+fn volumes_proc_and_memory_files_are_where_programs_look_for_them() {
+    let app = App::new("busybox");
+    let data = app.dir.path().join("data");
+    fs::create_dir(&data).unwrap();
+    fs::write(data.join("in"), "from the host\n").unwrap();
+    let volume = format!("{}:/data", data.display());
+    let read_only = format!("{}:/ro:ro", data.display());
+    let script = "cat /data/in; echo back > /data/out; echo x > /ro/x 2>/dev/null || echo refused; \
+        echo shm > /dev/shm/f; cat /dev/shm/f; readlink /proc/self; readlink /proc/1/exe | head -c 5; \
+        echo; grep -c ^MemTotal /proc/meminfo; ps | grep -c sh; ls /proc/self/fd | head -n 3 | wc -l; \
+        head -c 3 /dev/zero | wc -c; echo through > /dev/stdout; df /dev/shm | tail -n 1 | cut -c1-5";
+    let (code, output, errors) = app.run(
+        &["-v", &volume, "-v", &read_only],
+        &["sh", "-c", script],
+        b"",
+    );
+    assert_eq!(code, 0, "{output} {errors}");
+    let lines: Vec<&str> = output.lines().collect();
+    assert_eq!(lines[..3], ["from the host", "refused", "shm"], "{output}");
+    assert_eq!(lines[4..5], ["/usr/"], "{output}");
+    assert_eq!(lines[5], "1", "{output}");
+    assert_eq!(lines[7..10], ["3", "3", "through"], "{output}");
+    assert_eq!(fs::read_to_string(data.join("out")).unwrap(), "back\n");
+}
+
+#[test]
+fn a_terminal_is_one() {
+    let app = App::new("busybox");
+    let (code, output, errors) = app.run(
+        &["-t"],
+        &["sh", "-c", "tty; test -t 1 && echo terminal; exit 4"],
+        b"",
+    );
+    assert_eq!(code, 4, "{output} {errors}");
+    assert_eq!(output.replace('\r', ""), "/dev/pts/0\nterminal", "{errors}");
+}
+
+#[test]
+fn programs_are_added_and_signals_arrive() {
+    use std::io::{BufRead, BufReader};
+    let app = App::new("busybox");
+    let script = "trap 'echo got term; exit 9' TERM; echo up; while :; do sleep 0.1; done";
+    let mut child = app
+        .command(&["--name", "box"], &["sh", "-c", script])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    output.read_line(&mut line).unwrap();
+    assert_eq!(line, "up\n");
+    let exec = |program: &[&str]| {
+        let output = app
+            .vmmctl()
+            .arg("exec")
+            .arg("box")
+            .args(program)
+            .output()
+            .unwrap();
+        (
+            output.status.code().unwrap_or(-1),
+            String::from_utf8_lossy(&output.stdout).into_owned(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
+    };
+    let (code, text, errors) = exec(&["sh", "-c", "echo added; cat /proc/1/comm; exit 5"]);
+    assert_eq!((code, text.as_str()), (5, "added\nsh\n"), "{errors}");
+    let (code, _, errors) = exec(&["nosuch"]);
+    assert_eq!(code, 127, "{errors}");
+    let (code, text, errors) = exec(&["kill", "-TERM", "1"]);
+    assert_eq!(code, 0, "{text} {errors}");
+    line.clear();
+    output.read_line(&mut line).unwrap();
+    assert_eq!(line, "got term\n");
+    assert_eq!(child.wait().unwrap().code(), Some(9));
+}
+
+#[test]
+fn python_with_threads_files_subprocess_and_a_database_does_the_same_as_on_the_host() {
+    let app = App::new("python3");
+    let (code, output, errors) = app.run(&[], &["python3", "/app/job.py", "5"], b"");
+    assert_eq!(code, 5, "{output} {errors}");
+    drop(app);
+    let root = Root::new("python3");
+    let (host_code, host_output) = root.on_host(&["/usr/bin/python3", "/app/job.py", "5"]);
+    assert_eq!((code, output), (host_code, host_output), "{errors}");
+}
+
+/// Servers and clients of the container's loopback.
+const REDIS: &str = r#"
+redis-server --port 6379 --save "" --dir /tmp > /tmp/log 2>&1 &
+i=0
+while ! redis-cli ping >/dev/null 2>&1; do
+    i=$((i+1)); [ $i -gt 300 ] && { cat /tmp/log; exit 1; }; sleep 0.2
+done
+redis-cli set a 42; redis-cli incr a; redis-cli rpush l x y z; redis-cli lrange l 0 -1
+redis-cli -h ::1 ping; redis-cli save; redis-cli shutdown nosave; wait
+redis-server --port 6379 --dir /tmp > /tmp/log 2>&1 &
+while ! redis-cli ping 2>/dev/null | grep -q PONG; do sleep 0.2; done
+redis-cli get a; redis-cli shutdown nosave; wait; echo over
+"#;
+
+#[test]
+fn redis_answers_and_keeps_what_it_was_given() {
+    let app = App::new("redis");
+    let (code, output, errors) = app.run(&["--entrypoint", ""], &["sh", "-c", REDIS], b"");
+    assert_eq!(code, 0, "{output} {errors}");
+    assert_eq!(output, "OK\n43\n3\nx\ny\nz\nPONG\nOK\n43\nover", "{errors}");
+}
+
+#[test]
+fn what_the_app_kernel_has_not_is_refused_in_words() {
+    let app = App::new("busybox");
+    for (options, words) in [
+        (&["--net", "tap"][..], "no network but its loopback"),
+        (&["--cpus", "2"][..], "uses one CPU"),
+        (&["--image", "x"][..], "needs no guest image"),
+    ] {
+        let (code, _, errors) = app.run(options, &["true"], b"");
+        assert_eq!(code, 125, "{errors}");
+        assert!(errors.contains(words), "{errors}");
+    }
+}
+
 #[test]
 fn the_kernel_is_small() {
     let bytes = fs::metadata(kernel()).unwrap().len();

@@ -56,6 +56,8 @@ pub struct Request {
 pub struct Image {
     pub mm: Mm,
     pub path: Vec<u8>,
+    /// The path as it was asked for: the task is called after it.
+    pub called: Vec<u8>,
     entry: u64,
     stack: u64,
 }
@@ -87,6 +89,7 @@ pub struct Context<'a> {
 /// # Errors
 /// As execve(2).
 pub fn load(request: &Request, context: Context<'_>) -> Result<Image, Errno> {
+    let called = request.path.clone();
     let mut request = request.clone();
     for _ in 0..SCRIPT_DEPTH {
         let found = fs::resolve(context.container, context.cwd, &request.path, true)?;
@@ -105,7 +108,8 @@ pub fn load(request: &Request, context: Context<'_>) -> Result<Image, Errno> {
             request = script(&head, &request)?;
             continue;
         }
-        return program(&node, found.path, &request, context);
+        let image = program(&node, found.path, &request, context)?;
+        return Ok(Image { called, ..image });
     }
     Err(Errno::ELOOP)
 }
@@ -275,6 +279,7 @@ fn program(
     Ok(Image {
         mm,
         path,
+        called: Vec::new(),
         entry,
         stack,
     })

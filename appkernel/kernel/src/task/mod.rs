@@ -220,7 +220,7 @@ impl Task {
             process: id,
             container: Arc::clone(new.container),
             credentials: Mutex::new(new.credentials),
-            name: Mutex::new(name_of(&new.image.path)),
+            name: Mutex::new(name_of(&new.image.called)),
             cpu_ns: AtomicU64::new(0),
             started_ns: clock::monotonic_ns(),
             context: UnsafeCell::new(context),
@@ -383,7 +383,7 @@ impl Task {
         unsafe { cpu::write_cr3(root) };
         let old = self.mm.lock().replace(mm);
         drop(old);
-        *self.name.lock() = name_of(&image.path);
+        *self.name.lock() = name_of(&image.called);
         self.place.lock().exe = image.path;
         let context = self.own_context();
         context.fs_base = 0;
