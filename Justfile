@@ -79,7 +79,7 @@ lint:
     shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build
 
 # Run pods of every sandbox kind that exists, on real input, and print a table
-demo: build guest fixtures
+demo: build guest appkernel fixtures
     tests/run demo
 
 # All checks and tests in at most 45 minutes; last line "N passed, N failed"

@@ -1,17 +1,19 @@
-//! `./dev demo`: one part in the lab, one on the machine itself, then the table of both.
+//! `./dev demo`: parts in the lab and on the machine itself, then the table of all.
 
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
+use bulkhead_tests::demo::vmmctl::Kernel;
 use bulkhead_tests::demo::{self, Row};
 
 fn main() -> Result<ExitCode> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args.as_slice() {
-        ["microvm", out] => write(out, &demo::microvm::rows()?)?,
+        ["microvm", out] => write(out, &demo::vmmctl::rows(Kernel::Linux)?)?,
+        ["appkernel", out] => write(out, &demo::vmmctl::rows(Kernel::App)?)?,
         ["cri", out] => write(out, &demo::cri::rows()?)?,
         ["wasm", out] => write(out, &demo::wasm::rows()?)?,
         ["show", out, parts @ ..] => {
@@ -27,7 +29,9 @@ fn main() -> Result<ExitCode> {
                 return Ok(ExitCode::FAILURE);
             }
         }
-        _ => bail!("usage: demo microvm|cri|wasm OUT.json | demo show OUT.json PART.json..."),
+        _ => bail!(
+            "usage: demo microvm|appkernel|cri|wasm OUT.json | demo show OUT.json PART.json..."
+        ),
     }
     Ok(ExitCode::SUCCESS)
 }

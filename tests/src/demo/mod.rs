@@ -4,13 +4,13 @@
 use serde::{Deserialize, Serialize};
 
 pub mod cri;
-pub mod microvm;
+pub mod vmmctl;
 pub mod wasm;
 
 /// One run, as it stands in `target/demo.json`.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Row {
-    /// `microvm`, `wasm`, `process`, later `appkernel`.
+    /// `microvm`, `appkernel`, `wasm`, later `process`.
     pub sandbox: String,
     /// Who asked for it: `vmmctl` or `cri`.
     pub via: String,

@@ -1,4 +1,4 @@
-//! Programs of OCI images in microVMs, by `vmmctl run`.
+//! Programs of OCI images in VMs, on Linux and on the app kernel, by `vmmctl run`.
 
 use std::fs;
 use std::path::Path;
@@ -18,6 +18,15 @@ struct RunReport {
     total_ms: f64,
 }
 
+/// Which kernel runs the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// Linux.
+    Linux,
+    /// Ours.
+    App,
+}
+
 struct Job {
     image: &'static str,
     options: Vec<String>,
@@ -31,7 +40,7 @@ struct Job {
 ///
 /// # Errors
 /// An image is missing, or `vmmctl` cannot be started.
-pub fn rows() -> Result<Vec<Row>> {
+pub fn rows(kernel: Kernel) -> Result<Vec<Row>> {
     let scratch = tempfile::tempdir()?;
     let volume = scratch.path().join("shared");
     fs::create_dir(&volume)?;
@@ -44,7 +53,19 @@ pub fn rows() -> Result<Vec<Row>> {
         holds,
     };
     let mut jobs = vec![
-        plain("busybox", &["uname", "-a"], 0, "-bulkhead"),
+        match kernel {
+            Kernel::Linux => plain("busybox", &["uname", "-a"], 0, "-bulkhead"),
+            Kernel::App => plain(
+                "busybox",
+                &[
+                    "sh",
+                    "-c",
+                    "find /bin -name '*sh' | wc -l; seq 1000 | awk '{ s += $1 } END { print s }'",
+                ],
+                0,
+                "500500",
+            ),
+        },
         plain(
             "python3",
             &["python3", "/app/job.py"],
@@ -100,7 +121,7 @@ pub fn rows() -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for job in &jobs {
         eprintln!("running {} {}", job.image, job.command.join(" "));
-        let mut row = run(job, scratch.path())?;
+        let mut row = run(kernel, job, scratch.path())?;
         if !job.options.is_empty() && job.options[0] == "--volume" {
             // What the guest wrote must be on the host, not only in its own view.
             let note = fs::read_to_string(volume.join("note"));
@@ -113,14 +134,18 @@ pub fn rows() -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-fn run(job: &Job, scratch: &Path) -> Result<Row> {
+fn run(kernel: Kernel, job: &Job, scratch: &Path) -> Result<Row> {
     let image = bulkhead_fixtures::find_image(job.image)?
         .with_context(|| format!("image {} is missing: run `just fixtures`", job.image))?;
     let report = scratch.join("report.json");
     let _ = fs::remove_file(&report);
     let start = Instant::now();
+    let (sandbox, option) = match kernel {
+        Kernel::Linux => ("microvm", "microvm"),
+        Kernel::App => ("appkernel", "app"),
+    };
     let output = Command::new(env::vmmctl()?)
-        .args(["run", "--rm", "--report"])
+        .args(["run", "--rm", "--sandbox", option, "--report"])
         .arg(&report)
         .args(&job.options)
         .arg(&image.oci_tar)
@@ -156,7 +181,7 @@ fn run(job: &Job, scratch: &Path) -> Result<Row> {
         None
     };
     Ok(Row {
-        sandbox: "microvm".into(),
+        sandbox: sandbox.into(),
         via: "vmmctl".into(),
         image: job.image.into(),
         command: job.command.join(" "),
