@@ -16,9 +16,19 @@ pub fn call() -> Duration {
     scaled(Duration::from_secs(10))
 }
 
+/// Until the guest has taken a signal for a process: more means that it hangs.
+pub fn signal() -> Duration {
+    scaled(Duration::from_secs(3))
+}
+
 /// One attempt to connect to a port of the guest.
 pub fn connect() -> Duration {
     scaled(Duration::from_secs(2))
+}
+
+/// Figures of one pod, for a request that asks all of them.
+pub fn figures() -> Duration {
+    scaled(Duration::from_secs(1))
 }
 
 /// From asking the guest to shut down until it has.

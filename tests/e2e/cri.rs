@@ -13,6 +13,10 @@ use bulkhead_tests::cri::containerd::{IoType, Node, OURS};
 
 #[path = "cri/basic.rs"]
 mod basic;
+#[path = "cri/failure.rs"]
+mod failure;
+#[path = "cri/host.rs"]
+mod host;
 #[path = "cri/recovery.rs"]
 mod recovery;
 #[path = "cri/validation.rs"]
@@ -73,6 +77,7 @@ fn run() -> Result<bool> {
         basic::TESTS,
         wide::TESTS,
         validation::TESTS,
+        failure::TESTS,
         recovery::TESTS,
         wasm::TESTS,
     ];

@@ -1,7 +1,17 @@
-//! The pod's cgroup on the host. Kubelet makes it; a client of CRI that is no kubelet counts on the
-//! runtime to make it, and containerd reads the pod's statistics there.
+//! Cgroups on the host.
+//!
+//! The pod's own: kubelet makes it; a client of CRI that is no kubelet counts on the runtime to
+//! make it, and containerd reads the pod's statistics there. Our threads cannot enter it, since
+//! they are the daemon's: memory is counted for whole processes only.
+//!
+//! So the threads of a pod's VM are counted, and held to the pod's share of CPU, in a *threaded*
+//! cgroup below the daemon's own.
 
+use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::proto::LinuxResources;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
@@ -39,5 +49,185 @@ pub fn remove(made: &[PathBuf]) {
         if std::fs::remove_dir(path).is_err() {
             return;
         }
+    }
+}
+
+/// A CPU share as cgroup v2 has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CpuShare {
+    /// Microseconds of CPU time in each period, and the period; `None`: no limit.
+    pub max: Option<(u64, u64)>,
+    /// 1 to 10,000; 100 is the usual.
+    pub weight: u64,
+}
+
+/// Shortest and longest period of the kernel, in microseconds.
+const PERIOD: std::ops::RangeInclusive<u64> = 1_000..=1_000_000;
+/// Period of a sum of limits, in microseconds.
+const COMMON_PERIOD: u64 = 100_000;
+/// What the kernel takes as a quota of such a period: a millisecond, and what no host has.
+const LEAST: u64 = 1_000;
+const MOST: u64 = 10_000 * COMMON_PERIOD;
+
+impl CpuShare {
+    /// The sum of what CRI says about a pod: its containers' and its overhead's.
+    pub fn of(parts: &[LinuxResources]) -> Self {
+        let mut quota = 0u64;
+        let mut shares = 0u64;
+        for part in parts {
+            let period = u64::try_from(part.cpu_period).unwrap_or(0);
+            if part.cpu_quota > 0 && PERIOD.contains(&period) {
+                let wanted = u64::try_from(part.cpu_quota).unwrap_or(0);
+                let part = u128::from(wanted) * u128::from(COMMON_PERIOD) / u128::from(period);
+                quota = quota.saturating_add(u64::try_from(part).unwrap_or(u64::MAX));
+            }
+            shares = shares.saturating_add(u64::try_from(part.cpu_shares).unwrap_or(0));
+        }
+        // A pod without a limit of its own has none, whatever its overhead.
+        let limited = parts.first().is_some_and(|p| {
+            p.cpu_quota > 0 && u64::try_from(p.cpu_period).is_ok_and(|us| PERIOD.contains(&us))
+        });
+        let weight = match shares {
+            0 => 100,
+            // As runc converts them: 2 to 262,144 become 1 to 10,000.
+            n => 1 + (n.clamp(2, 262_144) - 2) * 9_999 / 262_142,
+        };
+        Self {
+            max: limited.then_some((quota.clamp(LEAST, MOST), COMMON_PERIOD)),
+            weight,
+        }
+    }
+}
+
+/// CPU time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Used {
+    /// In programs; guests are programs.
+    pub user: Duration,
+    /// In the kernel.
+    pub system: Duration,
+}
+
+/// The threaded cgroup of one pod. Removed when dropped, if its threads have ended.
+#[derive(Debug)]
+pub struct Threads(PathBuf);
+
+impl Threads {
+    /// Makes it. `None` where cgroups are not of version 2, or not ours to make: a pod is of use
+    /// without. Blocks.
+    pub fn create(id: &str) -> Option<Self> {
+        let own = own()?;
+        let path = own.join(format!("bulkhead-{id}"));
+        let made = match std::fs::create_dir(&path) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
+            _ => Ok(()),
+        };
+        let threads = Self(path);
+        let made = made
+            .and_then(|()| threads.write("cgroup.type", "threaded"))
+            // Allowed beside our own threads, as CPU is a threaded controller.
+            .and_then(|()| std::fs::write(own.join("cgroup.subtree_control"), "+cpu"));
+        match made {
+            Ok(()) => Some(threads),
+            Err(error) => {
+                tracing::debug!(%error, cgroup = %threads.0.display(), "CPU is not accounted");
+                None
+            }
+        }
+    }
+
+    fn write(&self, file: &str, text: &str) -> io::Result<()> {
+        std::fs::write(self.0.join(file), text)
+    }
+
+    /// Puts the calling thread there; those it makes from now on are there too.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn enter(&self) -> io::Result<()> {
+        // 0: the writer itself.
+        self.write("cgroup.threads", "0")
+    }
+
+    /// Sets the share.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn limit(&self, share: CpuShare) -> io::Result<()> {
+        let max = match share.max {
+            Some((quota, period)) => format!("{quota} {period}"),
+            None => "max".to_owned(),
+        };
+        self.write("cpu.max", &max)?;
+        self.write("cpu.weight", &share.weight.to_string())
+    }
+
+    /// What its threads have used.
+    pub fn usage(&self) -> Option<Used> {
+        let text = std::fs::read_to_string(self.0.join("cpu.stat")).ok()?;
+        let field = |name: &str| -> Option<Duration> {
+            let line = text.lines().find_map(|l| l.strip_prefix(name))?;
+            Some(Duration::from_micros(line.trim().parse().ok()?))
+        };
+        Some(Used {
+            user: field("user_usec ")?,
+            system: field("system_usec ")?,
+        })
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir(&self.0) {
+            tracing::warn!(%error, cgroup = %self.0.display(), "cannot be removed");
+        }
+    }
+}
+
+/// Removes what an earlier process has left of a pod's threads.
+pub fn clean_threads(id: &str) {
+    if let Some(own) = own() {
+        let _ = std::fs::remove_dir(own.join(format!("bulkhead-{id}")));
+    }
+}
+
+/// The daemon's own cgroup.
+fn own() -> Option<PathBuf> {
+    let text = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = text.lines().find_map(|l| l.strip_prefix("0::/"))?;
+    let own = Path::new(ROOT).join(path);
+    own.join("cgroup.threads").exists().then_some(own)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_add_up() {
+        let part = |quota, period, shares| LinuxResources {
+            cpu_quota: quota,
+            cpu_period: period,
+            cpu_shares: shares,
+            memory_limit_in_bytes: 0,
+        };
+        let none = CpuShare {
+            max: None,
+            weight: 100,
+        };
+        assert_eq!(CpuShare::of(&[]), none);
+        assert_eq!(
+            CpuShare::of(&[part(-1, 0, 0), part(5_000, 100_000, 0)]),
+            none
+        );
+        let both = CpuShare::of(&[part(50_000, 100_000, 512), part(100, 1_000, 512)]);
+        assert_eq!(both.max, Some((60_000, 100_000)));
+        assert_eq!(both.weight, 39);
+        let least = CpuShare::of(&[part(1, 1_000_000, 2)]);
+        assert_eq!((least.max, least.weight), (Some((1_000, 100_000)), 1));
+        let most = CpuShare::of(&[part(i64::MAX, 1_000, i64::MAX)]);
+        assert_eq!(most.weight, 10_000);
+        assert_eq!(most.max, Some((MOST, COMMON_PERIOD)));
+        assert_eq!(CpuShare::of(&[part(5, 0, 0)]).max, None);
     }
 }

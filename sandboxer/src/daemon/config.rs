@@ -24,6 +24,48 @@ pub struct Config {
     pub microvm: Microvm,
     /// `[wasm]`
     pub wasm: Wasm,
+    /// `[metrics]`
+    pub metrics: Metrics,
+}
+
+/// Figures for Prometheus.
+#[derive(Debug, Clone, Default, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Metrics {
+    /// `unix:/path` or a loopback address with a port; empty: no figures are served.
+    pub listen: String,
+}
+
+/// Where figures are served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Listen {
+    /// A socket for root.
+    Unix(PathBuf),
+    /// TCP, on this host only: pods' names are nobody else's business.
+    Loopback(std::net::SocketAddr),
+}
+
+impl Metrics {
+    /// Where they are served, if they are.
+    ///
+    /// # Errors
+    /// What is wrong with the value.
+    pub fn parse(&self) -> Result<Option<Listen>, &'static str> {
+        if self.listen.is_empty() {
+            return Ok(None);
+        }
+        if let Some(path) = self.listen.strip_prefix("unix:") {
+            return match Path::new(path).is_absolute() && path.len() < 108 {
+                true => Ok(Some(Listen::Unix(path.into()))),
+                false => Err("the socket's path must be absolute and shorter than 108 bytes"),
+            };
+        }
+        match self.listen.parse::<std::net::SocketAddr>() {
+            Ok(address) if address.ip().is_loopback() => Ok(Some(Listen::Loopback(address))),
+            Ok(_) => Err("must be an address of this host's loopback, as in 127.0.0.1:9469"),
+            Err(_) => Err("must be unix:/path or an address and port, as in 127.0.0.1:9469"),
+        }
+    }
 }
 
 /// What is logged.
@@ -85,6 +127,7 @@ impl Default for Config {
             log: Log::default(),
             microvm: Microvm::default(),
             wasm: Wasm::default(),
+            metrics: Metrics::default(),
         }
     }
 }
@@ -149,13 +192,48 @@ pub enum ConfigError {
         reason: String,
     },
     /// A value cannot be.
-    #[error("configuration: {key}: {reason}")]
+    #[error("configuration {}{}: {key}: {reason}", path.display(), Line(*line))]
     Value {
+        /// The file.
+        path: PathBuf,
+        /// Where; `None`: the key is not in the file, its default does not fit to others.
+        line: Option<usize>,
         /// The key.
         key: &'static str,
         /// What is wrong.
         reason: String,
     },
+}
+
+/// A line, if it is known, for a message.
+struct Line(Option<usize>);
+
+impl std::fmt::Display for Line {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            Some(line) => write!(f, ", line {line}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The line of `section.name` in a file that has been parsed without an error.
+fn line_of(text: &str, key: &str) -> Option<usize> {
+    let (section, name) = key.rsplit_once('.').unwrap_or(("", key));
+    let mut current = "";
+    for (number, line) in text.lines().enumerate() {
+        let line = line.trim();
+        if let Some(header) = line.strip_prefix('[') {
+            current = header.split(']').next().unwrap_or_default().trim();
+        } else if current == section
+            && line
+                .strip_prefix(name)
+                .is_some_and(|rest| rest.trim_start().starts_with('='))
+        {
+            return Some(number + 1);
+        }
+    }
+    None
 }
 
 impl Config {
@@ -167,7 +245,11 @@ impl Config {
         let named = path.is_some();
         let path = path.unwrap_or(Path::new(DEFAULT_PATH));
         let config = match std::fs::read_to_string(path) {
-            Ok(text) => Self::parse(&text, path)?,
+            Ok(text) => {
+                let config = Self::parse(&text, path)?;
+                config.check(&text, path)?;
+                config
+            }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound && !named => Self::default(),
             Err(source) => {
                 return Err(ConfigError::Read {
@@ -176,7 +258,6 @@ impl Config {
                 });
             }
         };
-        config.check()?;
         Ok(config)
     }
 
@@ -192,9 +273,11 @@ impl Config {
         })
     }
 
-    fn check(&self) -> Result<(), ConfigError> {
+    fn check(&self, text: &str, path: &Path) -> Result<(), ConfigError> {
         let wrong = |key, reason: &str| {
             Err(ConfigError::Value {
+                path: path.to_owned(),
+                line: line_of(text, key),
                 key,
                 reason: reason.to_owned(),
             })
@@ -206,8 +289,14 @@ impl Config {
         if !self.socket.is_absolute() {
             return wrong("socket", "must be absolute");
         }
-        if !self.wasm.socket.is_absolute() || !self.wasm.cache_dir.is_absolute() {
-            return wrong("wasm.socket and wasm.cache_dir", "must be absolute");
+        if !self.wasm.socket.is_absolute() {
+            return wrong("wasm.socket", "must be absolute");
+        }
+        if !self.wasm.cache_dir.is_absolute() {
+            return wrong("wasm.cache_dir", "must be absolute");
+        }
+        if let Err(reason) = self.metrics.parse() {
+            return wrong("metrics.listen", reason);
         }
         if !(1..=10_000).contains(&self.wasm.max_instances) {
             return wrong("wasm.max_instances", "must be 1 to 10000");
@@ -241,7 +330,9 @@ mod tests {
 
     fn parse(text: &str) -> Result<Config, String> {
         let config = Config::parse(text, Path::new("x.toml")).map_err(|e| e.to_string())?;
-        config.check().map_err(|e| e.to_string())?;
+        config
+            .check(text, Path::new("x.toml"))
+            .map_err(|e| e.to_string())?;
         Ok(config)
     }
 
@@ -255,7 +346,76 @@ mod tests {
         let error = parse("[microvm]\ndefault_cpus = \"x\"\n").expect_err("type");
         assert!(error.contains("line 2"), "{error}");
         assert!(parse("run_dir = \"/run/a/very/long/name\"").is_err());
-        assert!(parse("[microvm]\ndefault_cpus = 0").is_err());
+        // Values that TOML is content with are named in the same way.
+        for (text, line) in [
+            (
+                "[log]\nlevel = \"x\"\n\n[microvm]\n default_cpus = 0",
+                "line 5",
+            ),
+            ("[wasm]\nsocket = \"/a\"\ncache_dir = \"b\"", "line 3"),
+            ("[metrics]\nlisten = \"0.0.0.0:9469\"", "line 2"),
+            ("[metrics]\nlisten = \"unix:x\"", "line 2"),
+        ] {
+            let error = parse(text).expect_err("refused");
+            assert!(error.contains(line), "{error}");
+        }
+    }
+
+    #[test]
+    fn figures_stay_on_this_host() {
+        let listen = |text: &str| {
+            Metrics {
+                listen: text.into(),
+            }
+            .parse()
+        };
+        assert_eq!(listen(""), Ok(None));
+        assert_eq!(
+            listen("unix:/run/m"),
+            Ok(Some(Listen::Unix("/run/m".into())))
+        );
+        assert!(matches!(listen("[::1]:9"), Ok(Some(Listen::Loopback(_)))));
+        assert!(listen("10.0.0.1:9").is_err() && listen("x").is_err());
+    }
+
+    /// The file that is shipped shows every key with its default.
+    #[test]
+    fn the_example_is_complete() {
+        let text = include_str!("../../packaging/sandboxer.toml");
+        let mut sections = std::collections::BTreeMap::<&str, String>::new();
+        let mut section = "";
+        let mut uncommented = String::new();
+        for line in text.lines() {
+            if let Some(header) = line.strip_prefix('[') {
+                section = header.trim_end_matches(']');
+            }
+            let plain = line.strip_prefix("#").filter(|l| !l.starts_with(' '));
+            let kept = plain.unwrap_or(line);
+            if !kept.starts_with('#') {
+                uncommented.push_str(kept);
+                uncommented.push('\n');
+                sections
+                    .entry(section)
+                    .or_default()
+                    .push_str(&format!("\n{kept}"));
+            }
+        }
+        let mut config = parse(&uncommented).expect("the example is right");
+        // They have no default that could be written down.
+        config.microvm.kernel = None;
+        config.microvm.image = None;
+        assert_eq!(config, Config::default());
+        for (section, lines) in &sections {
+            let header = match *section {
+                "" => String::new(),
+                name => format!("[{name}]\n"),
+            };
+            let error = parse(&format!("{header}no_such_key = 1")).expect_err("unknown");
+            for key in error.split('`').skip(3).step_by(2) {
+                let known = lines.contains(&format!("\n{key} =")) || sections.contains_key(key);
+                assert!(known, "{key} of [{section}] is not in the example");
+            }
+        }
     }
 
     #[test]

@@ -1,72 +1,133 @@
-//! `containerd.services.sandbox.v1.Controller`: the life of pods.
+//! `containerd.services.sandbox.v1.Controller`: the life of the pods of one kind.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_protocol::metrics::{CPUStat, METRICS_TYPE_URL, MemoryStat, Metrics, PidsStat};
 use bulkhead_protocol::rpc::{Code, Status};
-use bulkhead_protocol::task::StatsRequest;
 use bulkhead_protocol::types::Any;
 use prost::Message;
 
-use super::config::Config;
 use super::events::{Events, now};
-use super::grpc::{Answer, Call, Service};
+use super::grpc::{self, Call, Service};
 use super::pod::{Pod, blocking};
 use super::proto::*;
-use super::task::{Slot, check_id};
-use crate::engine::Sandbox;
+use super::sandbox::{Answer, Kind, Sandbox};
+use super::state::State;
+use super::task::check_id;
+use super::{cgroup, storage};
+use crate::fsutil;
 
 /// Version of the Task service at a pod's address; containerd takes no other.
-pub(super) const TASK_VERSION: u32 = 3;
-/// Pods of one daemon.
-const MAX_PODS: usize = 4096;
+const TASK_VERSION: u32 = 3;
+/// Time for all pods to end when the daemon does.
+const END_ALL: Duration = Duration::from_secs(60);
 
-/// The pods of this daemon.
-#[derive(Debug)]
-pub struct Controller {
-    config: Arc<Config>,
-    events: Events,
-    pods: Mutex<HashMap<String, Arc<Pod>>>,
+/// What has happened since the daemon was started.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Counts {
+    /// Pods that were started.
+    pub starts: u64,
+    /// Those that could not be.
+    pub failures: u64,
+    /// Those that ended by themselves.
+    pub own_ends: u64,
+    /// Time that the starts took together, in seconds.
+    pub start_seconds: f64,
 }
 
-impl Controller {
-    /// Without pods.
-    pub fn new(config: Arc<Config>, events: Events) -> Arc<Self> {
-        Arc::new(Self {
-            config,
+/// The pods of one kind.
+#[derive(Debug)]
+pub struct Controller<K: Kind> {
+    kind: Arc<K>,
+    events: Events,
+    pods: Mutex<HashMap<String, Arc<Pod<K>>>>,
+    counts: Arc<Mutex<Counts>>,
+}
+
+impl<K: Kind> Controller<K> {
+    /// With the pods of earlier processes, which have ended: containerd learns that from the
+    /// records that are kept until it removes the pods. Needs a tokio runtime.
+    pub fn new(kind: K, events: Events) -> Arc<Self> {
+        let controller = Arc::new(Self {
+            kind: Arc::new(kind),
             events,
             pods: Mutex::default(),
-        })
+            counts: Arc::default(),
+        });
+        controller.recover();
+        controller
     }
 
-    fn pods(&self) -> MutexGuard<'_, HashMap<String, Arc<Pod>>> {
-        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    fn recover(&self) {
+        for entry in std::fs::read_dir(self.kind.directory())
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let dir = entry.path();
+            match State::read(&dir) {
+                Ok(state) if state.started.is_some() && check_id("sandbox", &state.id).is_ok() => {
+                    tracing::warn!(sandbox = state.id, "ended with an earlier sandboxer");
+                    let kind = Arc::clone(&self.kind);
+                    let pod = Pod::recover(kind, self.events.clone(), dir, state);
+                    self.pods().insert(pod.id.clone(), pod);
+                }
+                // Never started: containerd has been told so, or will create it anew.
+                other => {
+                    if let Ok(state) = &other {
+                        self.kind.clean(state);
+                        cgroup::remove(&state.cgroups);
+                    }
+                    storage::clean(&dir);
+                    if let Err(error) = fsutil::remove_dir(&dir) {
+                        tracing::warn!(%error, dir = %dir.display(), "cannot be removed");
+                    }
+                }
+            }
+        }
+    }
+
+    fn pods(&self) -> MutexGuard<'_, HashMap<String, Arc<Pod<K>>>> {
+        lock(&self.pods)
+    }
+
+    /// Its kind.
+    pub fn kind(&self) -> &K {
+        &self.kind
+    }
+
+    /// What has happened.
+    pub fn counts(&self) -> Counts {
+        *lock(&self.counts)
     }
 
     /// All pods.
-    pub fn all(&self) -> Vec<Arc<Pod>> {
+    pub fn all(&self) -> Vec<Arc<Pod<K>>> {
         self.pods().values().cloned().collect()
     }
 
-    /// Adds a pod of an earlier process.
-    pub fn add(&self, pod: Arc<Pod>) {
-        self.pods().insert(pod.id.clone(), pod);
+    /// Ends all pods, in order where there is time.
+    pub async fn end_all(&self) {
+        let mut stops = tokio::task::JoinSet::new();
+        for pod in self.all() {
+            stops.spawn(async move { pod.stop(Duration::from_secs(1)).await });
+        }
+        let all = async { while stops.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(END_ALL, all).await;
     }
 
-    fn find(&self, id: &str) -> Result<Arc<Pod>, Status> {
+    fn find(&self, id: &str) -> Answer<Arc<Pod<K>>> {
         self.pods().get(id).cloned().ok_or_else(|| {
-            let shown: String = id.chars().take(100).collect();
-            Status::new(Code::NotFound, format!("there is no sandbox {shown:?}"))
+            Status::new(
+                Code::NotFound,
+                format!("there is no sandbox {:?}", short(id)),
+            )
         })
     }
 
-    async fn create(
-        &self,
-        namespace: String,
-        request: CreateRequest,
-    ) -> Result<CreateResponse, Status> {
+    async fn create(&self, namespace: String, request: CreateRequest) -> Answer<CreateResponse> {
         let id = request.sandbox_id;
         check_id("sandbox", &id)?;
         let wish = match &request.options {
@@ -78,35 +139,48 @@ impl Controller {
             }
             _ => PodSandboxConfig::default(),
         };
-        check_wish(&id, &wish)?;
+        self.kind.check(&wish).map_err(|reason| {
+            Status::new(Code::InvalidArgument, format!("sandbox {id}: {reason}"))
+        })?;
         {
             let pods = self.pods();
             if pods.contains_key(&id) {
                 // Asked for again after a lost answer.
                 return Ok(CreateResponse { sandbox_id: id });
             }
-            if pods.len() >= MAX_PODS {
+            let max = self.kind.max_pods();
+            if pods.len() >= max {
                 return Err(Status::new(
                     Code::ResourceExhausted,
-                    format!("{MAX_PODS} sandboxes exist; remove some"),
+                    format!("{max} sandboxes of {} exist; remove some", self.kind.name()),
                 ));
             }
         }
-        let (config, events) = (Arc::clone(&self.config), self.events.clone());
+        let (kind, events) = (Arc::clone(&self.kind), self.events.clone());
         let (pod_id, netns) = (id.clone(), request.netns_path);
         let pod =
-            blocking(move || Pod::create(config, events, namespace, pod_id, netns, wish)).await??;
+            blocking(move || Pod::create(kind, events, namespace, pod_id, netns, wish)).await??;
         self.pods().entry(id.clone()).or_insert(pod);
         Ok(CreateResponse { sandbox_id: id })
     }
 
-    async fn start(&self, request: IdRequest) -> Result<StartResponse, Status> {
+    async fn start(&self, request: IdRequest) -> Answer<StartResponse> {
         let pod = self.find(&request.sandbox_id)?;
         let starting = Arc::clone(&pod);
+        let begin = Instant::now();
         // To its end even if the caller goes away.
-        let started = tokio::spawn(async move { starting.start().await }).await;
-        let started = started
-            .unwrap_or_else(|e| Err(Status::new(Code::Internal, format!("start panicked: {e}"))));
+        let started = to_the_end(async move { starting.start().await }).await;
+        {
+            let mut counts = lock(&self.counts);
+            match &started {
+                Ok(()) => counts.starts += 1,
+                Err(_) => counts.failures += 1,
+            }
+            counts.start_seconds += begin.elapsed().as_secs_f64();
+        }
+        if started.is_ok() {
+            self.count_own_end(&pod);
+        }
         if let Err(error) = started {
             // CRI forgets a sandbox whose start fails: nobody else will remove it.
             self.remove(&pod).await?;
@@ -122,30 +196,36 @@ impl Controller {
         })
     }
 
-    async fn stop(&self, request: StopRequest) -> Result<Nothing, Status> {
-        let pod = self.find(&request.sandbox_id)?;
-        let grace = Duration::from_secs(request.timeout_secs.into());
-        tokio::spawn(async move { pod.stop(grace).await })
-            .await
-            .unwrap_or_else(|e| Err(Status::new(Code::Internal, format!("stop panicked: {e}"))))?;
-        Ok(Nothing {})
+    /// Counts it if it ends without having been asked to.
+    fn count_own_end(&self, pod: &Arc<Pod<K>>) {
+        let (ends, counts) = (pod.subscribe(), Arc::clone(&self.counts));
+        tokio::spawn(async move {
+            let mut ends = ends;
+            let end = ends.wait_for(Option::is_some).await;
+            if end.is_ok_and(|end| end.as_ref().is_some_and(|e| e.status != 0)) {
+                lock(&counts).own_ends += 1;
+            }
+        });
     }
 
-    async fn remove(&self, pod: &Arc<Pod>) -> Result<(), Status> {
+    async fn stop(&self, request: StopRequest) -> Answer<Nothing> {
+        let pod = self.find(&request.sandbox_id)?;
+        let grace = Duration::from_secs(request.timeout_secs.into());
+        to_the_end(async move {
+            pod.stop(grace).await;
+            Ok(Nothing {})
+        })
+        .await
+    }
+
+    async fn remove(&self, pod: &Arc<Pod<K>>) -> Answer<()> {
         let removing = Arc::clone(pod);
-        tokio::spawn(async move { removing.remove().await })
-            .await
-            .unwrap_or_else(|e| {
-                Err(Status::new(
-                    Code::Internal,
-                    format!("removal panicked: {e}"),
-                ))
-            })?;
+        to_the_end(async move { removing.remove().await }).await?;
         self.pods().remove(&pod.id);
         Ok(())
     }
 
-    async fn shutdown(&self, request: IdRequest) -> Result<Nothing, Status> {
+    async fn shutdown(&self, request: IdRequest) -> Answer<Nothing> {
         // One that is not there has been removed.
         if let Ok(pod) = self.find(&request.sandbox_id) {
             self.remove(&pod).await?;
@@ -153,40 +233,35 @@ impl Controller {
         Ok(Nothing {})
     }
 
-    async fn wait(&self, request: IdRequest) -> Result<WaitResponse, Status> {
-        let pod = self.find(&request.sandbox_id)?;
-        let end = pod.wait().await;
+    async fn wait(&self, request: IdRequest) -> Answer<WaitResponse> {
+        let end = self.find(&request.sandbox_id)?.wait().await;
         Ok(WaitResponse {
             exit_status: end.status,
             exited_at: Some(end.at),
         })
     }
 
-    fn status(&self, request: &StatusRequest) -> Result<StatusResponse, Status> {
+    fn status(&self, request: &StatusRequest) -> Answer<StatusResponse> {
         let pod = self.find(&request.sandbox_id)?;
         let (started, end) = (pod.started(), pod.ended());
-        let ready = started.is_some() && end.is_none();
         let mut info = BTreeMap::new();
         if request.verbose {
-            info.insert("runtime".into(), "bulkhead-microvm".into());
+            info.insert("runtime".into(), self.kind.name().into());
             if let Some(end) = &end {
                 info.insert("reason".into(), end.reason.clone());
             }
-            if let Ok(guest) = pod.guest()
-                && let Ok(vm) = guest.vm().inspect()
-            {
-                info.insert("vm".into(), vm.to_string());
+            if let Some(text) = pod.sandbox().ok().and_then(|s| s.info()) {
+                info.insert("sandbox".into(), text);
             }
         }
+        let state = match started.is_some() && end.is_none() {
+            true => "SANDBOX_READY",
+            false => "SANDBOX_NOTREADY",
+        };
         Ok(StatusResponse {
             sandbox_id: request.sandbox_id.clone(),
             pid: std::process::id(),
-            state: if ready {
-                "SANDBOX_READY"
-            } else {
-                "SANDBOX_NOTREADY"
-            }
-            .into(),
+            state: state.into(),
             info,
             created_at: started,
             exited_at: end.map(|e| e.at),
@@ -195,53 +270,9 @@ impl Controller {
         })
     }
 
-    /// The sum over the pod's containers, as the guest counts.
-    async fn metrics(&self, request: IdRequest) -> Result<MetricsResponse, Status> {
+    async fn metrics(&self, request: IdRequest) -> Answer<MetricsResponse> {
         let pod = self.find(&request.sandbox_id)?;
-        let guest = pod.guest()?;
-        let ids: Vec<String> = pod
-            .slots()
-            .iter()
-            .filter(|(_, slot)| matches!(slot, Slot::Container(_)))
-            .map(|(id, _)| id.clone())
-            .collect();
-        let (mut cpu, mut memory, mut pids) = (
-            CPUStat::default(),
-            MemoryStat::default(),
-            PidsStat::default(),
-        );
-        for id in ids {
-            // One that has just ended has none.
-            let Ok(answer) = guest.tasks().stats(&StatsRequest { id }).await else {
-                continue;
-            };
-            let Some(one) = answer
-                .stats
-                .and_then(|any| Metrics::decode(any.value.as_slice()).ok())
-            else {
-                continue;
-            };
-            if let Some(one) = one.cpu {
-                cpu.usage_usec = cpu.usage_usec.saturating_add(one.usage_usec);
-                cpu.user_usec = cpu.user_usec.saturating_add(one.user_usec);
-                cpu.system_usec = cpu.system_usec.saturating_add(one.system_usec);
-            }
-            if let Some(one) = one.memory {
-                memory.usage = memory.usage.saturating_add(one.usage);
-                memory.anon = memory.anon.saturating_add(one.anon);
-                memory.file = memory.file.saturating_add(one.file);
-                memory.inactive_file = memory.inactive_file.saturating_add(one.inactive_file);
-            }
-            if let Some(one) = one.pids {
-                pids.current = pids.current.saturating_add(one.current);
-            }
-        }
-        let metrics = Metrics {
-            pids: Some(pids),
-            cpu: Some(cpu),
-            memory: Some(memory),
-            ..Metrics::default()
-        };
+        let metrics = usage(&pod).await?;
         Ok(MetricsResponse {
             metrics: Some(Metric {
                 timestamp: Some(now()),
@@ -251,21 +282,20 @@ impl Controller {
         })
     }
 
-    fn update(&self, request: &UpdateRequest) -> Result<Nothing, Status> {
-        // What containerd stores about a sandbox (labels, extensions) does not concern its VM.
+    fn update(&self, request: &UpdateRequest) -> Answer<Nothing> {
+        // What containerd stores about a sandbox (labels, extensions) does not concern it.
         self.find(&request.sandbox_id).map(|_| Nothing {})
     }
 
-    async fn dispatch(&self, call: Call) -> Result<Vec<u8>, Status> {
+    async fn dispatch(&self, call: Call) -> Answer<Vec<u8>> {
         let Some(method) = call
             .path
             .strip_prefix(CONTROLLER)
             .and_then(|rest| rest.strip_prefix('/'))
         else {
-            let shown: String = call.path.chars().take(100).collect();
             return Err(Status::new(
                 Code::Unimplemented,
-                format!("no service at {shown:?}"),
+                format!("no service at {:?}", short(&call.path)),
             ));
         };
         let payload = call.payload.as_ref();
@@ -283,6 +313,8 @@ impl Controller {
             "Platform" => {
                 let request: IdRequest = decode(payload)?;
                 self.find(&request.sandbox_id)?;
+                // Also of kinds whose programs are no Linux binaries: containerd makes the
+                // container's spec for it.
                 PlatformResponse {
                     platform: Some(Platform {
                         os: "linux".into(),
@@ -299,17 +331,76 @@ impl Controller {
             "Metrics" => self.metrics(decode(payload)?).await?.encode_to_vec(),
             "Update" => self.update(&decode(payload)?)?.encode_to_vec(),
             other => {
-                let shown: String = other.chars().take(100).collect();
                 return Err(Status::new(
                     Code::Unimplemented,
-                    format!("{CONTROLLER} has no method {shown:?}"),
+                    format!("{CONTROLLER} has no method {:?}", short(other)),
                 ));
             }
         })
     }
 }
 
-pub(super) fn decode<M: Message + Default>(payload: &[u8]) -> Result<M, Status> {
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn short(text: &str) -> String {
+    text.chars().take(100).collect()
+}
+
+/// What a pod's containers use together.
+///
+/// # Errors
+/// It is not running.
+pub async fn usage<K: Kind>(pod: &Pod<K>) -> Answer<Metrics> {
+    let sandbox = pod.sandbox()?;
+    let (mut cpu, mut memory, mut pids) = (
+        CPUStat::default(),
+        MemoryStat::default(),
+        PidsStat::default(),
+    );
+    for id in pod.containers() {
+        // One that has just ended has none.
+        let Ok(one) = sandbox.stats(&id).await else {
+            continue;
+        };
+        if let Some(one) = one.cpu {
+            cpu.usage_usec = cpu.usage_usec.saturating_add(one.usage_usec);
+            cpu.user_usec = cpu.user_usec.saturating_add(one.user_usec);
+            cpu.system_usec = cpu.system_usec.saturating_add(one.system_usec);
+        }
+        if let Some(one) = one.memory {
+            memory.usage = memory.usage.saturating_add(one.usage);
+            memory.anon = memory.anon.saturating_add(one.anon);
+            memory.file = memory.file.saturating_add(one.file);
+            memory.inactive_file = memory.inactive_file.saturating_add(one.inactive_file);
+        }
+        if let Some(one) = one.pids {
+            pids.current = pids.current.saturating_add(one.current);
+        }
+    }
+    Ok(Metrics {
+        pids: Some(pids),
+        cpu: Some(cpu),
+        memory: Some(memory),
+        ..Metrics::default()
+    })
+}
+
+/// Runs to its end even if the caller goes away: a thing is made whole or not at all.
+pub async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Answer<T>> + Send + 'static,
+) -> Answer<T> {
+    tokio::spawn(work).await.unwrap_or_else(|error| {
+        tracing::error!(%error, "a call panicked");
+        Err(Status::new(
+            Code::Internal,
+            "the sandboxer failed in this call",
+        ))
+    })
+}
+
+fn decode<M: Message + Default>(payload: &[u8]) -> Answer<M> {
     M::decode(payload).map_err(|e| {
         Status::new(
             Code::InvalidArgument,
@@ -318,39 +409,12 @@ pub(super) fn decode<M: Message + Default>(payload: &[u8]) -> Result<M, Status> 
     })
 }
 
-/// What no VM can give.
-fn check_wish(id: &str, wish: &PodSandboxConfig) -> Result<(), Status> {
-    let refuse = |what: &str| {
-        Err(Status::new(
-            Code::InvalidArgument,
-            format!("sandbox {id}: {what}"),
-        ))
-    };
-    let Some(options) = wish
-        .linux
-        .as_ref()
-        .and_then(|l| l.security_context.as_ref())
-        .and_then(|s| s.namespace_options.as_ref())
-    else {
-        return Ok(());
-    };
-    if options.network == NODE {
-        return refuse(
-            "hostNetwork cannot be given to a VM: use a runtime without VMs for this pod",
-        );
-    }
-    if options.userns.as_ref().is_some_and(|u| u.mode != NODE) {
-        return refuse("user namespaces of the host mean nothing in a VM: leave hostUsers out");
-    }
-    Ok(())
-}
-
 /// A type of its own so that calls can hold the controller.
 #[derive(Debug)]
-pub struct Endpoint(pub Arc<Controller>);
+pub struct Endpoint<K: Kind>(pub Arc<Controller<K>>);
 
-impl Service for Endpoint {
-    fn call(&self, call: Call) -> Answer {
+impl<K: Kind> Service for Endpoint<K> {
+    fn call(&self, call: Call) -> grpc::Answer {
         let controller = Arc::clone(&self.0);
         Box::pin(async move { controller.dispatch(call).await })
     }

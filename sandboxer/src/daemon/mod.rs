@@ -5,17 +5,15 @@
 
 pub mod cgroup;
 pub mod config;
-pub mod container_spec;
+pub mod container;
 pub mod controller;
-pub mod debug_socket;
 pub mod events;
 pub mod grpc;
-pub mod guest;
-pub mod netlink;
-pub mod network;
+pub mod metrics;
+pub mod microvm;
 pub mod pod;
-pub mod portforward;
 pub mod proto;
+pub mod sandbox;
 pub mod shim;
 pub mod state;
 pub mod stdio;
@@ -41,8 +39,8 @@ use crate::fsutil;
 use config::Config;
 use controller::{Controller, Endpoint};
 use events::Events;
-use pod::Pod;
-use state::State;
+use microvm::MicroVms;
+use wasm::Wasm;
 
 /// Open files the daemon wants to be able to have.
 const NOFILE: u64 = 1 << 20;
@@ -168,24 +166,32 @@ fn root_is_shared() -> bool {
 
 async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
     let events = Events::start(config.containerd_ttrpc.clone());
-    let controller = Controller::new(Arc::clone(&config), events.clone());
     // VMs of an earlier process went with it.
     crate::rundir::clean_stale(&config.run_dir);
-    recover(&config, &events, &controller);
-    let wasm_pods = wasm::Controller::new(wasm::Shared::new(Arc::clone(&config), events.clone()));
+    let microvms = Controller::new(MicroVms::new(Arc::clone(&config)), events.clone());
+    let wasm_pods = Controller::new(Wasm::new(Arc::clone(&config)), events);
     let listener = bind(&config.socket)?;
     let wasm_listener = bind(&config.wasm.socket)?;
+    if let Ok(Some(listen)) = config.metrics.parse() {
+        metrics::serve(&listen, Arc::clone(&microvms), Arc::clone(&wasm_pods))
+            .await
+            .map_err(io_error(format!(
+                "metrics.listen {}",
+                config.metrics.listen
+            )))?;
+    }
     let mut terminate = signal(SignalKind::terminate()).map_err(io_error("signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(io_error("signals"))?;
+    start_watchdog();
     notify("READY=1");
     tracing::info!(socket = %config.socket.display(), "ready");
     loop {
         tokio::select! {
             accepted = listener.accept() => {
-                answer(accepted, Endpoint(Arc::clone(&controller))).await;
+                answer(accepted, Endpoint(Arc::clone(&microvms))).await;
             }
             accepted = wasm_listener.accept() => {
-                answer(accepted, wasm::Endpoint(Arc::clone(&wasm_pods))).await;
+                answer(accepted, Endpoint(Arc::clone(&wasm_pods))).await;
             }
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
@@ -193,7 +199,7 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
     }
     notify("STOPPING=1");
     drop((listener, wasm_listener));
-    tokio::join!(end_all(&controller), wasm_pods.end_all());
+    tokio::join!(microvms.end_all(), wasm_pods.end_all());
     tracing::info!("ended");
     Ok(())
 }
@@ -218,64 +224,41 @@ async fn answer<S: grpc::Service>(
     }
 }
 
-/// Their VMs are threads of ours: they end with us, in order where there is time.
-async fn end_all(controller: &Controller) {
-    let mut stops = tokio::task::JoinSet::new();
-    for pod in controller.all() {
-        stops.spawn(async move { pod.stop(Duration::from_secs(1)).await });
-    }
-    let all = async { while stops.join_next().await.is_some() {} };
-    let _ = tokio::time::timeout(Duration::from_secs(60), all).await;
-}
-
-/// Cleans up after earlier processes. What they ran has ended with them; containerd learns that
-/// from the records that are kept until it removes the pods.
-fn recover(config: &Arc<Config>, events: &Events, controller: &Controller) {
-    for entry in std::fs::read_dir(config.run_dir.join("pods"))
-        .into_iter()
-        .flatten()
-        .flatten()
-    {
-        let dir = entry.path();
-        match State::read(&dir) {
-            Ok(state)
-                if state.started.is_some() && task::check_id("sandbox", &state.id).is_ok() =>
-            {
-                tracing::warn!(sandbox = state.id, "ended with an earlier sandboxer");
-                let pod = Pod::recover(Arc::clone(config), events.clone(), dir, state);
-                controller.add(pod);
-            }
-            // Never started: containerd has been told so, or will create it anew.
-            other => {
-                if let Ok(state) = &other {
-                    if !state.netns.is_empty() {
-                        network::clean(Path::new(&state.netns));
-                    }
-                    cgroup::remove(&state.cgroups);
-                }
-                storage::clean(&dir);
-                if let Err(error) = fsutil::remove_dir(&dir) {
-                    tracing::warn!(%error, dir = %dir.display(), "cannot be removed");
-                }
-            }
-        }
-    }
-}
-
-/// The controller's socket, for root only.
+/// A controller's socket.
 fn bind(path: &Path) -> Result<UnixListener, DaemonError> {
-    let failed = || io_error(format!("socket {}", path.display()));
+    bind_private(path).map_err(io_error(format!("socket {}", path.display())))
+}
+
+/// A socket for root only.
+fn bind_private(path: &Path) -> io::Result<UnixListener> {
     if let Some(dir) = path.parent() {
-        std::fs::create_dir_all(dir).map_err(failed())?;
+        std::fs::create_dir_all(dir)?;
     }
     // We hold the lock: whoever made it has gone.
     match std::fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed()(e)),
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         _ => {}
     }
-    let listener = UnixListener::bind(path).map_err(failed())?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed())?;
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
+}
+
+/// Tells systemd that the runtime still turns, if it wants to be told.
+fn start_watchdog() {
+    let interval = std::env::var("WATCHDOG_USEC")
+        .ok()
+        .and_then(|v| v.parse().ok());
+    let Some(interval) = interval.filter(|us| *us >= 1000).map(Duration::from_micros) else {
+        return;
+    };
+    tokio::spawn(async move {
+        loop {
+            notify("WATCHDOG=1");
+            // Twice as often as needed.
+            tokio::time::sleep(interval / 2).await;
+        }
+    });
 }
 
 /// Tells systemd, if it started us.

@@ -474,6 +474,9 @@ pub struct LinuxResources {
     /// CPU quota in µs; 0 or less: none.
     #[prost(int64, tag = "2")]
     pub cpu_quota: i64,
+    /// CPU shares, as of cgroup v1; 0: not said.
+    #[prost(int64, tag = "3")]
+    pub cpu_shares: i64,
     /// Memory limit in bytes; 0: none.
     #[prost(int64, tag = "4")]
     pub memory_limit_in_bytes: i64,

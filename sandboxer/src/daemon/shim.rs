@@ -4,7 +4,7 @@ use bulkhead_protocol::task::DeleteResponse;
 use prost::Message;
 
 use super::events::now;
-use super::pod::KILLED;
+use super::sandbox::KILLED;
 
 /// `containerd.types.RuntimeInfo`, as far as given.
 #[derive(Clone, PartialEq, prost::Message)]

@@ -18,7 +18,6 @@ use tokio::net::unix::pipe;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
-use super::guest::Guest;
 use super::streaming::{CHUNK, Claim, End, Streams};
 
 /// First and longest pause while containerd's reader has not opened its FIFO yet.
@@ -129,26 +128,8 @@ pub struct GuestNames {
 }
 
 impl Pumps {
-    /// Opens the streams in the guest and starts to copy. Dropping the result ends that.
-    ///
-    /// # Errors
-    /// A name is no stream, or the guest refuses.
-    pub async fn start(
-        names: &Names,
-        guest: &Guest,
-        streams: &Arc<Streams>,
-    ) -> Result<(Self, GuestNames), Status> {
-        let places = Places::parse(names, streams)?;
-        let open = async |wanted: bool| match wanted {
-            true => guest.stream().await.map(Some),
-            false => Ok(None),
-        };
-        let [stdin, stdout, stderr] = places.wanted();
-        let (stdin, stdout, stderr) = tokio::try_join!(open(stdin), open(stdout), open(stderr))?;
-        Ok(Self::between(places, [stdin, stdout, stderr]))
-    }
-
     /// Copies between the places and named other ends, which are there where one is wanted.
+    /// Dropping the result ends that.
     pub fn between(places: Places, ends: [Option<(String, UnixStream)>; 3]) -> (Self, GuestNames) {
         let [guest_in, guest_out, guest_err] = ends;
         let mut pumps = Self::default();

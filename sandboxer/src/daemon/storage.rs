@@ -14,7 +14,6 @@ use bulkhead_protocol::types::Mount;
 use bulkhead_vmm::{Caching, ShareConfig};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use super::container_spec::Access;
 use crate::engine::microvm::share::{GUEST_PATH, TAG, VOLUMES_PATH, VOLUMES_TAG};
 
 /// Mounts one container's root may be made of.
@@ -47,6 +46,17 @@ impl StorageError {
         let what = what.into();
         move |source| Self::Io { what, source }
     }
+}
+
+/// How a volume is shared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Access {
+    /// Neither the container nor the guest may write.
+    pub read_only: bool,
+    /// Nor to what is mounted below.
+    pub recursive: bool,
+    /// What the host mounts below later is seen too.
+    pub follow_mounts: bool,
 }
 
 /// The share of one pod.

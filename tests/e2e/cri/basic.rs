@@ -1,16 +1,15 @@
 //! One pod, one container: what everything else builds on.
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use bulkhead_tests::cri::containerd::{Node, OURS};
 use bulkhead_tests::cri::proto::*;
 use bulkhead_tests::cri::{container, log, pod};
 use bulkhead_tests::env::PATIENCE;
 
 use super::Test;
+use super::host::Host;
 
 pub const TESTS: &[Test] = &[
     ("first_pod", true, first_pod),
@@ -71,31 +70,6 @@ fn first_pod(node: &mut Node, handler: &str) -> Result<()> {
     Ok(())
 }
 
-/// What pods could leave on the host.
-#[derive(Debug, PartialEq, Eq)]
-struct Host {
-    counts: BTreeMap<&'static str, usize>,
-}
-
-fn host(node: &Node) -> Result<Host> {
-    let pid = node.sandboxer_pid();
-    let entries = |dir: String| fs::read_dir(dir).map_or(0, Iterator::count);
-    let lines = |file: String| fs::read_to_string(file).map_or(0, |t| t.lines().count());
-    let mut counts = BTreeMap::new();
-    counts.insert("descriptors", entries(format!("/proc/{pid}/fd")));
-    counts.insert("threads", bulkhead_tests::process::threads(pid)?);
-    counts.insert(
-        "mounts of the sandboxer",
-        lines(format!("/proc/{pid}/mounts")),
-    );
-    counts.insert("mounts", lines("/proc/self/mounts".into()));
-    counts.insert("links", entries("/sys/class/net".into()));
-    counts.insert("network namespaces", entries("/run/netns".into()));
-    counts.insert("pods", entries("/run/bulkhead/pods".into()));
-    counts.insert("cgroups", entries("/sys/fs/cgroup".into()));
-    Ok(Host { counts })
-}
-
 /// Pods come and go; nothing of them stays.
 fn nothing_is_left(node: &mut Node, handler: &str) -> Result<()> {
     come_and_go(node, handler, 3)
@@ -116,34 +90,15 @@ pub fn come_and_go(node: &mut Node, handler: &str, pods: usize) -> Result<()> {
     };
     // The first makes what stays for good: threads of runtimes, connections, the bridge.
     one(0)?;
-    let before = settled(node, None)?;
+    let before = Host::settled(node)?;
     for n in 1..=pods {
         one(n).with_context(|| format!("pod {n} of {pods}"))?;
         if n % 10 == 0 {
-            println!("  {n} pods: {:?}", host(node)?.counts);
+            println!("  {n} pods: {:?}", Host::now(node)?.counts);
         }
     }
-    let after = settled(node, Some(&before))?;
-    println!("  before {:?}\n  after  {:?}", before.counts, after.counts);
-    ensure!(before == after, "left: {before:?} became {after:?}");
+    println!("  before {:?}", before.counts);
+    let after = before.as_before(node)?;
+    println!("  after  {:?}", after.counts);
     Ok(())
-}
-
-/// What is there once it is as `wanted`, or has not changed for a while.
-fn settled(node: &Node, wanted: Option<&Host>) -> Result<Host> {
-    let mut last = host(node)?;
-    let mut same = 0;
-    for _ in 0..200 {
-        if wanted.is_some_and(|w| *w == last) || (wanted.is_none() && same > 60) {
-            return Ok(last);
-        }
-        std::thread::sleep(Duration::from_millis(100));
-        let now = host(node)?;
-        same = if now == last { same + 1 } else { 0 };
-        last = now;
-    }
-    if wanted.is_none() {
-        bail!("what is there changes all the time: {last:?}");
-    }
-    Ok(last)
 }

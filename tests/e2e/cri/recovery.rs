@@ -1,5 +1,6 @@
 //! Daemons that die and come back.
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -9,20 +10,11 @@ use bulkhead_tests::cri::{TestPod, container, log, pod};
 use bulkhead_tests::env::PATIENCE;
 
 use super::Test;
+use super::host::Host;
 
 pub const TESTS: &[Test] = &[
     ("containerd_restarts", true, containerd_restarts),
     ("sandboxer_is_killed", false, sandboxer_is_killed),
-    (
-        "sandboxer_is_killed_at_start",
-        false,
-        sandboxer_is_killed_at_start,
-    ),
-    (
-        "sandboxer_is_killed_at_each_step",
-        false,
-        sandboxer_is_killed_at_each_step,
-    ),
     ("sandboxer_restarts", false, sandboxer_restarts),
 ];
 
@@ -92,119 +84,234 @@ fn until_lost(pod: &TestPod, c: &str) -> Result<()> {
     Ok(())
 }
 
-/// Its VMs end with it: containerd learns that, nothing is left, new pods start.
-fn sandboxer_is_killed(node: &mut Node, handler: &str) -> Result<()> {
-    let pods = [
-        TestPod::run(node, handler, pod("killed1"))?,
-        TestPod::run(node, handler, pod("killed2"))?,
-    ];
-    let containers = [pods[0].sleeper("c")?, pods[1].sleeper("c")?];
-    node.kill_sandboxer();
-    node.start_sandboxer()?;
-    for (pod, c) in pods.iter().zip(&containers) {
-        until_lost(pod, c)?;
-    }
-    for pod in pods {
-        pod.remove()?;
-    }
-    let new = TestPod::run(node, handler, pod("after"))?;
-    let c = new.sleeper("c")?;
-    ensure!(new.sh(&c, "echo new")? == "new\n");
-    new.remove()?;
-    left(node)
+/// What pods are going through when the sandboxer dies.
+struct Moment {
+    name: &'static str,
+    /// Brings pods there. Gives those that exist, and calls that are under way.
+    reach: fn(&mut Node, &str) -> Result<Reached>,
 }
 
-/// In the middle of a pod's start.
-fn sandboxer_is_killed_at_start(node: &mut Node, handler: &str) -> Result<()> {
-    for delay in [100, 400, 900] {
-        let cri = node.cri(handler)?;
-        let starting = std::thread::spawn(move || cri.run_pod(&pod("halfway")));
-        std::thread::sleep(Duration::from_millis(delay));
+#[derive(Default)]
+struct Reached {
+    pods: Vec<TestPod>,
+    /// Containers of those pods that were running.
+    lost: Vec<(usize, String)>,
+    calls: Vec<std::thread::JoinHandle<()>>,
+}
+
+const MOMENTS: &[Moment] = &[
+    Moment {
+        name: "a pod has been created",
+        reach: created,
+    },
+    Moment {
+        name: "a VM boots",
+        reach: boots,
+    },
+    Moment {
+        name: "pods are in use",
+        reach: in_use,
+    },
+    Moment {
+        name: "a guest is asked to go down",
+        reach: stops,
+    },
+    Moment {
+        name: "a VM is taken down",
+        reach: taken_down,
+    },
+    Moment {
+        name: "a pod is removed",
+        reach: removed,
+    },
+];
+
+/// Looks until something is so; what is waited for lasts only moments.
+fn until(what: &str, so: impl Fn() -> bool) -> Result<()> {
+    let begin = Instant::now();
+    while !so() {
+        ensure!(begin.elapsed() < PATIENCE, "never: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+fn pod_directories() -> Vec<PathBuf> {
+    let entries = std::fs::read_dir("/run/bulkhead/pods");
+    let paths = entries.into_iter().flatten().flatten().map(|e| e.path());
+    paths.collect()
+}
+
+fn starting(node: &Node, handler: &str) -> Result<std::thread::JoinHandle<()>> {
+    let cri = node.cri(handler)?;
+    // Its answer is whatever containerd makes of the end.
+    Ok(std::thread::spawn(move || {
+        drop(cri.run_pod(&pod("halfway")));
+    }))
+}
+
+fn created(node: &mut Node, handler: &str) -> Result<Reached> {
+    let call = starting(node, handler)?;
+    until("a pod's record", || {
+        pod_directories()
+            .iter()
+            .any(|d| d.join("state.json").exists())
+    })?;
+    Ok(Reached {
+        calls: vec![call],
+        ..Reached::default()
+    })
+}
+
+fn boots(node: &mut Node, handler: &str) -> Result<Reached> {
+    let call = starting(node, handler)?;
+    let tasks = format!("/proc/{}/task", node.sandboxer_pid());
+    until("a thread of a CPU", || {
+        let threads = std::fs::read_dir(&tasks).into_iter().flatten().flatten();
+        threads
+            .filter_map(|t| std::fs::read_to_string(t.path().join("comm")).ok())
+            .any(|name| name.starts_with("vcpu"))
+    })?;
+    Ok(Reached {
+        calls: vec![call],
+        ..Reached::default()
+    })
+}
+
+/// All that lasts, in one go: pods empty, with a container made, running with an Exec, ended, and
+/// a pod that is stopped.
+fn in_use(node: &mut Node, handler: &str) -> Result<Reached> {
+    let empty = TestPod::run(node, handler, pod("empty"))?;
+    let busy = TestPod::run(node, handler, pod("busy"))?;
+    let stopped = TestPod::run(node, handler, pod("stopped"))?;
+    let spec = container("made", "busybox", &["sleep", "100000"]);
+    busy.cri.create(&busy.id, &busy.config, &spec)?;
+    let ended = busy.sleeper("ended")?;
+    busy.cri.stop(&ended, 0)?;
+    let c = busy.sleeper("running")?;
+    let (cri, id) = (node.cri(handler)?, c.clone());
+    let exec = std::thread::spawn(move || drop(cri.exec(&id, &["sleep", "98765"])));
+    busy.until(&c, "ps | grep '[9]8765'", "98765")?;
+    stopped.sleeper("c")?;
+    stopped.cri.stop_pod(&stopped.id)?;
+    Ok(Reached {
+        pods: vec![empty, busy, stopped],
+        lost: vec![(1, c)],
+        calls: vec![exec],
+    })
+}
+
+fn stopping(node: &Node, handler: &str) -> Result<(TestPod, String, Reached)> {
+    let pod = TestPod::run(node, handler, pod("stops"))?;
+    let c = pod.sleeper("c")?;
+    let (cri, id) = (node.cri(handler)?, pod.id.clone());
+    let call = std::thread::spawn(move || drop(cri.stop_pod(&id)));
+    let reached = Reached {
+        calls: vec![call],
+        ..Reached::default()
+    };
+    Ok((pod, c, reached))
+}
+
+fn stops(node: &mut Node, handler: &str) -> Result<Reached> {
+    let (pod, c, mut reached) = stopping(node, handler)?;
+    // containerd ends the containers first, then the sandbox.
+    until("the container's end", || {
+        pod.cri
+            .status(&c)
+            .is_ok_and(|s| s.state == CONTAINER_EXITED)
+    })?;
+    reached.pods.push(pod);
+    Ok(reached)
+}
+
+fn taken_down(node: &mut Node, handler: &str) -> Result<Reached> {
+    let (pod, _, mut reached) = stopping(node, handler)?;
+    // The first thing that goes.
+    until("the debug socket's end", || {
+        std::fs::read_dir("/run/bulkhead/vms").map_or(0, Iterator::count) == 0
+    })?;
+    reached.pods.push(pod);
+    Ok(reached)
+}
+
+fn removed(node: &mut Node, handler: &str) -> Result<Reached> {
+    let pod = TestPod::run(node, handler, pod("removed"))?;
+    pod.sleeper("c")?;
+    pod.cri.stop_pod(&pod.id)?;
+    let (cri, id) = (node.cri(handler)?, pod.id.clone());
+    let call = std::thread::spawn(move || drop(cri.remove_pod(&id)));
+    let directory = Path::new("/run/bulkhead/pods").join(&pod.id);
+    until("the record's end", || {
+        !directory.join("state.json").exists()
+    })?;
+    Ok(Reached {
+        pods: vec![pod],
+        calls: vec![call],
+        ..Reached::default()
+    })
+}
+
+/// Whatever it was doing: its VMs end with it, containerd learns that, kubelet's clean-up works,
+/// nothing is left, and new pods start.
+fn sandboxer_is_killed(node: &mut Node, handler: &str) -> Result<()> {
+    // What a sandboxer has that has just been started and used once.
+    let again = |node: &mut Node| -> Result<()> {
         node.kill_sandboxer();
-        node.start_sandboxer()?;
-        let started = starting.join().map_err(|_| anyhow::anyhow!("thread"))?;
-        let cri = node.cri(handler)?;
-        for p in cri.pods()? {
-            cri.stop_pod(&p.id)?;
-            cri.remove_pod(&p.id)?;
-        }
+        node.start_sandboxer()
+    };
+    let fresh = |node: &Node| TestPod::run(node, handler, pod("fresh"))?.remove();
+    again(node)?;
+    fresh(node)?;
+    let before = Host::settled(node)?;
+    for moment in MOMENTS {
+        let begin = Instant::now();
+        let reached = (moment.reach)(node, handler).context(moment.name)?;
+        again(node)?;
+        clean_up(node, handler, reached).context(moment.name)?;
+        fresh(node).context(moment.name)?;
+        before.as_before(node).context(moment.name)?;
+        let seconds = begin.elapsed().as_secs_f64();
         println!(
-            "  after {delay} ms: {:?}",
-            started.map_err(|e| format!("{e:#}").len()).is_ok()
+            "  killed while {}: nothing is left ({seconds:.1} s)",
+            moment.name
         );
     }
-    let new = TestPod::run(node, handler, pod("halfway"))?;
-    new.remove()?;
-    left(node)
+    Ok(())
 }
 
-/// What a pod has gone through when the sandboxer dies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
-enum Step {
-    PodRuns,
-    ContainerCreated,
-    ExecRuns,
-    ContainerExited,
-    PodStops,
-    PodStopped,
-}
-
-/// Whatever it was doing: kubelet's clean-up works, and nothing is left.
-fn sandboxer_is_killed_at_each_step(node: &mut Node, handler: &str) -> Result<()> {
-    for step in [
-        Step::PodRuns,
-        Step::ContainerCreated,
-        Step::ExecRuns,
-        Step::ContainerExited,
-        Step::PodStops,
-        Step::PodStopped,
-    ] {
-        kill_at(step, node, handler).with_context(|| format!("{step:?}"))?;
-        left(node).with_context(|| format!("{step:?}"))?;
+/// What kubelet does when it finds that pods have ended.
+fn clean_up(node: &Node, handler: &str, reached: Reached) -> Result<()> {
+    for call in reached.calls {
+        // They end, with whatever answer.
+        call.join().map_err(|_| anyhow::anyhow!("thread"))?;
     }
-    let new = TestPod::run(node, handler, pod("after-all"))?;
-    new.remove()
-}
-
-fn kill_at(step: Step, node: &mut Node, handler: &str) -> Result<()> {
-    let pod = TestPod::run(node, handler, pod("step"))?;
-    let mut busy = None;
-    if step >= Step::ContainerCreated {
-        let spec = container("c", "busybox", &["sleep", "100000"]);
-        let c = pod.cri.create(&pod.id, &pod.config, &spec)?;
-        if step >= Step::ExecRuns {
-            pod.cri.start(&c)?;
+    for (index, c) in &reached.lost {
+        let pod = reached.pods.get(*index).context("no such pod")?;
+        until_lost(pod, c)?;
+    }
+    let cri = node.cri(handler)?;
+    for mut pod in reached.pods {
+        let id = std::mem::take(&mut pod.id);
+        let begin = Instant::now();
+        // Not there: it was removed in time.
+        while pod
+            .cri
+            .pod_status(&id)
+            .is_ok_and(|s| s.state != SANDBOX_NOTREADY)
+        {
+            ensure!(begin.elapsed() < PATIENCE, "the pod is still ready");
+            std::thread::sleep(Duration::from_millis(100));
         }
-        if step == Step::ExecRuns {
-            let (cri, id) = (node.cri(handler)?, c.clone());
-            let sleep = std::thread::spawn(move || drop(cri.exec(&id, &["sleep", "98765"])));
-            pod.until(&c, "ps | grep '[9]8765'", "98765")?;
-            busy = Some(sleep);
-        }
-        if step == Step::ContainerExited {
-            pod.cri.stop(&c, 0)?;
-        }
+        cri.stop_pod(&id)?;
+        cri.remove_pod(&id)?;
     }
-    match step {
-        Step::PodStops => {
-            let (cri, id) = (node.cri(handler)?, pod.id.clone());
-            busy = Some(std::thread::spawn(move || drop(cri.stop_pod(&id))));
-        }
-        Step::PodStopped => pod.cri.stop_pod(&pod.id)?,
-        _ => {}
+    // Those that were being started.
+    for pod in cri.pods()? {
+        cri.stop_pod(&pod.id)?;
+        cri.remove_pod(&pod.id)?;
     }
-    node.kill_sandboxer();
-    node.start_sandboxer()?;
-    if let Some(busy) = busy {
-        // The call ends, with whatever answer.
-        busy.join().map_err(|_| anyhow::anyhow!("thread"))?;
-    }
-    let begin = Instant::now();
-    while pod.cri.pod_status(&pod.id)?.state != SANDBOX_NOTREADY {
-        ensure!(begin.elapsed() < PATIENCE, "the pod is still ready");
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    pod.remove()
+    Ok(())
 }
 
 /// As systemd does it.
@@ -217,18 +324,6 @@ fn sandboxer_restarts(node: &mut Node, handler: &str) -> Result<()> {
     pod1.remove()?;
     let new = TestPod::run(node, handler, pod("term2"))?;
     new.remove()?;
-    left(node)
-}
-
-/// Nothing of pods is on the host.
-fn left(node: &Node) -> Result<()> {
-    let entries = |dir: &str| std::fs::read_dir(dir).map_or(0, Iterator::count);
-    ensure!(entries("/run/bulkhead/pods") == 0, "state is left");
-    let mounts = std::fs::read_to_string(format!("/proc/{}/mounts", node.sandboxer_pid()))?;
-    ensure!(
-        !mounts.contains("/run/bulkhead/pods"),
-        "mounts are left: {mounts}"
-    );
-    ensure!(entries("/run/netns") == 0, "network namespaces are left");
+    ensure!(pod_directories().is_empty(), "state is left");
     Ok(())
 }

@@ -17,6 +17,8 @@ use crate::process::Guard;
 pub const OURS: &str = "bulkhead-microvm";
 /// Handler of our runtime for wasm pods.
 pub const WASM: &str = "bulkhead-wasm";
+/// Where its sandboxer serves figures.
+pub const METRICS: &str = "/run/cri-test/metrics.sock";
 /// Where everything is.
 const DIR: &str = "/run/cri-test";
 const SOCKET: &str = "/run/containerd/containerd.sock";
@@ -56,7 +58,10 @@ impl Node {
         fs::write(at("cni/10-bridge.conflist"), serde_json::to_string(&cni())?)?;
         fs::write(
             at("sandboxer.toml"),
-            "[log]\nlevel = \"info\"\n[microvm]\ndefault_memory_mib = 192\n",
+            format!(
+                "[log]\nlevel = \"info\"\n[microvm]\ndefault_memory_mib = 192\n\
+                 [metrics]\nlisten = \"unix:{METRICS}\"\n"
+            ),
         )?;
         let mut node = Self {
             containerd: None,
@@ -100,8 +105,17 @@ impl Node {
     /// # Errors
     /// It does not answer in time.
     pub fn start_sandboxer(&mut self) -> Result<()> {
+        self.start_sandboxer_with(&[])
+    }
+
+    /// The same with more variables in its environment.
+    ///
+    /// # Errors
+    /// It does not answer in time.
+    pub fn start_sandboxer_with(&mut self, variables: &[(&str, &str)]) -> Result<()> {
         let child = Command::new(&self.program)
             .args(["--config", &at("sandboxer.toml")])
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(log("sandboxer.log")?)
             .stderr(log("sandboxer.log")?)

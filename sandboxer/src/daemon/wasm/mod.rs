@@ -2,71 +2,161 @@
 //! the runtime `bulkhead-wasm`. The programs run on threads of this process, in `bulkhead-wasm`'s
 //! engine; see `docs/wasm.md`.
 
-mod controller;
-mod pod;
 mod root;
+mod sandbox;
 mod spec;
 mod stdio;
-mod task;
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use bulkhead_protocol::rpc::{Code, Status};
-use bulkhead_wasm::{Allocation, CacheConfig, Engine, EngineConfig};
-
-pub use controller::{Controller, Endpoint};
+use bulkhead_wasm::{
+    Allocation, CacheConfig, Engine, EngineConfig, Network, PodConfig, Resolver, harden_thread,
+};
 
 use super::config::Config;
-use super::events::Events;
+use super::pod::blocking;
+use super::proto::{NODE, PodSandboxConfig};
+use super::sandbox::{Answer, Kind, Plan};
+use super::state::State;
+use super::storage::Storage;
+pub use sandbox::WasmSandbox;
 
-/// What all wasm pods of a daemon share.
+/// Pods of one daemon.
+const MAX_PODS: usize = 16_384;
+/// Largest resolv.conf of a host that is read.
+const MAX_RESOLV: u64 = 64 << 10;
+
+/// Pods of wasm programs.
 #[derive(Debug)]
-pub struct Shared {
-    /// The daemon's configuration.
-    pub config: Arc<Config>,
-    /// Where events go.
-    pub events: Events,
+pub struct Wasm {
+    config: Arc<Config>,
     /// Made when first needed: it reserves a lot of address space.
-    engine: OnceLock<Engine>,
+    engine: Arc<OnceLock<Engine>>,
 }
 
-impl Shared {
+impl Wasm {
     /// Without an engine yet.
-    pub fn new(config: Arc<Config>, events: Events) -> Arc<Self> {
-        Arc::new(Self {
+    pub fn new(config: Arc<Config>) -> Self {
+        Self {
             config,
-            events,
-            engine: OnceLock::new(),
-        })
+            engine: Arc::default(),
+        }
+    }
+}
+
+impl Kind for Wasm {
+    type Sandbox = WasmSandbox;
+
+    fn name(&self) -> &'static str {
+        "bulkhead-wasm"
     }
 
-    /// Where pods are kept.
     fn directory(&self) -> PathBuf {
         self.config.run_dir.join("wasm")
     }
 
-    /// The engine of this daemon. Blocks while it is made.
-    ///
-    /// # Errors
-    /// Too little address space, or the cache's directory is not ours.
-    fn engine(&self) -> Result<Engine, Status> {
-        if let Some(engine) = self.engine.get() {
-            return Ok(engine.clone());
+    fn max_pods(&self) -> usize {
+        MAX_PODS
+    }
+
+    fn check(&self, _: &PodSandboxConfig) -> Result<(), String> {
+        Ok(())
+    }
+
+    async fn start(&self, plan: Plan) -> Answer<WasmSandbox> {
+        let (config, engine) = (Arc::clone(&self.config), Arc::clone(&self.engine));
+        blocking(move || build(&config, &engine, plan)).await?
+    }
+
+    fn clean(&self, _: &State) {
+        // Its network namespace was only looked at, its programs have ended with their process.
+    }
+}
+
+/// The engine of this daemon. Blocks while it is made.
+fn engine(config: &Config, kept: &OnceLock<Engine>) -> Answer<Engine> {
+    if let Some(engine) = kept.get() {
+        return Ok(engine.clone());
+    }
+    let wish = &config.wasm;
+    // Too little address space, or the cache's directory is not ours.
+    let made = Engine::new(&EngineConfig {
+        allocation: Allocation::Pooling {
+            instances: wish.max_instances,
+        },
+        cache: Some(CacheConfig {
+            directory: wish.cache_dir.clone(),
+            max_bytes: wish.cache_mib.saturating_mul(1 << 20),
+        }),
+        max_module_bytes: wish.max_module_mib.saturating_mul(1 << 20),
+        ..EngineConfig::default()
+    })
+    .map_err(|e| Status::new(Code::Internal, format!("wasm engine: {e}")))?;
+    Ok(kept.get_or_init(|| made).clone())
+}
+
+fn build(config: &Config, kept: &OnceLock<Engine>, plan: Plan) -> Answer<WasmSandbox> {
+    let internal = |e: String| Status::new(Code::Internal, e);
+    let engine = engine(config, kept)?;
+    let storage = Storage::create(&plan.dir).map_err(|e| internal(e.to_string()))?;
+    let network = match plan.netns.as_str() {
+        "" if wants_host_network(&plan.wish) => Network::Host,
+        "" => Network::None,
+        path => {
+            let file =
+                File::open(path).map_err(|e| internal(format!("network namespace {path}: {e}")))?;
+            Network::Namespace(file.into())
         }
-        let wish = &self.config.wasm;
-        let made = Engine::new(&EngineConfig {
-            allocation: Allocation::Pooling {
-                instances: wish.max_instances,
-            },
-            cache: Some(CacheConfig {
-                directory: wish.cache_dir.clone(),
-                max_bytes: wish.cache_mib.saturating_mul(1 << 20),
-            }),
-            max_module_bytes: wish.max_module_mib.saturating_mul(1 << 20),
-            ..EngineConfig::default()
-        })
-        .map_err(|e| Status::new(Code::Internal, format!("wasm engine: {e}")))?;
-        Ok(self.engine.get_or_init(|| made).clone())
+    };
+    let limit = plan.wish.linux.as_ref().and_then(|l| l.resources);
+    let pod = bulkhead_wasm::Pod::new(
+        &engine,
+        PodConfig {
+            id: plan.id.clone(),
+            network,
+            resolver: Resolver::parse(&resolv_conf(&plan.wish), "127.0.0.1 localhost\n"),
+            memory_bytes: limit
+                .and_then(|l| u64::try_from(l.memory_limit_in_bytes).ok())
+                .filter(|bytes| *bytes > 0),
+            thread_hook: Some(Arc::new(harden_thread)),
+            ..PodConfig::default()
+        },
+    );
+    Ok(WasmSandbox::new(engine, pod, storage, plan))
+}
+
+fn wants_host_network(wish: &PodSandboxConfig) -> bool {
+    wish.linux
+        .as_ref()
+        .and_then(|l| l.security_context.as_ref())
+        .and_then(|s| s.namespace_options.as_ref())
+        .is_some_and(|options| options.network == NODE)
+}
+
+/// Without a wish: the host's own, as other runtimes do.
+fn resolv_conf(wish: &PodSandboxConfig) -> String {
+    use std::io::Read;
+    let wish = wish.dns_config.as_ref();
+    if let Some(dns) = wish.filter(|d| !d.servers.is_empty()) {
+        let mut text = String::new();
+        for server in &dns.servers {
+            text.push_str(&format!("nameserver {server}\n"));
+        }
+        if !dns.searches.is_empty() {
+            text.push_str(&format!("search {}\n", dns.searches.join(" ")));
+        }
+        if !dns.options.is_empty() {
+            text.push_str(&format!("options {}\n", dns.options.join(" ")));
+        }
+        return text;
+    }
+    let mut text = String::new();
+    let read = File::open("/etc/resolv.conf").map(|f| f.take(MAX_RESOLV).read_to_string(&mut text));
+    match read {
+        Ok(Ok(_)) => text,
+        _ => String::new(),
     }
 }

@@ -5,6 +5,8 @@ use serde_json::{Value, json};
 
 use bulkhead_protocol::rpc::{Code, Status};
 
+use crate::daemon::storage::Access;
+
 /// Where the agent keeps the pod's shared memory.
 const SHM: &str = "/run/bulkhead/shm";
 /// Mounts a container may have.
@@ -36,19 +38,8 @@ pub struct HostBind {
     pub access: Access,
 }
 
-/// How a volume is shared.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Access {
-    /// Neither the container nor the guest may write.
-    pub read_only: bool,
-    /// Nor to what is mounted below.
-    pub recursive: bool,
-    /// What the host mounts below later is seen too.
-    pub follow_mounts: bool,
-}
-
-/// Changes the spec in place, for an agent that `shares_pids` among containers or does not; gives the volumes that the guest needs to see, whose sources are to
-/// be replaced with [`set_source`].
+/// Changes the spec in place, for an agent that `shares_pids` among containers or does not. Gives
+/// the volumes that the guest needs to see, whose sources are to be replaced with [`set_source`].
 ///
 /// # Errors
 /// The spec asks for what a VM cannot give.

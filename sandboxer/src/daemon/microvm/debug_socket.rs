@@ -11,7 +11,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::UnixListener;
 use tokio::task::AbortHandle;
 
-use super::pod::Pod;
+use crate::daemon::sandbox::Stop;
 use crate::debug;
 use crate::engine::microvm::MicroVm;
 use crate::engine::stdio::watch;
@@ -48,7 +48,7 @@ impl DebugSocket {
     ///
     /// # Errors
     /// The directory or socket cannot be made.
-    pub fn start(root: &Path, about: About, pod: &Arc<Pod>, vm: &Arc<MicroVm>) -> io::Result<Self> {
+    pub fn start(root: &Path, about: About, stop_pod: Stop, vm: &Arc<MicroVm>) -> io::Result<Self> {
         let dir = RunDir::create(
             root,
             State {
@@ -74,7 +74,7 @@ impl DebugSocket {
         let listener = UnixListener::from_std(debug::bind(&dir.path().join("debug.sock"))?)?;
         let stop = vm.stop_event().as_fd().try_clone_to_owned()?;
         let stop = watch(stop, Interest::READABLE)?;
-        let served = serve(listener, stop, Arc::downgrade(pod), Arc::downgrade(vm));
+        let served = serve(listener, stop, stop_pod, Arc::downgrade(vm));
         Ok(Self {
             task: tokio::spawn(served).abort_handle(),
             _dir: dir,
@@ -85,7 +85,7 @@ impl DebugSocket {
 async fn serve(
     listener: UnixListener,
     stop: AsyncFd<std::os::fd::OwnedFd>,
-    pod: Weak<Pod>,
+    stop_pod: Stop,
     vm: Weak<MicroVm>,
 ) {
     loop {
@@ -97,15 +97,13 @@ async fn serve(
                 }
             }
             ready = stop.readable() => {
-                let (Ok(mut ready), Some(pod), Some(vm)) = (ready, pod.upgrade(), vm.upgrade())
-                else {
+                let (Ok(mut ready), Some(vm)) = (ready, vm.upgrade()) else {
                     return;
                 };
                 ready.clear_ready();
                 if let Some(grace) = vm.take_stop() {
                     drop(vm);
-                    // Not here: the end of the pod ends this task.
-                    tokio::spawn(async move { pod.stop(grace).await });
+                    stop_pod.0(grace);
                 }
             }
         }

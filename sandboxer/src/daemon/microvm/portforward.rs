@@ -20,8 +20,8 @@ use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 
+use super::guest::Guest;
 use super::network::within;
-use super::pod::Pod;
 use crate::timeouts;
 
 /// Connections of one pod at once.
@@ -89,21 +89,21 @@ impl PortForward {
     ///
     /// # Errors
     /// Out of descriptors.
-    pub fn start(prepared: Prepared, pod: &Arc<Pod>) -> io::Result<Self> {
+    pub fn start(prepared: Prepared, guest: &Arc<Guest>) -> io::Result<Self> {
         let mut tasks = Vec::new();
         let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         for listener in prepared.listeners {
             let listener = tokio::net::TcpListener::from_std(listener)?;
-            let (pod, slots) = (Arc::downgrade(pod), Arc::clone(&slots));
+            let (guest, slots) = (Arc::downgrade(guest), Arc::clone(&slots));
             let task = tokio::spawn(async move {
                 while let Ok(slot) = Arc::clone(&slots).acquire_owned().await {
                     let Ok((stream, _)) = listener.accept().await else {
                         tokio::time::sleep(Duration::from_millis(100)).await;
                         continue;
                     };
-                    let pod = Weak::clone(&pod);
+                    let guest = Weak::clone(&guest);
                     tokio::spawn(async move {
-                        if let Err(error) = forward(stream, &pod).await {
+                        if let Err(error) = forward(stream, &guest).await {
                             tracing::debug!(%error, "a forwarded connection ended");
                         }
                         drop(slot);
@@ -119,14 +119,10 @@ impl PortForward {
     }
 }
 
-async fn forward(mut stream: TcpStream, pod: &Weak<Pod>) -> io::Result<()> {
+async fn forward(mut stream: TcpStream, guest: &Weak<Guest>) -> io::Result<()> {
     let port = stream.local_addr()?.port();
     let gone = || io::Error::from(io::ErrorKind::NotConnected);
-    let guest = pod
-        .upgrade()
-        .ok_or_else(gone)?
-        .guest()
-        .map_err(|_| gone())?;
+    let guest = guest.upgrade().ok_or_else(gone)?;
     let mut inside = guest.dial(STREAM_PORT).await?;
     drop(guest);
     tokio::time::timeout(

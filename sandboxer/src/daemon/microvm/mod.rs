@@ -1,0 +1,456 @@
+//! Pods in VMs of their own: how a VM is sized, built, booted, and joined to the host.
+//!
+//! What happens in the guest is the agent's part; [`sandbox`] passes calls about containers on.
+
+mod container_spec;
+mod debug_socket;
+mod guest;
+mod netlink;
+mod network;
+mod portforward;
+mod sandbox;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use bulkhead_protocol::rpc::{Code, Status};
+use bulkhead_protocol::sandbox::{
+    ConfigureSandboxRequest, Dns, EventKind, Share, WaitEventRequest,
+};
+use bulkhead_vmm::{DiskConfig, DiskSource, VmConfig};
+
+use super::cgroup::{CpuShare, Threads, clean_threads};
+use super::config::Config;
+use super::events::{Event, Events};
+use super::pod::blocking;
+use super::proto::{LinuxResources, NODE, PodSandboxConfig, TaskId};
+use super::sandbox::{Answer, Kind, Plan};
+use super::state::State;
+use super::storage::Storage;
+use crate::engine::EngineError;
+use crate::engine::console::ConsoleHub;
+use crate::engine::microvm::MicroVm;
+use crate::engine::microvm::files::GuestFiles;
+use debug_socket::{About, DebugSocket};
+use guest::Guest;
+use network::PodNetwork;
+use portforward::PortForward;
+pub use sandbox::MicroVmSandbox;
+use sandbox::Parts;
+
+/// Pods of one daemon.
+const MAX_PODS: usize = 4096;
+
+/// Makes a status of an engine's error.
+fn failed(error: EngineError) -> Status {
+    let code = match &error {
+        EngineError::NoGuest { .. } => Code::FailedPrecondition,
+        EngineError::GuestHangs { .. } => Code::DeadlineExceeded,
+        _ => Code::Internal,
+    };
+    Status::new(code, error.to_string())
+}
+
+/// Pods in VMs with a Linux guest.
+#[derive(Debug)]
+pub struct MicroVms {
+    config: Arc<Config>,
+}
+
+impl MicroVms {
+    /// As configured.
+    pub fn new(config: Arc<Config>) -> Self {
+        Self { config }
+    }
+}
+
+impl Kind for MicroVms {
+    type Sandbox = MicroVmSandbox;
+
+    fn name(&self) -> &'static str {
+        "bulkhead-microvm"
+    }
+
+    fn directory(&self) -> PathBuf {
+        self.config.run_dir.join("pods")
+    }
+
+    fn max_pods(&self) -> usize {
+        MAX_PODS
+    }
+
+    fn check(&self, wish: &PodSandboxConfig) -> Result<(), String> {
+        let Some(options) = wish
+            .linux
+            .as_ref()
+            .and_then(|l| l.security_context.as_ref())
+            .and_then(|s| s.namespace_options.as_ref())
+        else {
+            return Ok(());
+        };
+        if options.network == NODE {
+            return Err(
+                "hostNetwork cannot be given to a VM: use a runtime without VMs for this pod"
+                    .into(),
+            );
+        }
+        if options.userns.as_ref().is_some_and(|u| u.mode != NODE) {
+            return Err(
+                "user namespaces of the host mean nothing in a VM: leave hostUsers out".into(),
+            );
+        }
+        Ok(())
+    }
+
+    async fn start(&self, plan: Plan) -> Answer<MicroVmSandbox> {
+        let mut parts = Parts::default();
+        match self.boot(&plan, &mut parts).await {
+            Ok(guest) => Ok(MicroVmSandbox::new(plan.streams, guest, parts)),
+            Err(error) => {
+                blocking(move || parts.take_down(None)).await?;
+                Err(error)
+            }
+        }
+    }
+
+    fn clean(&self, state: &State) {
+        if !state.netns.is_empty() {
+            network::clean(Path::new(&state.netns));
+        }
+        clean_threads(&state.id);
+    }
+}
+
+impl MicroVms {
+    /// Boots the VM; what it has made by then is in `parts`, also when it fails.
+    async fn boot(&self, plan: &Plan, parts: &mut Parts) -> Answer<Arc<Guest>> {
+        let (config, wish) = (Arc::clone(&self.config), plan.clone());
+        let mut making = std::mem::take(parts);
+        let (made, built) = blocking(move || {
+            let built = build(&config, &wish, &mut making);
+            (making, built)
+        })
+        .await?;
+        *parts = made;
+        let (vm, request) = built?;
+        let guest = Guest::reach(Arc::clone(&vm), &request)
+            .await
+            .map_err(failed)?;
+        let guest = Arc::new(guest);
+        // From here on the limit holds; the boot is not the pod's doing.
+        if let Some(threads) = &parts.threads
+            && let Err(error) = threads.limit(CpuShare::of(&resources(&plan.wish)))
+        {
+            tracing::warn!(sandbox = plan.id, %error, "the pod's CPU share cannot be set");
+        }
+        parts.forward = forward_ports(plan, parts, &guest).await;
+        parts.debug = self.show(plan, &vm);
+        let watch = tokio::spawn(watch_events(
+            guest.sandbox(),
+            plan.events.clone(),
+            plan.namespace.clone(),
+        ));
+        parts.tasks.push(watch.abort_handle());
+        vm.vm().mark("sandbox ready");
+        Ok(guest)
+    }
+
+    /// Makes its VM known to `vmmctl`. A pod is of use without.
+    fn show(&self, plan: &Plan, vm: &Arc<MicroVm>) -> Option<DebugSocket> {
+        let (cpus, memory_mib) = size(&plan.wish, &self.config.microvm);
+        let names = plan.wish.metadata.as_ref();
+        let about = About {
+            id: plan.id.clone(),
+            pod: names.map_or(String::new(), |m| format!("{}/{}", m.namespace, m.name)),
+            cpus,
+            memory_mib,
+        };
+        match DebugSocket::start(&self.config.run_dir, about, plan.stop.clone(), vm) {
+            Ok(debug) => Some(debug),
+            Err(error) => {
+                tracing::warn!(sandbox = plan.id, %error, "vmmctl will not see it");
+                None
+            }
+        }
+    }
+}
+
+/// Lets the host reach the guest's loopback. A pod is of use without.
+async fn forward_ports(plan: &Plan, parts: &Parts, guest: &Arc<Guest>) -> Option<PortForward> {
+    let netns = parts.network.as_ref()?.netns()?.try_clone().ok()?;
+    let started = match blocking(move || portforward::prepare(&netns)).await {
+        Ok(Ok(prepared)) => PortForward::start(prepared, guest),
+        Ok(Err(error)) => Err(error),
+        Err(_) => return None,
+    };
+    match started {
+        Ok(forward) => Some(forward),
+        Err(error) => {
+            tracing::warn!(sandbox = plan.id, %error, "port-forwarding will not work");
+            None
+        }
+    }
+}
+
+/// Share, network, VM. Blocks.
+fn build(
+    config: &Config,
+    plan: &Plan,
+    parts: &mut Parts,
+) -> Answer<(Arc<MicroVm>, ConfigureSandboxRequest)> {
+    let vm_config = &config.microvm;
+    let files = GuestFiles::find(vm_config.kernel.as_deref(), vm_config.image.as_deref())
+        .map_err(failed)?;
+    let storage =
+        Storage::create(&plan.dir).map_err(|e| Status::new(Code::Internal, e.to_string()))?;
+    let mut network = match plan.netns.as_str() {
+        "" => PodNetwork::default(),
+        path => PodNetwork::join(Path::new(path)).map_err(failed)?,
+    };
+    let request = guest_setup(plan, &storage, &network);
+    let (vcpus, memory_mib) = size(&plan.wish, vm_config);
+    let config = VmConfig {
+        id: plan.id.clone(),
+        vcpus,
+        memory_mib,
+        hugepages: vm_config.hugepages,
+        kernel: files.kernel,
+        cmdline: format!(
+            "quiet root=/dev/vda rootfstype=erofs ro init=/sbin/agent dummy.numdummies=0 {}",
+            vm_config.cmdline
+        ),
+        disks: vec![DiskConfig {
+            source: DiskSource::Path(files.image),
+            read_only: true,
+            serial: "bulkhead-root".into(),
+        }],
+        shares: storage.devices(),
+        nets: std::mem::take(&mut network.devices),
+        vsock_cid: Some(3),
+        rng: true,
+        allow_emulated_kvm: vm_config.allow_emulated_kvm,
+        ..VmConfig::default()
+    };
+    // Kept before anything can fail: they are taken away from there.
+    parts.storage = Some(Arc::new(Mutex::new(storage)));
+    parts.network = Some(network);
+    parts.threads = Threads::create(&plan.id);
+    let made = in_cgroup(parts.threads.as_ref(), || {
+        let vm = Arc::new(MicroVm::create(config, ConsoleHub::new(None))?);
+        let started = vm.vm().start();
+        Ok((vm, started))
+    });
+    let (vm, started) = made.map_err(failed)?;
+    parts.vm = Some(Arc::clone(&vm));
+    started.map_err(|e| failed(e.into()))?;
+    Ok((vm, request))
+}
+
+/// Makes a VM on a thread whose children all are in the pod's cgroup.
+fn in_cgroup<T: Send>(
+    cgroup: Option<&Threads>,
+    make: impl FnOnce() -> Result<T, EngineError> + Send,
+) -> Result<T, EngineError> {
+    let failed = || EngineError::io("the thread that makes a VM");
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name("vm-maker".into())
+            .spawn_scoped(scope, || {
+                if let Some(cgroup) = cgroup {
+                    cgroup
+                        .enter()
+                        .map_err(EngineError::io("the pod's cgroup"))?;
+                }
+                make()
+            })
+            .map_err(failed())?
+            .join()
+            .unwrap_or_else(|_| Err(failed()(std::io::Error::other("it panicked"))))
+    })
+}
+
+fn guest_setup(plan: &Plan, storage: &Storage, network: &PodNetwork) -> ConfigureSandboxRequest {
+    let wish = &plan.wish;
+    let dns = wish.dns_config.as_ref().map(|d| Dns {
+        servers: d.servers.clone(),
+        searches: d.searches.clone(),
+        options: d.options.clone(),
+    });
+    let empty = |d: &Dns| d.servers.is_empty() && d.searches.is_empty() && d.options.is_empty();
+    ConfigureSandboxRequest {
+        hostname: match wish.hostname.as_str() {
+            "" => plan.id.chars().take(12).collect(),
+            name => name.to_owned(),
+        },
+        // Without a wish: the host's own, as other runtimes do.
+        dns: dns.filter(|d| !empty(d)).or_else(host_dns),
+        hosts: String::new(),
+        sysctls: sysctls(wish),
+        shares: storage
+            .guest_mounts()
+            .into_iter()
+            .map(|(tag, path)| Share {
+                tag: tag.into(),
+                path: path.into(),
+                options: Vec::new(),
+            })
+            .collect(),
+        interfaces: network.interfaces.clone(),
+        routes: network.routes.clone(),
+        neighbours: network.neighbours.clone(),
+    }
+}
+
+/// What CRI says about the pod's containers together, and about its overhead.
+fn resources(wish: &PodSandboxConfig) -> [LinuxResources; 2] {
+    let linux = wish.linux.as_ref();
+    [
+        linux.and_then(|l| l.resources).unwrap_or_default(),
+        linux.and_then(|l| l.overhead).unwrap_or_default(),
+    ]
+}
+
+/// vCPUs and MiB of memory, from what Kubernetes says about the pod.
+fn size(wish: &PodSandboxConfig, config: &super::config::Microvm) -> (u8, u64) {
+    let mut cpus = 0.0f64;
+    let mut bytes = 0u64;
+    for part in resources(wish) {
+        if part.cpu_quota > 0 && part.cpu_period > 0 {
+            #[expect(clippy::cast_precision_loss, reason = "microseconds of a CPU period")]
+            let share = part.cpu_quota as f64 / part.cpu_period as f64;
+            cpus += share;
+        }
+        bytes = bytes.saturating_add(u64::try_from(part.memory_limit_in_bytes).unwrap_or(0));
+    }
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "clamped to what fits"
+    )]
+    let vcpus = match cpus > 0.0 {
+        true => cpus.ceil().clamp(1.0, config.max_cpus.into()) as u8,
+        false => config.default_cpus,
+    };
+    // A limit of the pod's containers says nothing of those without one.
+    let limited = resources(wish)[0].memory_limit_in_bytes > 0;
+    let memory_mib = match limited {
+        true => (bytes.div_ceil(1 << 20))
+            .saturating_add(config.overhead_mib)
+            .min(config.max_memory_mib),
+        false => config.default_memory_mib,
+    };
+    (vcpus, memory_mib)
+}
+
+/// The pod's sysctls over those that containerd gives every pod with a network of its own, unless
+/// its configuration turns them off: users without privilege may ping and open low ports.
+fn sysctls(wish: &PodSandboxConfig) -> std::collections::BTreeMap<String, String> {
+    let mut all: std::collections::BTreeMap<_, _> = [
+        ("net.ipv4.ip_unprivileged_port_start", "0"),
+        ("net.ipv4.ping_group_range", "0 2147483647"),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    .into();
+    all.extend(wish.linux.iter().flat_map(|l| l.sysctls.clone()));
+    all
+}
+
+/// Name resolution of the host.
+fn host_dns() -> Option<Dns> {
+    let text = std::fs::read_to_string("/etc/resolv.conf").ok()?;
+    let mut dns = Dns::default();
+    for line in text.lines().take(100) {
+        let mut words = line.split_whitespace().map(str::to_owned);
+        match words.next().as_deref() {
+            Some("nameserver") => dns.servers.extend(words.next()),
+            Some("search") => dns.searches = words.collect(),
+            Some("options") => dns.options.extend(words),
+            _ => {}
+        }
+    }
+    // In the guest, its own loopback would be asked.
+    dns.servers.retain(|s| {
+        s.parse()
+            .is_ok_and(|ip: std::net::IpAddr| !ip.is_loopback())
+    });
+    Some(dns)
+}
+
+/// Passes on what only the guest knows.
+async fn watch_events(
+    sandbox: bulkhead_protocol::client::SandboxClient,
+    events: Events,
+    namespace: String,
+) {
+    let mut after = 0;
+    loop {
+        let request = WaitEventRequest {
+            after,
+            timeout_ms: 0,
+        };
+        let Ok(answer) = sandbox.wait_event(&request).await else {
+            return;
+        };
+        for event in answer.events {
+            after = after.max(event.sequence);
+            if let Some(EventKind::Oom(oom)) = event.kind {
+                let id = TaskId {
+                    container_id: oom.container_id,
+                };
+                events.send(&namespace, Event::Oom(id));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::proto::LinuxPodSandboxConfig;
+    use super::*;
+
+    fn wish(resources: Option<LinuxResources>) -> PodSandboxConfig {
+        PodSandboxConfig {
+            linux: Some(LinuxPodSandboxConfig {
+                resources,
+                overhead: Some(LinuxResources {
+                    cpu_period: 100_000,
+                    cpu_quota: 25_000,
+                    memory_limit_in_bytes: 32 << 20,
+                    ..LinuxResources::default()
+                }),
+                ..LinuxPodSandboxConfig::default()
+            }),
+            ..PodSandboxConfig::default()
+        }
+    }
+
+    #[test]
+    fn a_vm_is_as_large_as_its_pod() {
+        let config = super::super::config::Microvm::default();
+        assert_eq!(size(&PodSandboxConfig::default(), &config), (1, 256));
+        let limited = LinuxResources {
+            cpu_period: 100_000,
+            cpu_quota: 190_000,
+            memory_limit_in_bytes: 512 << 20,
+            ..LinuxResources::default()
+        };
+        assert_eq!(size(&wish(Some(limited)), &config), (3, 512 + 32 + 64));
+        let huge = LinuxResources {
+            cpu_period: 1,
+            cpu_quota: i64::MAX,
+            memory_limit_in_bytes: i64::MAX,
+            ..LinuxResources::default()
+        };
+        assert_eq!(
+            size(&wish(Some(huge)), &config),
+            (32, config.max_memory_mib)
+        );
+        let none = LinuxResources {
+            cpu_period: 0,
+            cpu_quota: -1,
+            memory_limit_in_bytes: 0,
+            ..LinuxResources::default()
+        };
+        assert_eq!(size(&wish(Some(none)), &config), (1, 256));
+    }
+}
