@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 
 /// Longest time anything waits for a guest. Emulated hosts are 20 to 50 times slower than
 /// hardware, and busy at that.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// The cache directory of the project.
 ///
