@@ -78,16 +78,20 @@ lint:
     cargo clippy --workspace --all-targets -- -D warnings
     shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build
 
+# Before any compiler runs: is the disk large enough?
+_disk:
+    @tests/run disk
+
 # Run pods of every sandbox kind that exists, on real input, and print a table
-demo: build guest appkernel fixtures
+demo: _disk build guest appkernel fixtures
     tests/run demo
 
-# All checks and tests in at most 45 minutes; last line "N passed, N failed"
-test:
+# All checks and tests; last line "N passed, N failed"
+test: _disk
     tests/run test
 
 # Everything `test` does, and the long parts: soak, fuzz, big suites
-test-full:
+test-full: _disk
     tests/run test-full
 
 # A shell, or a command, on a disposable host with real KVM
@@ -95,11 +99,11 @@ lab *ARGS:
     tests/lab/lab {{ARGS}}
 
 # Benchmarks: boot, fs, wasm. Prints a table and writes target/bench/NAME.json
-bench NAME: build guest fixtures
+bench NAME: _disk build guest fixtures
     tests/run bench {{NAME}}
 
 # Make and remove COUNT sandboxes (KIND: pods, wasm) and count what is left
-soak KIND COUNT: build guest fixtures
+soak KIND COUNT: _disk build guest fixtures
     tests/run soak {{KIND}} {{COUNT}}
 
 # Fuzz one target for some seconds; without arguments, list the targets
