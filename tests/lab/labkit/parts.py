@@ -353,15 +353,16 @@ class Parts:
             about="initial file system", helpers=(unsigned, cpio_entry))
         self.all = [self.init, self.qemu, self.kernel, self.root, self.initramfs]
 
-    def prepare(self, again: bool = False) -> None:
-        """Makes what is missing (or everything), in order."""
-        if again or not all(part.ready for part in self.all):
+    def prepare(self, again: bool = False, only: list[Part] | None = None) -> None:
+        """Makes what is missing (or everything) of all parts, or of some, in order."""
+        wanted = self.all if only is None else only
+        if again or not all(part.ready for part in wanted):
             path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
             missing = [t for t in TOOLS if not shutil.which(t, path=path)]
             if missing:
                 raise LabError(f"not installed: {', '.join(missing)}; the Debian packages are "
                                f"listed in {LAB_DIR / 'prereqs'}")
-        for part in self.all:
+        for part in wanted:
             part.prepare(again)
 
     def prune(self) -> int:
