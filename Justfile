@@ -98,8 +98,8 @@ test-full: _disk
 lab *ARGS:
     tests/lab/lab {{ARGS}}
 
-# Benchmarks: boot, fs, wasm. Prints a table and writes target/bench/NAME.json
-bench NAME: _disk build guest fixtures
+# Benchmarks: boot, fs, pods, wasm. Prints a table and writes target/bench/NAME.json
+bench NAME: _disk build guest appkernel fixtures
     tests/run bench {{NAME}}
 
 # Make and remove COUNT sandboxes (KIND: pods, wasm) and count what is left

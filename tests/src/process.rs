@@ -95,6 +95,19 @@ struct Mapping {
 /// # Errors
 /// When the process is gone.
 pub fn memory(pid: u32, guest_bytes: u64) -> Result<Memory> {
+    Ok(sum(&mappings(pid)?, guest_bytes, true))
+}
+
+/// The same of our own programs, whose guests' memory is always a file: a large anonymous mapping
+/// is not a guest's, and is counted.
+///
+/// # Errors
+/// When the process is gone.
+pub fn memory_beside_files(pid: u32, guest_bytes: u64) -> Result<Memory> {
+    Ok(sum(&mappings(pid)?, guest_bytes, false))
+}
+
+fn mappings(pid: u32) -> Result<Vec<Mapping>> {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
     let mut mappings: Vec<Mapping> = Vec::new();
     for line in text.lines() {
@@ -127,18 +140,23 @@ pub fn memory(pid: u32, guest_bytes: u64) -> Result<Memory> {
             }
         }
     }
+    Ok(mappings)
+}
+
+fn sum(mappings: &[Mapping], guest_bytes: u64, anonymous_guests: bool) -> Memory {
     let mut of_file: BTreeMap<&(String, String), u64> = BTreeMap::new();
-    for mapping in &mappings {
+    for mapping in mappings {
         if let Some(file) = &mapping.file {
             *of_file.entry(file).or_insert(0) += mapping.size;
         }
     }
     let mut sum = Memory::default();
-    for mapping in &mappings {
-        let whole = mapping
-            .file
-            .as_ref()
-            .map_or(mapping.size, |file| of_file[file]);
+    for mapping in mappings {
+        let whole = match &mapping.file {
+            Some(file) => of_file[file],
+            None if anonymous_guests => mapping.size,
+            None => 0,
+        };
         if whole >= guest_bytes >> 10 {
             sum.guest += mapping.pss;
         } else {
@@ -146,7 +164,7 @@ pub fn memory(pid: u32, guest_bytes: u64) -> Result<Memory> {
             sum.anonymous += mapping.anonymous;
         }
     }
-    Ok(sum)
+    sum
 }
 
 /// Number of threads of a process, without those the host kernel adds to it: KVM runs one worker

@@ -3,6 +3,7 @@
 pub mod boot;
 pub mod crun;
 pub mod fs;
+pub mod pods;
 pub mod report;
 pub mod wasm;
 pub mod wasm_soak;

@@ -80,6 +80,12 @@ impl Report {
         }
     }
 
+    /// The rows that follow are beside this peer.
+    pub fn beside(&mut self, peer: &str, version: &str) {
+        peer.clone_into(&mut self.peer);
+        version.clone_into(&mut self.peer_version);
+    }
+
     /// Adds a figure; `peer` may be empty where the peer has no such thing.
     pub fn add(
         &mut self,

@@ -1,14 +1,14 @@
-//! `bench boot|fs|wasm OUT_DIR …`, `bench wasm-soak COUNT`: see the modules of `bulkhead_tests::bench`.
+//! `bench boot|fs|pods|wasm …`, `bench wasm-soak COUNT`: see the modules of `bulkhead_tests::bench`.
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use bulkhead_tests::bench::report::Report;
-use bulkhead_tests::bench::{boot, fs, wasm, wasm_soak};
+use bulkhead_tests::bench::{boot, fs, pods, wasm, wasm_soak};
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
-    let what = args.next().context("which benchmark? boot, fs or wasm")?;
+    let what = args.next().context("which benchmark? boot, fs, pods or wasm")?;
     match what.as_str() {
         "boot" | "fs" => {
             let mut path = || args.next().map(PathBuf::from);
@@ -36,6 +36,12 @@ fn main() -> Result<()> {
                 _ => boot::run(&inputs, samples, linux, args.next().is_some())?,
             };
             report.finish(&out)
+        }
+        "pods" => {
+            let usage = "bench pods SANDBOXER OUT_DIR";
+            let sandboxer = PathBuf::from(args.next().context(usage)?);
+            let out = PathBuf::from(args.next().context(usage)?);
+            pods::run(&sandboxer)?.finish(&out)
         }
         "wasm" => {
             let out = PathBuf::from(args.next().context("bench wasm OUT_DIR")?);

@@ -1,0 +1,366 @@
+//! Pods by stock containerd: how long their steps take and what they cost the host, beside runc
+//! and crun through the same containerd in the same run.
+//!
+//! What a pod costs beside its programs is, of ours, all of the daemon but the guests' memory; of
+//! the peers, the shim and the pause process. containerd itself is counted for nobody.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+
+use super::report::{Goal, Report};
+use crate::cri::containerd::{APP, IoType, Node, OURS};
+use crate::cri::{TestPod, pod};
+use crate::process;
+
+const RUNC: &str = "runc";
+const CRUN: &str = "crun";
+/// Samples of what one pod takes.
+const ROUNDS: usize = 5;
+/// Pods that start at the same time.
+const AT_ONCE: usize = 20;
+/// Numbers of pods whose memory is compared.
+const CROWDS: [usize; 3] = [1, 10, 50];
+/// Least memory of a guest: files that large which the daemon maps are guests' memory.
+const GUEST_BYTES: u64 = 64 << 20;
+/// A pod rests before its exits are counted, and for how long they are.
+const REST: Duration = Duration::from_secs(15);
+const WATCHED: Duration = Duration::from_secs(10);
+/// Bytes that are sent through a connection.
+const SENT_MIB: u64 = 64;
+/// The node's address on the bridge of its pods.
+const GATEWAY: &str = "10.77.0.1";
+const COMMAND: &str = "bench pods";
+
+/// Milliseconds of the steps of one pod's life.
+#[derive(Debug, Default)]
+struct Steps {
+    /// Pod, container and start together.
+    started: Vec<f64>,
+    exec: Vec<f64>,
+    gone: Vec<f64>,
+}
+
+/// What some pods add to the host.
+#[derive(Debug)]
+struct Cost {
+    /// In KiB.
+    pss: f64,
+    processes: f64,
+    threads: f64,
+}
+
+/// Runs it. Needs a host that may be changed: the lab.
+///
+/// # Errors
+/// A daemon does not start, or a pod does not run.
+pub fn run(sandboxer: &Path) -> Result<Report> {
+    let version = version(RUNC)?;
+    let mut report = Report::new("pods", RUNC, &version);
+    let node = Node::start(sandboxer, &["busybox"], IoType::Fifo)?;
+    let idle_wakeups = wakeups(&node)?;
+
+    let mut of = |handler: &str| -> Result<Steps> {
+        eprintln!("{handler}: one pod after the other");
+        steps(&node, handler)
+    };
+    let (ours, app, runc, crun) = (of(OURS)?, of(APP)?, of(RUNC)?, of(CRUN)?);
+    let limit = |handler: &str, goal: f64| match handler {
+        OURS => Goal::Ratio(goal),
+        _ => Goal::Shown,
+    };
+    for (handler, own) in [(OURS, &ours), (APP, &app)] {
+        for (peer, its) in [(RUNC, &runc), (CRUN, &crun)] {
+            let goal = |goal: f64| match peer {
+                RUNC => limit(handler, goal),
+                _ => Goal::Shown,
+            };
+            report.beside(peer, if peer == RUNC { &version } else { "" });
+            let mut add = |what: &str, own: &[f64], its: &[f64], goal: Goal| {
+                report.add(&format!("{what}, {handler} / {peer}"), "ms", own, its, goal, COMMAND);
+            };
+            add("pod run + create + start", &own.started, &its.started, goal(2.0));
+            add("exec of true", &own.exec, &its.exec, goal(2.0));
+            add("pod stop + remove", &own.gone, &its.gone, Goal::Shown);
+        }
+    }
+    report.beside(RUNC, &version);
+
+    for handler in [OURS, APP] {
+        eprintln!("{AT_ONCE} pods at once");
+        let (own, its) = (at_once(&node, handler)?, at_once(&node, RUNC)?);
+        let what = format!("{AT_ONCE} pods at once, until all run, {handler}");
+        report.add(&what, "ms", &[own], &[its], limit(handler, 2.5), COMMAND);
+    }
+    idle(&node, &mut report, idle_wakeups)?;
+    throughput(&node, &mut report)?;
+    for handler in [OURS, APP] {
+        crowds(&node, &mut report, handler)?;
+    }
+    Ok(report)
+}
+
+/// The first line of what a program says of its version, its last word.
+fn version(program: &str) -> Result<String> {
+    let output = Command::new(program).arg("--version").output().context(program.to_owned())?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().next().unwrap_or_default();
+    Ok(line.rsplit(' ').next().unwrap_or_default().to_owned())
+}
+
+fn ms(begin: Instant) -> f64 {
+    begin.elapsed().as_secs_f64() * 1e3
+}
+
+fn steps(node: &Node, handler: &str) -> Result<Steps> {
+    let mut all = Steps::default();
+    for round in 0..=ROUNDS {
+        let begin = Instant::now();
+        let pod = TestPod::run(node, handler, pod(&format!("bench-{handler}-{round}")))?;
+        let c = pod.sleeper("c")?;
+        let started = ms(begin);
+        let begin = Instant::now();
+        let answer = pod.cri.exec(&c, &["true"])?;
+        ensure!(answer.exit_code == 0, "{answer:?}");
+        let exec = ms(begin);
+        let begin = Instant::now();
+        pod.cri.stop(&c, 0)?;
+        pod.remove()?;
+        // The first one is to find everything in the host's caches.
+        if round > 0 {
+            all.started.push(started);
+            all.exec.push(exec);
+            all.gone.push(ms(begin));
+        }
+    }
+    Ok(all)
+}
+
+/// Milliseconds until all of [`AT_ONCE`] pods run.
+fn at_once(node: &Node, handler: &str) -> Result<f64> {
+    let begin = Instant::now();
+    let pods: Vec<TestPod> = thread::scope(|scope| {
+        let started: Vec<_> = (0..AT_ONCE)
+            .map(|n| {
+                scope.spawn(move || -> Result<TestPod> {
+                    let pod = TestPod::run(node, handler, pod(&format!("once-{handler}-{n}")))?;
+                    pod.sleeper("c")?;
+                    Ok(pod)
+                })
+            })
+            .collect();
+        started
+            .into_iter()
+            .map(|t| t.join().map_err(|_| anyhow!("a thread panicked"))?)
+            .collect::<Result<_>>()
+    })?;
+    let took = ms(begin);
+    for pod in pods {
+        pod.remove()?;
+    }
+    Ok(took)
+}
+
+/// Exits of a pod that does nothing, and how often the daemon wakes up for nothing.
+fn idle(node: &Node, report: &mut Report, without_pods: f64) -> Result<()> {
+    eprintln!("one pod that rests");
+    for (handler, goal) in [(OURS, Goal::Value(10.0)), (APP, Goal::Shown)] {
+        let pod = TestPod::run(node, handler, pod("idle"))?;
+        pod.sleeper("c")?;
+        thread::sleep(REST);
+        let vms = process::kvm_directories(node.sandboxer_pid())?;
+        let exits = |vms: &[_]| process::kvm_counter(vms, "exits");
+        let before = exits(&vms)?;
+        thread::sleep(WATCHED);
+        let a_second = (exits(&vms)? - before) as f64 / WATCHED.as_secs_f64();
+        let what = format!("exits of an idle pod, {handler}");
+        report.add(&what, "1/s", &[a_second], &[], goal, COMMAND);
+        let what = format!("wake-ups of the daemon beside that pod's CPU, {handler}");
+        report.add(&what, "1/s", &[wakeups(node)?], &[], Goal::Shown, COMMAND);
+        pod.remove()?;
+    }
+    let goal = Goal::Value(0.0);
+    report.add("wake-ups of the daemon without pods", "1/s", &[without_pods], &[], goal, COMMAND);
+    Ok(())
+}
+
+/// How often a second threads of the daemon wake up, without those that run guests' CPUs.
+fn wakeups(node: &Node) -> Result<f64> {
+    let count = || -> Result<u64> {
+        let mut sum = 0;
+        for task in fs::read_dir(format!("/proc/{}/task", node.sandboxer_pid()))? {
+            // A thread may end while we look.
+            let Ok(status) = fs::read_to_string(task?.path().join("status")) else {
+                continue;
+            };
+            let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name));
+            let name = field("Name:").unwrap_or_default().trim();
+            if !name.starts_with("vcpu") && !name.starts_with("kvm-nx") {
+                let count = field("voluntary_ctxt_switches:").unwrap_or_default().trim();
+                sum += count.parse::<u64>().unwrap_or(0);
+            }
+        }
+        Ok(sum)
+    };
+    let before = count()?;
+    thread::sleep(WATCHED);
+    Ok(count()?.saturating_sub(before) as f64 / WATCHED.as_secs_f64())
+}
+
+/// MiB a second through a TCP connection: pod to node, node to pod, pod to pod.
+fn throughput(node: &Node, report: &mut Report) -> Result<()> {
+    let of = |handler: &str| -> Result<[f64; 3]> {
+        eprintln!("{handler}: TCP");
+        let one = TestPod::run(node, handler, pod("from"))?;
+        let from = one.sleeper("c")?;
+        let other = TestPod::run(node, handler, pod("to"))?;
+        let to = other.sleeper("c")?;
+        let send = format!("dd if=/dev/zero bs=65536 count={} 2>/dev/null", SENT_MIB * 16);
+        let rate = |begin: Instant| SENT_MIB as f64 / begin.elapsed().as_secs_f64();
+
+        let listener = TcpListener::bind((GATEWAY, 0))?;
+        let port = listener.local_addr()?.port();
+        let taker = thread::spawn(move || -> Result<f64> {
+            let (stream, _) = listener.accept()?;
+            let begin = Instant::now();
+            swallow(stream)?;
+            Ok(rate(begin))
+        });
+        one.sh(&from, &format!("{send} | nc {GATEWAY} {port}"))?;
+        let to_node = taker.join().map_err(|_| anyhow!("a thread panicked"))??;
+
+        let listener = TcpListener::bind((GATEWAY, 0))?;
+        let port = listener.local_addr()?.port();
+        let giver = thread::spawn(move || -> Result<()> {
+            let (mut stream, _) = listener.accept()?;
+            let block = vec![0; 1 << 16];
+            for _ in 0..SENT_MIB * 16 {
+                stream.write_all(&block)?;
+            }
+            Ok(())
+        });
+        let begin = Instant::now();
+        let got = one.sh(&from, &format!("nc {GATEWAY} {port} < /dev/null | wc -c"))?;
+        let from_node = rate(begin);
+        giver.join().map_err(|_| anyhow!("a thread panicked"))??;
+        ensure!(got.trim() == (SENT_MIB << 20).to_string(), "{got} bytes");
+
+        other.sh(&to, "nc -l -p 7000 > /dev/null 2>&1 & sleep 1")?;
+        let ip = other.cri.pod_status(&other.id)?.network.context("no network")?.ip;
+        let begin = Instant::now();
+        one.sh(&from, &format!("{send} | nc {ip} 7000"))?;
+        let to_pod = rate(begin);
+        one.remove()?;
+        other.remove()?;
+        Ok([to_node, from_node, to_pod])
+    };
+    let (own, its) = (of(OURS)?, of(RUNC)?);
+    for (n, what) in ["pod to node", "node to pod", "pod to pod"].iter().enumerate() {
+        let what = format!("TCP, {what}");
+        report.add(&what, "MiB/s", &[own[n]], &[its[n]], Goal::Shown, COMMAND);
+    }
+    Ok(())
+}
+
+fn swallow(mut stream: TcpStream) -> Result<()> {
+    let mut block = vec![0; 1 << 16];
+    while stream.read(&mut block)? > 0 {}
+    Ok(())
+}
+
+/// What 1, 10, 50 pods cost the host beside their programs.
+fn crowds(node: &Node, report: &mut Report, handler: &str) -> Result<()> {
+    let of = |handler: &str| -> Result<Vec<Cost>> {
+        let nobody = cost(node, handler, 0)?;
+        let (mut pods, mut costs) = (Vec::new(), Vec::new());
+        for count in CROWDS {
+            eprintln!("{handler}: {count} pods");
+            while pods.len() < count {
+                let name = format!("crowd-{handler}-{}", pods.len());
+                let pod = TestPod::run(node, handler, pod(&name))?;
+                pod.sleeper("c")?;
+                pods.push(pod);
+            }
+            let mut now = cost(node, handler, count)?;
+            now.processes -= nobody.processes;
+            now.threads -= nobody.threads;
+            costs.push(now);
+        }
+        for pod in pods {
+            pod.remove()?;
+        }
+        // The daemon is there without a pod too.
+        costs.insert(0, nobody);
+        Ok(costs)
+    };
+    let (own, its) = (of(handler)?, of(RUNC)?);
+    let goals = handler == OURS;
+    let mib = |kib: f64| kib / 1024.0;
+    let last = CROWDS.len();
+    for (n, count) in CROWDS.iter().enumerate() {
+        let (own, its) = (&own[n + 1], &its[n + 1]);
+        let goal = if goals { Goal::Ratio(1.0) } else { Goal::Shown };
+        let what = format!("PSS for {count} pods, {handler}");
+        report.add(&what, "MiB", &[mib(own.pss)], &[mib(its.pss)], goal, COMMAND);
+    }
+    let each = |of: &[Cost], what: fn(&Cost) -> f64| {
+        (what(&of[last]) - what(&of[1])) / (CROWDS[last - 1] - CROWDS[0]) as f64
+    };
+    let goal = |value: f64| if goals { Goal::Value(value) } else { Goal::Shown };
+    let mut add = |what: &str, unit: &str, of: fn(&Cost) -> f64, goal: Goal| {
+        let what = format!("{what}, {handler}");
+        report.add(&what, unit, &[each(&own, of)], &[each(&its, of)], goal, COMMAND);
+    };
+    add("PSS of each further pod", "MiB", |c| c.pss / 1024.0, goal(2.0));
+    add("processes of each further pod", "1", |c| c.processes, goal(0.0));
+    add("threads of each further pod", "1", |c| c.threads, Goal::Shown);
+    let what = format!("PSS without pods, {handler}");
+    report.add(&what, "MiB", &[mib(own[0].pss)], &[], Goal::Shown, COMMAND);
+    Ok(())
+}
+
+/// What is on the host for `pods` pods of a runtime, without containerd and the pods' programs.
+fn cost(node: &Node, handler: &str, pods: usize) -> Result<Cost> {
+    let daemon = node.sandboxer_pid();
+    let ours = handler != RUNC;
+    let mut cost = Cost { pss: 0.0, processes: 0.0, threads: 0.0 };
+    if ours {
+        let memory = process::memory_beside_files(daemon, GUEST_BYTES)?;
+        cost.pss = memory.pss as f64;
+        cost.threads = process::threads(daemon)? as f64;
+    }
+    let mut helpers = BTreeSet::new();
+    for entry in fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|n| n.parse::<u32>().ok()) else {
+            continue;
+        };
+        // Threads of the kernel have none; a process may end while we look.
+        let Ok(line) = fs::read(format!("/proc/{pid}/cmdline")) else {
+            continue;
+        };
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        // Pause is `sleep` with another number than the container's program.
+        if line.contains("containerd-shim-") || line.trim_end().ends_with("/bin/sleep 1000000") {
+            helpers.insert(pid);
+        }
+    }
+    for pid in &helpers {
+        cost.pss += process::memory_beside_files(*pid, GUEST_BYTES)?.pss as f64;
+        cost.threads += process::threads(*pid)? as f64;
+    }
+    cost.processes = helpers.len() as f64;
+    ensure!(
+        ours || helpers.len() == 2 * pods,
+        "{} shims and pause processes for {pods} pods of {handler}",
+        helpers.len()
+    );
+    Ok(cost)
+}
