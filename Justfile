@@ -68,6 +68,10 @@ appkernel:
 appkernel-compat:
     BULKHEAD_UPDATE_DOCS=1 cargo test -p bulkhead-appkernel-core
 
+# Build the Debian package: target/deb/bulkhead_*.deb (PROFILE dev builds faster, for tests of it)
+deb PROFILE="release": _disk guest appkernel
+    tests/deb/build "{{PROFILE}}"
+
 # Build the OCI images that demo and tests run (cached by content)
 fixtures:
     cargo run --quiet -p bulkhead-fixtures -- build
@@ -76,7 +80,7 @@ fixtures:
 lint:
     cargo fmt --all --check
     cargo clippy --workspace --all-targets -- -D warnings
-    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build
+    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build tests/deb/build tests/deb/check
 
 # Before any compiler runs: is the disk large enough?
 _disk:

@@ -5,6 +5,7 @@
 //! is gone and removes what is left. Mounts need no care: they are made in a private mount
 //! namespace, which ends with its process.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
@@ -19,7 +20,7 @@ use crate::fsutil;
 pub const STATE_VERSION: u32 = 1;
 
 /// What other processes may know about a VM.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     /// [`STATE_VERSION`].
     pub version: u32,
@@ -27,9 +28,12 @@ pub struct State {
     pub id: String,
     /// Name given by the user; may be empty.
     pub name: String,
-    /// Kind of sandbox: `microvm`.
+    /// Another name of any length: the id that containerd gave to a pod.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub alias: String,
+    /// Kind of sandbox: `microvm` or `app`.
     pub kind: String,
-    /// `run` (a container inside) or `boot` (a bare kernel).
+    /// `run` (a container inside), `boot` (a bare kernel) or `pod` (containers of containerd's).
     pub mode: String,
     /// Image or kernel, for people.
     pub image: String,
@@ -53,6 +57,9 @@ pub struct State {
     /// The container's OCI spec, which `exec` starts from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spec: Option<serde_json::Value>,
+    /// A pod's containers: id and bundle.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub containers: BTreeMap<String, PathBuf>,
 }
 
 /// Why a VM's directory cannot be made or found.
@@ -264,21 +271,24 @@ fn is_locked(path: &Path) -> bool {
     )
 }
 
-/// Finds a running VM by name, id or the beginning of its id.
+/// Finds a running VM by name, id or the beginning of an id.
 ///
 /// # Errors
 /// None or several are meant.
 pub fn find(root: &Path, wanted: &str) -> Result<Found, RunDirError> {
     let all: Vec<Found> = list(root).into_iter().filter(|vm| vm.alive).collect();
-    if let Some(exact) = all
-        .iter()
-        .find(|vm| vm.state.name == wanted || vm.state.id == wanted)
-    {
+    if let Some(exact) = all.iter().find(|vm| {
+        let names = [&vm.state.name, &vm.state.id, &vm.state.alias];
+        names.into_iter().any(|name| name == wanted)
+    }) {
         return Ok(exact.clone());
     }
     let matching: Vec<&Found> = all
         .iter()
-        .filter(|vm| !wanted.is_empty() && vm.state.id.starts_with(wanted))
+        .filter(|vm| {
+            !wanted.is_empty()
+                && (vm.state.id.starts_with(wanted) || vm.state.alias.starts_with(wanted))
+        })
         .collect();
     match matching.as_slice() {
         [one] => Ok((*one).clone()),
@@ -407,8 +417,7 @@ mod tests {
             created_ms: 0,
             cpus: 1,
             memory_mib: 128,
-            scratch: Vec::new(),
-            spec: None,
+            ..State::default()
         }
     }
 
@@ -435,6 +444,12 @@ mod tests {
                 .id,
             dir.id()
         );
+        dir.update(|s| s.alias = format!("{:064}", 7))
+            .expect("updated");
+        for of_alias in [format!("{:064}", 7), "0".repeat(20)] {
+            let found = find(root.path(), &of_alias).expect("by another name");
+            assert_eq!(found.state.id, dir.id());
+        }
         let unknown = find(root.path(), "wob").expect_err("unknown").to_string();
         assert!(unknown.contains("did you mean web"), "{unknown}");
         let taken = RunDir::create(root.path(), state("web")).expect_err("taken");

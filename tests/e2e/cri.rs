@@ -11,6 +11,8 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 use bulkhead_tests::cri::containerd::{IoType, Node, OURS};
 
+#[path = "cri/app.rs"]
+mod app;
 #[path = "cri/basic.rs"]
 mod basic;
 #[path = "cri/failure.rs"]
@@ -21,6 +23,8 @@ mod host;
 mod recovery;
 #[path = "cri/validation.rs"]
 mod validation;
+#[path = "cri/vmmctl.rs"]
+mod vmmctl;
 #[path = "cri/wasm.rs"]
 mod wasm;
 #[path = "cri/wide.rs"]
@@ -40,6 +44,8 @@ const STREAMS: &[&str] = &[
     "log_rotation",
     "terminal_and_environment",
     "containerd_restarts",
+    "app_pod",
+    "app_attach",
 ];
 
 fn main() -> ExitCode {
@@ -80,6 +86,8 @@ fn run() -> Result<bool> {
         failure::TESTS,
         recovery::TESTS,
         wasm::TESTS,
+        app::TESTS,
+        vmmctl::TESTS,
     ];
     let all: Vec<&Test> = all
         .into_iter()

@@ -22,6 +22,8 @@ pub struct Config {
     pub log: Log,
     /// `[microvm]`
     pub microvm: Microvm,
+    /// `[app]`
+    pub app: App,
     /// `[wasm]`
     pub wasm: Wasm,
     /// `[metrics]`
@@ -102,6 +104,26 @@ pub struct Microvm {
     pub allow_emulated_kvm: bool,
 }
 
+/// Pods in VMs with the app kernel.
+#[derive(Debug, Clone, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields, default)]
+pub struct App {
+    /// Socket of their sandbox controller.
+    pub socket: PathBuf,
+    /// The app kernel; found where it is installed if left out.
+    pub kernel: Option<PathBuf>,
+    /// Appended to its command line.
+    pub cmdline: String,
+    /// Memory of a pod that has no memory limit, in MiB.
+    pub default_memory_mib: u64,
+    /// Added to the limit of a pod that has one, for the kernel, in MiB.
+    pub overhead_mib: u64,
+    /// Most memory of a pod, in MiB.
+    pub max_memory_mib: u64,
+    /// Run where KVM is emulated and a boot takes minutes.
+    pub allow_emulated_kvm: bool,
+}
+
 /// Pods of WebAssembly programs.
 #[derive(Debug, Clone, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields, default)]
@@ -126,8 +148,23 @@ impl Default for Config {
             containerd_ttrpc: "/run/containerd/containerd.sock.ttrpc".into(),
             log: Log::default(),
             microvm: Microvm::default(),
+            app: App::default(),
             wasm: Wasm::default(),
             metrics: Metrics::default(),
+        }
+    }
+}
+
+impl Default for App {
+    fn default() -> Self {
+        Self {
+            socket: "/run/bulkhead/app.sock".into(),
+            kernel: None,
+            cmdline: String::new(),
+            default_memory_mib: 128,
+            overhead_mib: 16,
+            max_memory_mib: 3072,
+            allow_emulated_kvm: false,
         }
     }
 }
@@ -289,8 +326,13 @@ impl Config {
         if !self.socket.is_absolute() {
             return wrong("socket", "must be absolute");
         }
-        if !self.wasm.socket.is_absolute() {
-            return wrong("wasm.socket", "must be absolute");
+        for (key, path) in [
+            ("app.socket", &self.app.socket),
+            ("wasm.socket", &self.wasm.socket),
+        ] {
+            if !path.is_absolute() {
+                return wrong(key, "must be absolute");
+            }
         }
         if !self.wasm.cache_dir.is_absolute() {
             return wrong("wasm.cache_dir", "must be absolute");
@@ -318,6 +360,19 @@ impl Config {
             return wrong(
                 "microvm.overhead_mib",
                 "must be at least 32: guest kernel and agent need that",
+            );
+        }
+        let app = &self.app;
+        if app.default_memory_mib < 16 || app.default_memory_mib > app.max_memory_mib {
+            return wrong(
+                "app.default_memory_mib",
+                "must be at least 16 and at most max_memory_mib",
+            );
+        }
+        if app.overhead_mib < 8 {
+            return wrong(
+                "app.overhead_mib",
+                "must be at least 8: the kernel needs that",
             );
         }
         Ok(())
@@ -404,6 +459,7 @@ mod tests {
         // They have no default that could be written down.
         config.microvm.kernel = None;
         config.microvm.image = None;
+        config.app.kernel = None;
         assert_eq!(config, Config::default());
         for (section, lines) in &sections {
             let header = match *section {

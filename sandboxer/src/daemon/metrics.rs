@@ -4,7 +4,8 @@
 //! out what does not answer in time.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
+use std::fmt::{Debug, Write};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,7 +36,7 @@ struct Family {
 
 /// A text in the making.
 #[derive(Debug, Default)]
-struct Text(BTreeMap<&'static str, Family>);
+pub struct Text(BTreeMap<&'static str, Family>);
 
 impl Text {
     fn add(&mut self, figure: &Figure, labels: &[(&str, &str)]) {
@@ -141,6 +142,18 @@ async fn ask<K: Kind>(pod: Arc<Pod<K>>) -> Said {
         ));
     }
     said
+}
+
+/// Pods of one kind, whichever.
+pub trait Source: Debug + Send + Sync + 'static {
+    /// Adds what they say.
+    fn add<'a>(&'a self, text: &'a mut Text) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
+}
+
+impl<K: Kind> Source for Controller<K> {
+    fn add<'a>(&'a self, text: &'a mut Text) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>> {
+        Box::pin(pods(self, text))
+    }
 }
 
 async fn pods<K: Kind>(controller: &Controller<K>, text: &mut Text) {
@@ -257,11 +270,12 @@ fn process(text: &mut Text) {
 }
 
 /// All figures as of now.
-pub async fn render<A: Kind, B: Kind>(a: &Controller<A>, b: &Controller<B>) -> String {
+pub async fn render(all: &[Arc<dyn Source>]) -> String {
     let mut text = Text::default();
     process(&mut text);
-    pods(a, &mut text).await;
-    pods(b, &mut text).await;
+    for source in all {
+        source.add(&mut text).await;
+    }
     text.finish()
 }
 
@@ -269,11 +283,7 @@ pub async fn render<A: Kind, B: Kind>(a: &Controller<A>, b: &Controller<B>) -> S
 ///
 /// # Errors
 /// The address cannot be bound.
-pub async fn serve<A: Kind, B: Kind>(
-    listen: &Listen,
-    a: Arc<Controller<A>>,
-    b: Arc<Controller<B>>,
-) -> std::io::Result<()> {
+pub async fn serve(listen: &Listen, all: Arc<[Arc<dyn Source>]>) -> std::io::Result<()> {
     let slots = Arc::new(Semaphore::new(MAX_REQUESTS));
     match listen {
         Listen::Unix(path) => {
@@ -281,7 +291,7 @@ pub async fn serve<A: Kind, B: Kind>(
             tokio::spawn(async move {
                 loop {
                     let accepted = listener.accept().await.map(|(stream, _)| stream);
-                    take(accepted, &slots, &a, &b).await;
+                    take(accepted, &slots, &all).await;
                 }
             });
         }
@@ -290,7 +300,7 @@ pub async fn serve<A: Kind, B: Kind>(
             tokio::spawn(async move {
                 loop {
                     let accepted = listener.accept().await.map(|(stream, _)| stream);
-                    take(accepted, &slots, &a, &b).await;
+                    take(accepted, &slots, &all).await;
                 }
             });
         }
@@ -298,12 +308,8 @@ pub async fn serve<A: Kind, B: Kind>(
     Ok(())
 }
 
-async fn take<S, A: Kind, B: Kind>(
-    accepted: std::io::Result<S>,
-    slots: &Arc<Semaphore>,
-    a: &Arc<Controller<A>>,
-    b: &Arc<Controller<B>>,
-) where
+async fn take<S>(accepted: std::io::Result<S>, slots: &Arc<Semaphore>, all: &Arc<[Arc<dyn Source>]>)
+where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let (Ok(stream), Ok(slot)) = (accepted, Arc::clone(slots).acquire_owned().await) else {
@@ -311,10 +317,10 @@ async fn take<S, A: Kind, B: Kind>(
         tokio::time::sleep(Duration::from_millis(100)).await;
         return;
     };
-    let (a, b) = (Arc::clone(a), Arc::clone(b));
+    let all = Arc::clone(all);
     tokio::spawn(async move {
         // A client that has gone is no failure of ours.
-        let _ = answer(stream, async { render(&a, &b).await }).await;
+        let _ = answer(stream, async { render(&all).await }).await;
         drop(slot);
     });
 }

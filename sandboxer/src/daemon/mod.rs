@@ -10,7 +10,6 @@ pub mod controller;
 pub mod events;
 pub mod grpc;
 pub mod metrics;
-pub mod microvm;
 pub mod pod;
 pub mod proto;
 pub mod sandbox;
@@ -21,6 +20,7 @@ pub mod storage;
 pub mod streaming;
 pub mod task;
 pub mod ttrpc;
+pub mod vm;
 pub mod wasm;
 
 use std::io;
@@ -31,15 +31,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
 
 use crate::engine::microvm::share::enter_private_mounts;
 use crate::fsutil;
 use config::Config;
 use controller::{Controller, Endpoint};
 use events::Events;
-use microvm::MicroVms;
+use sandbox::Kind;
+use vm::{Guests, Vms};
 use wasm::Wasm;
 
 /// Open files the daemon wants to be able to have.
@@ -168,12 +170,20 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
     let events = Events::start(config.containerd_ttrpc.clone());
     // VMs of an earlier process went with it.
     crate::rundir::clean_stale(&config.run_dir);
-    let microvms = Controller::new(MicroVms::new(Arc::clone(&config)), events.clone());
+    let vms = |guests, events| Controller::new(Vms::new(Arc::clone(&config), guests), events);
+    let microvms = vms(Guests::Linux, events.clone());
+    let app_pods = vms(Guests::App, events.clone());
     let wasm_pods = Controller::new(Wasm::new(Arc::clone(&config)), events);
-    let listener = bind(&config.socket)?;
-    let wasm_listener = bind(&config.wasm.socket)?;
+    // All sockets are there before any of them is served.
+    let listeners = (
+        bind(&config.socket)?,
+        bind(&config.app.socket)?,
+        bind(&config.wasm.socket)?,
+    );
     if let Ok(Some(listen)) = config.metrics.parse() {
-        metrics::serve(&listen, Arc::clone(&microvms), Arc::clone(&wasm_pods))
+        let all: [Arc<dyn metrics::Source>; 3] =
+            [microvms.clone(), app_pods.clone(), wasm_pods.clone()];
+        metrics::serve(&listen, Arc::new(all))
             .await
             .map_err(io_error(format!(
                 "metrics.listen {}",
@@ -182,44 +192,40 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
     }
     let mut terminate = signal(SignalKind::terminate()).map_err(io_error("signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(io_error("signals"))?;
+    let mut serving = JoinSet::new();
+    serving.spawn(accept(listeners.0, Arc::clone(&microvms)));
+    serving.spawn(accept(listeners.1, Arc::clone(&app_pods)));
+    serving.spawn(accept(listeners.2, Arc::clone(&wasm_pods)));
     start_watchdog();
     notify("READY=1");
     tracing::info!(socket = %config.socket.display(), "ready");
-    loop {
-        tokio::select! {
-            accepted = listener.accept() => {
-                answer(accepted, Endpoint(Arc::clone(&microvms))).await;
-            }
-            accepted = wasm_listener.accept() => {
-                answer(accepted, Endpoint(Arc::clone(&wasm_pods))).await;
-            }
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
-        }
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
     }
     notify("STOPPING=1");
-    drop((listener, wasm_listener));
-    tokio::join!(microvms.end_all(), wasm_pods.end_all());
+    serving.shutdown().await;
+    tokio::join!(microvms.end_all(), app_pods.end_all(), wasm_pods.end_all());
     tracing::info!("ended");
     Ok(())
 }
 
-/// Serves a connection of containerd.
-async fn answer<S: grpc::Service>(
-    accepted: io::Result<(UnixStream, tokio::net::unix::SocketAddr)>,
-    endpoint: S,
-) {
-    match accepted {
-        Ok((stream, _)) => {
-            tokio::spawn(async move {
-                if let Err(error) = grpc::serve(stream, Arc::new(endpoint)).await {
-                    tracing::debug!(%error, "a connection of containerd broke");
-                }
-            });
-        }
-        Err(error) => {
-            tracing::error!(%error, "no connection can be accepted");
-            tokio::time::sleep(Duration::from_millis(100)).await;
+/// Serves containerd's connections to a controller.
+async fn accept<K: Kind>(listener: UnixListener, controller: Arc<Controller<K>>) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let endpoint = Arc::new(Endpoint(Arc::clone(&controller)));
+                tokio::spawn(async move {
+                    if let Err(error) = grpc::serve(stream, endpoint).await {
+                        tracing::debug!(%error, "a connection of containerd broke");
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::error!(%error, "no connection can be accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
         }
     }
 }

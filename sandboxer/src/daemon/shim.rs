@@ -22,18 +22,29 @@ struct RuntimeVersion {
     version: String,
 }
 
+/// The runtime that a program is called for: `bulkhead-app` for
+/// `/usr/bin/containerd-shim-bulkhead-app-v1`, and the one of this program's own name for any other.
+fn runtime(program: &str) -> &str {
+    let name = program.rsplit('/').next().unwrap_or_default();
+    name.strip_prefix("containerd-shim-")
+        .and_then(|name| name.strip_suffix("-v1"))
+        .filter(|name| name.starts_with("bulkhead-"))
+        .unwrap_or("bulkhead-microvm")
+}
+
 /// The answer, for standard output.
 ///
 /// # Errors
 /// What only the daemon can do.
-pub fn answer(args: &[String]) -> Result<Vec<u8>, String> {
+pub fn answer(program: &str, args: &[String]) -> Result<Vec<u8>, String> {
+    let runtime = runtime(program);
     let has = |name: &str| {
         args.iter()
             .any(|a| a.trim_start_matches('-') == name && a.starts_with('-'))
     };
     if has("info") {
         let info = RuntimeInfo {
-            name: "io.containerd.bulkhead-microvm.v1".into(),
+            name: format!("io.containerd.{runtime}.v1"),
             version: Some(RuntimeVersion {
                 version: env!("CARGO_PKG_VERSION").into(),
             }),
@@ -52,11 +63,10 @@ pub fn answer(args: &[String]) -> Result<Vec<u8>, String> {
             exited_at: Some(now()),
         }
         .encode_to_vec()),
-        _ => Err(
+        _ => Err(format!(
             "this runtime runs containers only in sandboxes of its daemon: set `sandboxer = \
-             \"bulkhead-microvm\"` for it in containerd's configuration and make pods by CRI"
-                .into(),
-        ),
+             \"{runtime}\"` for it in containerd's configuration and make pods by CRI"
+        )),
     }
 }
 
@@ -66,7 +76,20 @@ mod tests {
 
     fn ask(args: &[&str]) -> Result<Vec<u8>, String> {
         let args: Vec<String> = args.iter().map(|a| (*a).to_owned()).collect();
-        answer(&args)
+        answer("/usr/bin/containerd-shim-bulkhead-microvm-v1", &args)
+    }
+
+    #[test]
+    fn one_program_answers_for_all_runtimes() {
+        for (program, name) in [
+            ("/usr/bin/containerd-shim-bulkhead-app-v1", "bulkhead-app"),
+            ("containerd-shim-bulkhead-wasm-v1", "bulkhead-wasm"),
+            ("shim", "bulkhead-microvm"),
+            ("containerd-shim-runc-v2", "bulkhead-microvm"),
+            ("", "bulkhead-microvm"),
+        ] {
+            assert_eq!(runtime(program), name);
+        }
     }
 
     #[test]

@@ -224,8 +224,7 @@ fn start_and_watch(
         created_ms: 0,
         cpus: args.cpus,
         memory_mib: args.memory,
-        scratch: Vec::new(),
-        spec: None,
+        ..State::default()
     };
     let dir = RunDir::create(&context.run_root, state)?;
     let config = VmConfig {

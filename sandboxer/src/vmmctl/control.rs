@@ -129,6 +129,17 @@ pub fn kill(args: &KillArgs, context: &Context) -> Result<u8, CliError> {
         let vm = found.state.id.clone();
         let result = runtime.block_on(async {
             let agent = Agent::connect(remote).await?;
+            if !found.state.containers.is_empty() {
+                // A pod: those of its containers that have ended take no signal.
+                let (mut sent, mut error) = (false, None);
+                for id in found.state.containers.keys() {
+                    match container::kill(&agent, id, "", args.signal).await {
+                        Ok(()) => sent = true,
+                        Err(e) => error = error.or(Some(e)),
+                    }
+                }
+                return error.filter(|_| !sent).map_or(Ok(()), Err);
+            }
             container::kill(&agent, &vm, "", args.signal).await
         });
         runtime.shutdown_background();

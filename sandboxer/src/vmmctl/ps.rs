@@ -34,6 +34,7 @@ pub fn run(args: &Args, context: &Context) -> Result<u8, CliError> {
             json!({
                 "id": vm.state.id,
                 "name": vm.state.name,
+                "pod": Some(&vm.state.alias).filter(|pod| !pod.is_empty()),
                 "kind": vm.state.kind,
                 "mode": vm.state.mode,
                 "image": vm.state.image,

@@ -294,8 +294,7 @@ fn prepare(
         created_ms: 0,
         cpus: args.cpus,
         memory_mib: args.memory,
-        scratch: Vec::new(),
-        spec: None,
+        ..State::default()
     };
     let mut dir = RunDir::create(&context.run_root, state)?;
     let id = dir.id().to_owned();

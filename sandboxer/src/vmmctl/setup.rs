@@ -9,14 +9,45 @@ use crate::fsutil;
 /// First and last line of what is ours in somebody else's file.
 const BEGIN: &str = "# BEGIN bulkhead (vmmctl setup containerd)";
 const END: &str = "# END bulkhead";
-/// Name of sandboxer, runtime and handler.
-const NAME: &str = "bulkhead-microvm";
-/// containerd looks for it in its PATH.
-const SHIM: &str = "containerd-shim-bulkhead-microvm-v1";
 /// Largest configuration that is read.
 const MAX_FILE: u64 = 4 << 20;
 
-/// Make a service of this host know our runtime.
+/// A kind of pods: a sandboxer, a runtime and a handler of containerd's, all of one name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Runtime {
+    /// Pods in VMs with a Linux guest.
+    Microvm,
+    /// Pods on the app kernel.
+    App,
+    /// Pods of WebAssembly programs.
+    Wasm,
+}
+
+impl Runtime {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Microvm => "bulkhead-microvm",
+            Self::App => "bulkhead-app",
+            Self::Wasm => "bulkhead-wasm",
+        }
+    }
+
+    /// Where the sandboxer serves it by default.
+    fn socket(self) -> &'static str {
+        match self {
+            Self::Microvm => "/run/bulkhead/microvm.sock",
+            Self::App => "/run/bulkhead/app.sock",
+            Self::Wasm => "/run/bulkhead/wasm.sock",
+        }
+    }
+
+    /// The program that containerd looks for in its PATH.
+    fn shim(self) -> String {
+        format!("containerd-shim-{}-v1", self.name())
+    }
+}
+
+/// Make a service of this host know our runtimes.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -28,11 +59,12 @@ enum What {
     Containerd(ContainerdArgs),
 }
 
-/// Add our runtime to containerd's configuration, or take it out again.
+/// Add our runtimes to containerd's configuration, or take them out again.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   vmmctl setup containerd --dry-run          only show what would be added
   vmmctl setup containerd && systemctl restart containerd
+  vmmctl setup containerd --runtime microvm --runtime app
   vmmctl setup containerd --undo
 
 What is added stands between two marked lines at the end of the file; nothing else is changed, and
@@ -45,13 +77,12 @@ struct ContainerdArgs {
         default_value = "/etc/containerd/config.toml"
     )]
     config: PathBuf,
-    /// Socket of the sandboxer.
-    #[arg(
-        long,
-        value_name = "PATH",
-        default_value = "/run/bulkhead/microvm.sock"
-    )]
-    socket: PathBuf,
+    /// Which runtimes; more than once for several [default: all].
+    #[arg(long, value_enum, value_name = "RUNTIME")]
+    runtime: Vec<Runtime>,
+    /// Socket of the sandboxer for the one --runtime [default: as in its configuration].
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
     /// How containers' output reaches containerd.
     #[arg(long, value_enum, default_value_t = IoType::Fifo)]
     io_type: IoType,
@@ -59,7 +90,7 @@ struct ContainerdArgs {
     #[arg(long)]
     dry_run: bool,
     /// Take it out.
-    #[arg(long, conflicts_with_all = ["socket", "io_type"])]
+    #[arg(long, conflicts_with_all = ["runtime", "socket", "io_type"])]
     undo: bool,
 }
 
@@ -67,6 +98,14 @@ struct ContainerdArgs {
 enum IoType {
     Fifo,
     Streaming,
+}
+
+impl ContainerdArgs {
+    fn runtimes(&self) -> Vec<Runtime> {
+        let all = [Runtime::Microvm, Runtime::App, Runtime::Wasm];
+        let named = |r: &Runtime| self.runtime.is_empty() || self.runtime.contains(r);
+        all.into_iter().filter(named).collect()
+    }
 }
 
 /// Runs the command.
@@ -96,27 +135,36 @@ pub fn run(args: &Args, context: &Context) -> Result<u8, CliError> {
         fsutil::write_atomically(&args.config, after.as_bytes(), mode)
             .map_err(|e| CliError::io(args.config.display().to_string(), e))?;
     }
-    let shim = found_in_path(SHIM);
+    let missing: Vec<String> = args
+        .runtimes()
+        .into_iter()
+        .map(Runtime::shim)
+        .filter(|shim| !found_in_path(shim))
+        .collect();
     if context.json {
         print_json(&serde_json::json!({
-            "config": args.config, "changed": changed, "undo": args.undo, "shim_found": shim,
+            "config": args.config, "changed": changed, "undo": args.undo,
+            "shims_missing": missing,
         }))?;
         return Ok(0);
     }
     let done = match (changed, args.undo) {
-        (true, false) => "now knows the runtime",
-        (true, true) => "does not know the runtime any more",
-        (false, false) => "knew the runtime already, as it should be",
-        (false, true) => "did not know the runtime",
+        (true, false) => "now knows",
+        (true, true) => "does not know any more",
+        (false, false) => "knew already, as it should be,",
+        (false, true) => "did not know",
     };
-    print(&format!("{}: {done} {NAME}\n", args.config.display()))?;
+    let names: Vec<&str> = args.runtimes().into_iter().map(Runtime::name).collect();
+    let names = names.join(", ");
+    print(&format!("{}: {done} {names}\n", args.config.display()))?;
     if changed {
         print("restart containerd for it to take effect: systemctl restart containerd\n")?;
     }
-    if !args.undo && !shim {
+    if !args.undo && !missing.is_empty() {
         eprintln!(
-            "warning: {SHIM} is not in PATH: without it a restart of containerd forgets running \
-             containers; put it beside containerd"
+            "warning: {}: not in PATH: without it a restart of containerd forgets running \
+             containers; put it beside containerd (all are links to one program)",
+            missing.join(", ")
         );
     }
     Ok(0)
@@ -204,26 +252,41 @@ fn with(before: &str, args: &ContainerdArgs) -> Result<String, CliError> {
         IoType::Fifo => "fifo",
         IoType::Streaming => "streaming",
     };
-    let socket = args
-        .socket
-        .to_str()
-        .filter(|s| s.starts_with('/') && !s.contains(['\'', '\n']))
-        .ok_or_else(|| CliError::new("usage", "--socket must be an absolute path"))?;
+    let runtimes = args.runtimes();
+    if args.socket.is_some() && runtimes.len() != 1 {
+        return Err(CliError::new(
+            "usage",
+            "--socket is that of one runtime: name it with --runtime",
+        ));
+    }
     if !text.ends_with('\n') {
         text.push('\n');
     }
-    text.push_str(&format!(
-        "{BEGIN}\n\
-         [proxy_plugins.{NAME}]\n  type = 'sandbox'\n  address = '{socket}'\n\
-         [plugins.'{plugin}'.containerd.runtimes.{NAME}]\n  \
-         runtime_type = 'io.containerd.{NAME}.v1'\n  sandboxer = '{NAME}'\n  \
-         io_type = '{io_type}'\n  # devices of this host cannot be given to a VM\n  \
-         privileged_without_host_devices = true\n{END}\n"
-    ));
+    text.push_str(BEGIN);
+    text.push('\n');
+    for runtime in runtimes {
+        let name = runtime.name();
+        let socket = args
+            .socket
+            .as_deref()
+            .unwrap_or(Path::new(runtime.socket()))
+            .to_str()
+            .filter(|s| s.starts_with('/') && !s.contains(['\'', '\n']))
+            .ok_or_else(|| CliError::new("usage", "--socket must be an absolute path"))?;
+        text.push_str(&format!(
+            "[proxy_plugins.{name}]\n  type = 'sandbox'\n  address = '{socket}'\n\
+             [plugins.'{plugin}'.containerd.runtimes.{name}]\n  \
+             runtime_type = 'io.containerd.{name}.v1'\n  sandboxer = '{name}'\n  \
+             io_type = '{io_type}'\n  # devices of this host cannot be given to a sandbox\n  \
+             privileged_without_host_devices = true\n"
+        ));
+    }
+    text.push_str(END);
+    text.push('\n');
     text.parse::<toml::Table>().map_err(|e| {
         wrong(format!(
-            "the runtime cannot be added at its end ({}): it is there already, or written as one \
-             inline table",
+            "our runtimes cannot be added at its end ({}): one is there already, or written as \
+             one inline table",
             e.message()
         ))
     })?;
@@ -263,16 +326,17 @@ mod tests {
     fn args() -> ContainerdArgs {
         ContainerdArgs {
             config: "/etc/containerd/config.toml".into(),
-            socket: "/run/bulkhead/microvm.sock".into(),
+            runtime: Vec::new(),
+            socket: None,
             io_type: IoType::Streaming,
             dry_run: false,
             undo: false,
         }
     }
 
-    fn runtime(text: &str, plugin: &str) -> toml::Value {
+    fn runtime(text: &str, plugin: &str, name: &str) -> toml::Value {
         let table: toml::Table = text.parse().expect("TOML");
-        table["plugins"][plugin]["containerd"]["runtimes"][NAME].clone()
+        table["plugins"][plugin]["containerd"]["runtimes"][name].clone()
     }
 
     #[test]
@@ -280,13 +344,44 @@ mod tests {
         let debian = "version = 2\n\n[plugins]\n  [plugins.\"io.containerd.grpc.v1.cri\"]\n    \
                       [plugins.\"io.containerd.grpc.v1.cri\".cni]\n      bin_dir = \"/usr/lib/cni\"\n";
         let once = with(debian, &args()).expect("added");
-        let found = runtime(&once, "io.containerd.grpc.v1.cri");
-        assert_eq!(found["io_type"].as_str(), Some("streaming"));
+        for name in ["bulkhead-microvm", "bulkhead-app", "bulkhead-wasm"] {
+            let found = runtime(&once, "io.containerd.grpc.v1.cri", name);
+            assert_eq!(found["io_type"].as_str(), Some("streaming"));
+            assert_eq!(found["sandboxer"].as_str(), Some(name));
+        }
         assert!(once.starts_with(debian), "the rest stays as it was");
         assert_eq!(with(&once, &args()).expect("again"), once);
         assert_eq!(without(&once), debian);
         let fresh = with("", &args()).expect("made");
-        runtime(&fresh, "io.containerd.cri.v1.runtime");
+        runtime(&fresh, "io.containerd.cri.v1.runtime", "bulkhead-microvm");
+    }
+
+    #[test]
+    fn runtimes_are_chosen() {
+        let one = ContainerdArgs {
+            runtime: vec![Runtime::App],
+            socket: Some("/run/x.sock".into()),
+            ..args()
+        };
+        let text = with("", &one).expect("added");
+        assert!(
+            text.contains("address = '/run/x.sock'") && !text.contains("wasm"),
+            "{text}"
+        );
+        for socket in ["x.sock", "/a'b"] {
+            let wrong = ContainerdArgs {
+                runtime: vec![Runtime::App],
+                socket: Some(socket.into()),
+                ..args()
+            };
+            assert!(with("", &wrong).is_err(), "{socket}");
+        }
+        let ambiguous = ContainerdArgs {
+            socket: Some("/run/x.sock".into()),
+            ..args()
+        };
+        let error = with("", &ambiguous).expect_err("which").to_string();
+        assert!(error.contains("--runtime"), "{error}");
     }
 
     #[test]

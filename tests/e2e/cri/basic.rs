@@ -3,7 +3,7 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_tests::cri::containerd::{Node, OURS};
+use bulkhead_tests::cri::containerd::Node;
 use bulkhead_tests::cri::proto::*;
 use bulkhead_tests::cri::{container, log, pod};
 use bulkhead_tests::env::PATIENCE;
@@ -38,7 +38,7 @@ fn first_pod(node: &mut Node, handler: &str) -> Result<()> {
     let seen = lines.next().context("no output")?;
     let same = seen == kernel.trim();
     ensure!(
-        same == (handler != OURS),
+        same == (handler == "runc"),
         "kernel {seen} with {handler}, host {kernel}"
     );
     ensure!(lines.next() == Some("first"), "hostname: {out}");

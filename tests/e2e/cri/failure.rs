@@ -21,12 +21,14 @@ use bulkhead_tests::env::PATIENCE;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::Test;
+use super::host::Host;
 
 pub const TESTS: &[Test] = &[
     ("bad_requests", false, bad_requests),
     ("full_disk_and_clients_that_leave", true, in_use),
     ("guest_panics", false, guest_panics),
     ("guest_hangs", false, guest_hangs),
+    ("cni_fails", true, cni_fails),
 ];
 
 const CONTROLLER: &str = "/run/bulkhead/microvm.sock";
@@ -333,4 +335,49 @@ fn guest_hangs(node: &mut Node, handler: &str) -> Result<()> {
     pod.remove()?;
     node.terminate_sandboxer()?;
     node.start_sandboxer()
+}
+
+/// A network that cannot be made is said by the pod's creation, leaves nothing, and does not harm
+/// the next one.
+fn cni_fails(node: &mut Node, handler: &str) -> Result<()> {
+    const REFUSES: &str = r#"#!/bin/sh
+case $CNI_COMMAND in
+ADD) echo '{"cniVersion": "1.0.0", "code": 100, "msg": "the test refuses"}'; exit 1 ;;
+VERSION) echo '{"cniVersion": "1.0.0", "supportedVersions": ["1.0.0"]}' ;;
+esac
+"#;
+    // Makes the bridge, which stays.
+    TestPod::run(node, handler, pod("cni0"))?.remove()?;
+    let before = Host::settled(node)?;
+    node.chain_cni(Some(REFUSES))?;
+    let result = refused_pods(node, handler);
+    node.chain_cni(None)?;
+    result?;
+    let begin = Instant::now();
+    while let Err(error) = TestPod::run(node, handler, pod("cni2")).and_then(TestPod::remove) {
+        ensure!(begin.elapsed() < PATIENCE, "no pod after that: {error:#}");
+    }
+    before.as_before(node).map(drop)
+}
+
+fn refused_pods(node: &Node, handler: &str) -> Result<()> {
+    let begin = Instant::now();
+    let mut failures = 0;
+    while failures < 3 {
+        match TestPod::run(node, handler, pod("cni1")) {
+            // Not read yet.
+            Ok(pod) => {
+                ensure!(failures == 0 && begin.elapsed() < PATIENCE, "the pod runs");
+                pod.remove()?;
+            }
+            Err(error) => {
+                let error = format!("{error:#}");
+                ensure!(error.contains("the test refuses"), "{error}");
+                failures += 1;
+            }
+        }
+    }
+    let left = node.cri(handler)?.pods()?;
+    ensure!(left.is_empty(), "{left:?}");
+    Ok(())
 }

@@ -121,7 +121,7 @@ fn network(node: &mut Node, handler: &str) -> Result<()> {
     second.remove()
 }
 
-fn names(node: &mut Node, handler: &str) -> Result<()> {
+pub fn names(node: &mut Node, handler: &str) -> Result<()> {
     let mut config = pod("names");
     config.hostname = "my-host".into();
     config.dns_config = Some(DnsConfig {
@@ -150,7 +150,7 @@ fn names(node: &mut Node, handler: &str) -> Result<()> {
     pod.remove()
 }
 
-fn port_forward(node: &mut Node, handler: &str) -> Result<()> {
+pub fn port_forward(node: &mut Node, handler: &str) -> Result<()> {
     let pod = TestPod::run(node, handler, pod("forward"))?;
     let c = pod.sleeper("c")?;
     pod.sh(
@@ -181,7 +181,7 @@ fn port_forward(node: &mut Node, handler: &str) -> Result<()> {
     pod.remove()
 }
 
-fn volumes(node: &mut Node, handler: &str) -> Result<()> {
+pub fn volumes(node: &mut Node, handler: &str) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let (data, map) = (dir.path().join("data"), dir.path().join("map"));
     fs::create_dir(&data)?;
@@ -230,7 +230,7 @@ fn volumes(node: &mut Node, handler: &str) -> Result<()> {
     Ok(())
 }
 
-fn interactive_exec(node: &mut Node, handler: &str) -> Result<()> {
+pub fn interactive_exec(node: &mut Node, handler: &str) -> Result<()> {
     let pod = TestPod::run(node, handler, pod("exec"))?;
     let c = pod.sleeper("c")?;
     let script = "read x; echo got $x; stty size; test -t 1 && echo tty; exit 4";
@@ -266,7 +266,7 @@ fn interactive_exec(node: &mut Node, handler: &str) -> Result<()> {
     pod.remove()
 }
 
-fn attach(node: &mut Node, handler: &str) -> Result<()> {
+pub fn attach(node: &mut Node, handler: &str) -> Result<()> {
     let pod = TestPod::run(node, handler, pod("attach"))?;
     let mut spec = container(
         "c",
@@ -293,7 +293,7 @@ fn attach(node: &mut Node, handler: &str) -> Result<()> {
     pod.remove()
 }
 
-fn much_output(node: &mut Node, handler: &str) -> Result<()> {
+pub fn much_output(node: &mut Node, handler: &str) -> Result<()> {
     let pod = TestPod::run(node, handler, pod("output"))?;
     let spec = container("c", "busybox", &["seq", "1", "300000"]);
     let c = pod.start(&spec)?;
@@ -450,19 +450,22 @@ fn limits_and_stats(node: &mut Node, handler: &str) -> Result<()> {
     pod.remove()
 }
 
-/// What the host knows of the pod: its VM's threads are held to the pod's share of CPU and counted,
-/// and Prometheus gets figures.
-fn figures(pod: &TestPod) -> Result<()> {
+/// A file of the cgroup in which the threads of a pod's VM are.
+pub fn pod_cgroup(pod: &str, file: &str) -> Result<String> {
     let own = fs::read_to_string("/proc/self/cgroup")?;
     let own = own.lines().find_map(|l| l.strip_prefix("0::/"));
     // The sandboxer is a child of ours, in the same cgroup.
-    let cgroup = std::path::Path::new("/sys/fs/cgroup")
+    let path = std::path::Path::new("/sys/fs/cgroup")
         .join(own.context("no cgroup v2")?)
-        .join(format!("bulkhead-{}", pod.id));
-    let read = |file: &str| {
-        let path = cgroup.join(file);
-        fs::read_to_string(&path).with_context(|| path.display().to_string())
-    };
+        .join(format!("bulkhead-{pod}"))
+        .join(file);
+    fs::read_to_string(&path).with_context(|| path.display().to_string())
+}
+
+/// What the host knows of the pod: its VM's threads are held to the pod's share of CPU and counted,
+/// and Prometheus gets figures.
+fn figures(pod: &TestPod) -> Result<()> {
+    let read = |file| pod_cgroup(&pod.id, file);
     ensure!(read("cpu.max")? == "80000 100000\n", "{}", read("cpu.max")?);
     ensure!(read("cpu.weight")? == "20\n", "{}", read("cpu.weight")?);
     ensure!(read("cgroup.threads")?.lines().count() >= 2, "no threads");
@@ -502,7 +505,7 @@ fn figures(pod: &TestPod) -> Result<()> {
     Ok(())
 }
 
-fn stop_gracefully(node: &mut Node, handler: &str) -> Result<()> {
+pub fn stop_gracefully(node: &mut Node, handler: &str) -> Result<()> {
     let pod = TestPod::run(node, handler, pod("grace"))?;
     let script = "trap 'echo bye; exit 5' TERM; echo up; while :; do sleep 0.1; done";
     let spec = container("polite", "busybox", &["sh", "-c", script]);

@@ -2,6 +2,7 @@
 //! root, cgroup v2, and nobody else's containerd.
 
 use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -11,10 +12,13 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::Cri;
+use crate::env::built;
 use crate::process::Guard;
 
 /// Handler of our runtime.
 pub const OURS: &str = "bulkhead-microvm";
+/// Handler of our runtime for pods on the app kernel.
+pub const APP: &str = "bulkhead-app";
 /// Handler of our runtime for wasm pods.
 pub const WASM: &str = "bulkhead-wasm";
 /// Where its sandboxer serves figures.
@@ -51,8 +55,15 @@ impl Node {
     pub fn start(sandboxer: &Path, images: &[&str], io: IoType) -> Result<Self> {
         // Logs are appended to: those of an earlier node would be taken for this one's.
         let _ = fs::remove_dir_all(at("logs"));
-        for dir in ["", "logs", "cni"] {
+        for dir in ["", "logs", "cni", "cni-bin", "bin"] {
             fs::create_dir_all(Path::new(DIR).join(dir))?;
+        }
+        // One program for all our runtimes, as the package has it.
+        let shim = built(&format!("containerd-shim-{OURS}-v1"))?;
+        for name in [OURS, APP, WASM] {
+            let link = at(&format!("bin/containerd-shim-{name}-v1"));
+            let _ = fs::remove_file(&link);
+            std::os::unix::fs::symlink(&shim, link)?;
         }
         fs::write(at("config.toml"), config(io))?;
         fs::write(at("cni/10-bridge.conflist"), serde_json::to_string(&cni())?)?;
@@ -83,12 +94,12 @@ impl Node {
     /// # Errors
     /// It does not answer in time.
     pub fn start_containerd(&mut self) -> Result<()> {
-        // It looks for the runtime's shim there.
-        let beside = self.program.parent().unwrap_or(Path::new("/")).display();
+        // It looks for the runtimes' shims there.
+        let shims = at("bin");
         let path = std::env::var("PATH").unwrap_or_default();
         let child = Command::new("containerd")
             .args(["--config", &at("config.toml")])
-            .env("PATH", format!("{path}:{beside}"))
+            .env("PATH", format!("{path}:{shims}"))
             .stdin(Stdio::null())
             .stdout(log("containerd.log")?)
             .stderr(log("containerd.log")?)
@@ -220,6 +231,27 @@ impl Node {
         out
     }
 
+    /// Puts another plugin, a script, behind the one that makes pods' networks; `None`: takes it
+    /// away. containerd notices by itself, soon.
+    ///
+    /// # Errors
+    /// The files cannot be written.
+    pub fn chain_cni(&self, script: Option<&str>) -> Result<()> {
+        let file = at("cni/00-chained.conflist");
+        let Some(script) = script else {
+            return Ok(fs::remove_file(file)?);
+        };
+        let program = at("cni-bin/chained");
+        fs::write(&program, script)?;
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+        let mut conf = cni();
+        let plugins = conf["plugins"].as_array_mut().context("plugins")?;
+        plugins.push(json!({"type": "chained"}));
+        // Whole at once: containerd reads it when it appears.
+        fs::write(at("chained.conflist"), serde_json::to_string(&conf)?)?;
+        Ok(fs::rename(at("chained.conflist"), file)?)
+    }
+
     fn ctr(&self, args: &[&str]) -> Result<()> {
         let output = Command::new("ctr")
             .args(["--address", SOCKET, "--namespace", "k8s.io"])
@@ -333,18 +365,12 @@ fn config(io: IoType) -> String {
         .into_iter()
         .find(|dir| Path::new(dir).join("bridge").exists())
         .unwrap_or("/opt/cni/bin");
-    format!(
+    let mut text = format!(
         r#"version = 3
 root = "/var/lib/containerd"
 state = "/run/containerd"
 [debug]
   level = "info"
-[proxy_plugins.{OURS}]
-  type = "sandbox"
-  address = "/run/bulkhead/microvm.sock"
-[proxy_plugins.{WASM}]
-  type = "sandbox"
-  address = "/run/bulkhead/wasm.sock"
 [plugins.'io.containerd.cri.v1.images']
   snapshotter = "overlayfs"
   stats_collect_period = 3600
@@ -353,22 +379,27 @@ state = "/run/containerd"
 [plugins.'io.containerd.cri.v1.runtime']
   disable_apparmor = true
 [plugins.'io.containerd.cri.v1.runtime'.cni]
-  bin_dirs = ["{plugins}"]
+  bin_dirs = ["{plugins}", "{DIR}/cni-bin"]
   conf_dir = "{DIR}/cni"
   max_conf_num = 1
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
   runtime_type = "io.containerd.runc.v2"
-[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{OURS}]
-  runtime_type = "io.containerd.{OURS}.v1"
-  sandboxer = "{OURS}"
+"#
+    );
+    for (name, socket) in [(OURS, "microvm"), (APP, "app"), (WASM, "wasm")] {
+        text.push_str(&format!(
+            r#"[proxy_plugins.{name}]
+  type = "sandbox"
+  address = "/run/bulkhead/{socket}.sock"
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{name}]
+  runtime_type = "io.containerd.{name}.v1"
+  sandboxer = "{name}"
   io_type = "{io}"
   privileged_without_host_devices = true
-[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{WASM}]
-  runtime_type = "io.containerd.{OURS}.v1"
-  sandboxer = "{WASM}"
-  io_type = "{io}"
 "#
-    )
+        ));
+    }
+    text
 }
 
 fn cni() -> Value {

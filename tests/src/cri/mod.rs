@@ -26,7 +26,7 @@ const RECONNECT: Duration = Duration::from_secs(30);
 /// Whether containerd says that it cannot connect to the sandboxer.
 fn unreachable(error: &anyhow::Error) -> bool {
     let text = format!("{error:#}");
-    text.contains("dial unix") && text.contains("microvm.sock")
+    text.contains("dial unix") && text.contains("/run/bulkhead/")
 }
 
 /// Calls of `runtime.v1.RuntimeService`.

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::Row;
-use crate::cri::containerd::{IoType, Node, OURS};
+use crate::cri::containerd::{APP, IoType, Node, OURS};
 use crate::cri::proto::SANDBOX_READY;
 use crate::cri::{TestPod, WebSocket, container, log, pod};
 use crate::env::{PATIENCE, built};
@@ -21,33 +21,27 @@ const PORT: i32 = 8080;
 pub fn rows() -> Result<Vec<Row>> {
     let node = Node::start(&built("sandboxer")?, &["busybox", "python3"], IoType::Fifo)?;
     let mut rows = Vec::new();
-    let job = |image: &str, command: &str, expected: i32, holds: &str| -> Row {
-        eprintln!("running {image} {command} in a pod");
-        let begin = Instant::now();
-        finish(
-            image,
-            command,
-            begin,
-            batch(&node, image, command),
-            expected,
-            holds,
-        )
-    };
-    rows.push(job("busybox", "uname -a", 0, "-bulkhead"));
-    rows.push(job(
-        "python3",
-        "python3 /app/job.py",
-        0,
-        "job ok: 4 threads",
-    ));
-    rows.push(job(
-        "busybox",
-        "echo leaving with 7; exit 7",
-        7,
-        "leaving with 7",
-    ));
-    eprintln!("running a pod of two containers");
-    rows.extend(two_containers(&node)?);
+    for (handler, kernel) in [(OURS, "-bulkhead "), (APP, "-bulkhead-app ")] {
+        for (image, command, expected, holds) in [
+            ("busybox", "uname -a", 0, kernel),
+            ("python3", "python3 /app/job.py", 0, "job ok: 4 threads"),
+            (
+                "busybox",
+                "echo leaving with 7; exit 7",
+                7,
+                "leaving with 7",
+            ),
+        ] {
+            eprintln!("running {image} {command} in a pod of {handler}");
+            let begin = Instant::now();
+            let said = batch(&node, handler, image, command);
+            rows.push(finish(
+                handler, image, command, begin, said, expected, holds,
+            ));
+        }
+        eprintln!("running a pod of two containers of {handler}");
+        rows.extend(two_containers(&node, handler)?);
+    }
     Ok(rows)
 }
 
@@ -55,6 +49,7 @@ pub fn rows() -> Result<Vec<Row>> {
 type Said = (f64, i32, String);
 
 fn finish(
+    handler: &str,
     image: &str,
     command: &str,
     begin: Instant,
@@ -77,7 +72,11 @@ fn finish(
         }
     };
     Row {
-        sandbox: "microvm".into(),
+        sandbox: match handler {
+            APP => "appkernel",
+            _ => "microvm",
+        }
+        .into(),
         via: "cri".into(),
         image: image.into(),
         command: command.into(),
@@ -94,9 +93,9 @@ fn ms(begin: Instant) -> f64 {
 }
 
 /// A pod of one container that ends by itself; removed.
-fn batch(node: &Node, image: &str, command: &str) -> Result<Said> {
+fn batch(node: &Node, handler: &str, image: &str, command: &str) -> Result<Said> {
     let begin = Instant::now();
-    let pod = TestPod::run(node, OURS, pod("demo-job"))?;
+    let pod = TestPod::run(node, handler, pod("demo-job"))?;
     let spec = container("job", image, &["sh", "-c", command]);
     let id = pod.start(&spec)?;
     let boot = ms(begin);
@@ -110,9 +109,9 @@ fn batch(node: &Node, image: &str, command: &str) -> Result<Said> {
 
 /// A server and its neighbour in one pod, which share only the network, and what one does with
 /// them from outside.
-fn two_containers(node: &Node) -> Result<Vec<Row>> {
+fn two_containers(node: &Node, handler: &str) -> Result<Vec<Row>> {
     let begin = Instant::now();
-    let pod = TestPod::run(node, OURS, pod("demo-pair"))?;
+    let pod = TestPod::run(node, handler, pod("demo-pair"))?;
     let script = format!(
         "mkdir /www && echo hello from the pod > /www/index.html && echo serving && \
          exec httpd -f -p 127.0.0.1:{PORT} -h /www"
@@ -131,7 +130,7 @@ fn two_containers(node: &Node) -> Result<Vec<Row>> {
         // The pod started once.
         let started = std::mem::take(&mut boot);
         let said = said.map(|out| (started, 0, out));
-        rows.push(finish("busybox", command, begin, said, 0, holds));
+        rows.push(finish(handler, "busybox", command, begin, said, 0, holds));
     };
     let command = format!("wget -qO- http://127.0.0.1:{PORT}/");
     let said = pod.sh(&neighbour, &command);
@@ -152,7 +151,7 @@ fn two_containers(node: &Node) -> Result<Vec<Row>> {
     let now = Instant::now();
     row("stats", now, stats(&pod, &server), " MiB");
     let now = Instant::now();
-    let (cri, id) = (node.cri(OURS)?, pod.id.clone());
+    let (cri, id) = (node.cri(handler)?, pod.id.clone());
     ensure!(
         cri.pod_status(&id)?.state == SANDBOX_READY,
         "the pod is not ready"

@@ -189,6 +189,7 @@ impl Agent {
                 bundle: request.bundle.clone(),
                 processes,
                 template,
+                oom_kills: 0,
             },
         );
         Ok(visible(task.id))

@@ -148,6 +148,8 @@ impl Agent {
             };
             self.roles.insert(key, role);
         }
+        // Before the ends that they lead to.
+        self.note_shortages();
         for (id, status) in task::take_exits() {
             any = true;
             self.ended(id, status);

@@ -4,11 +4,13 @@ use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::String;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::Ordering;
 
 use appkernel_core::errno::Errno;
 use appkernel_hal::clock;
 use bulkhead_protocol::rpc::{Code, Status};
-use bulkhead_protocol::sandbox::{EventKind, ExitEvent};
+use bulkhead_protocol::sandbox::{EventKind, ExitEvent, OomEvent};
 use bulkhead_protocol::types::ProcessStatus;
 
 use super::spec::{self, Process as Spec};
@@ -61,6 +63,8 @@ pub struct Held {
     pub processes: BTreeMap<String, Process>,
     /// `process` of its spec, for what added processes leave out.
     pub template: serde_json::Value,
+    /// Of its programs that were ended for lack of memory, those that the host knows of.
+    pub oom_kills: u64,
 }
 
 /// Opens one of the three standard files of a process: a stream's pipe, or /dev/null.
@@ -237,6 +241,24 @@ impl Agent {
         task::begin(number);
         self.reached("first program");
         Ok(visible(number))
+    }
+
+    /// Tells the host which containers have lost programs for lack of memory.
+    pub(super) fn note_shortages(&mut self) {
+        let mut events = Vec::new();
+        for (id, held) in &mut self.containers {
+            let kills = held.container.oom_kills.load(Ordering::Relaxed);
+            if kills > held.oom_kills {
+                held.oom_kills = kills;
+                events.push(OomEvent {
+                    container_id: id.clone(),
+                    oom_kills: kills,
+                });
+            }
+        }
+        for event in events {
+            self.event(EventKind::Oom(event));
+        }
     }
 
     /// A process without a parent has ended.

@@ -55,19 +55,19 @@ fn out_of_memory() {
         // One is on its way out already.
         return;
     }
-    let mut worst: Option<(usize, Arc<Task>)> = None;
+    let mut worst: Option<((bool, usize), Arc<Task>)> = None;
     for task in candidates {
         let Some(mm) = task.mm.lock().clone() else {
             continue;
         };
         let pages = mm.lock().resident();
         // A container's first process only when there is no other: its end is the container's.
-        let weight = if visible(task.process) == 1 { 0 } else { pages };
+        let weight = (visible(task.process) != 1, pages);
         if worst.as_ref().is_none_or(|(most, _)| weight > *most) {
             worst = Some((weight, task));
         }
     }
-    if let Some((pages, task)) = worst {
+    if let Some(((_, pages), task)) = worst {
         crate::log!(
             "out of memory: ending process {} ({} KiB)",
             visible(task.process),

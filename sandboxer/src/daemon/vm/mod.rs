@@ -1,10 +1,12 @@
 //! Pods in VMs of their own: how a VM is sized, built, booted, and joined to the host.
 //!
-//! What happens in the guest is the agent's part; [`sandbox`] passes calls about containers on.
+//! What happens in the guest is its agent's part; [`sandbox`] passes calls about containers on.
+//! Which guests there are, and how they differ, is said in [`guests`] alone.
 
 mod container_spec;
 mod debug_socket;
 mod guest;
+mod guests;
 mod netlink;
 mod network;
 mod portforward;
@@ -17,7 +19,7 @@ use bulkhead_protocol::rpc::{Code, Status};
 use bulkhead_protocol::sandbox::{
     ConfigureSandboxRequest, Dns, EventKind, Share, WaitEventRequest,
 };
-use bulkhead_vmm::{DiskConfig, DiskSource, VmConfig};
+use bulkhead_vmm::VmConfig;
 
 use super::cgroup::{CpuShare, Threads, clean_threads};
 use super::config::Config;
@@ -30,13 +32,14 @@ use super::storage::Storage;
 use crate::engine::EngineError;
 use crate::engine::console::ConsoleHub;
 use crate::engine::microvm::MicroVm;
-use crate::engine::microvm::files::GuestFiles;
 use debug_socket::{About, DebugSocket};
 use guest::Guest;
+pub use guests::Guests;
+use guests::Sizes;
 use network::PodNetwork;
 use portforward::PortForward;
-pub use sandbox::MicroVmSandbox;
 use sandbox::Parts;
+pub use sandbox::VmSandbox;
 
 /// Pods of one daemon.
 const MAX_PODS: usize = 4096;
@@ -51,28 +54,29 @@ fn failed(error: EngineError) -> Status {
     Status::new(code, error.to_string())
 }
 
-/// Pods in VMs with a Linux guest.
+/// Pods in VMs with one kind of guests.
 #[derive(Debug)]
-pub struct MicroVms {
+pub struct Vms {
     config: Arc<Config>,
+    guests: Guests,
 }
 
-impl MicroVms {
+impl Vms {
     /// As configured.
-    pub fn new(config: Arc<Config>) -> Self {
-        Self { config }
+    pub fn new(config: Arc<Config>, guests: Guests) -> Self {
+        Self { config, guests }
     }
 }
 
-impl Kind for MicroVms {
-    type Sandbox = MicroVmSandbox;
+impl Kind for Vms {
+    type Sandbox = VmSandbox;
 
     fn name(&self) -> &'static str {
-        "bulkhead-microvm"
+        self.guests.runtime()
     }
 
     fn directory(&self) -> PathBuf {
-        self.config.run_dir.join("pods")
+        self.config.run_dir.join(self.guests.directory())
     }
 
     fn max_pods(&self) -> usize {
@@ -80,6 +84,7 @@ impl Kind for MicroVms {
     }
 
     fn check(&self, wish: &PodSandboxConfig) -> Result<(), String> {
+        self.guests.check(wish)?;
         let Some(options) = wish
             .linux
             .as_ref()
@@ -102,10 +107,10 @@ impl Kind for MicroVms {
         Ok(())
     }
 
-    async fn start(&self, plan: Plan) -> Answer<MicroVmSandbox> {
+    async fn start(&self, plan: Plan) -> Answer<VmSandbox> {
         let mut parts = Parts::default();
         match self.boot(&plan, &mut parts).await {
-            Ok(guest) => Ok(MicroVmSandbox::new(plan.streams, guest, parts)),
+            Ok(guest) => Ok(VmSandbox::new(plan.streams, guest, parts)),
             Err(error) => {
                 blocking(move || parts.take_down(None)).await?;
                 Err(error)
@@ -121,13 +126,13 @@ impl Kind for MicroVms {
     }
 }
 
-impl MicroVms {
+impl Vms {
     /// Boots the VM; what it has made by then is in `parts`, also when it fails.
     async fn boot(&self, plan: &Plan, parts: &mut Parts) -> Answer<Arc<Guest>> {
-        let (config, wish) = (Arc::clone(&self.config), plan.clone());
+        let (config, guests, wish) = (Arc::clone(&self.config), self.guests, plan.clone());
         let mut making = std::mem::take(parts);
         let (made, built) = blocking(move || {
-            let built = build(&config, &wish, &mut making);
+            let built = build(&config, guests, &wish, &mut making);
             (making, built)
         })
         .await?;
@@ -157,10 +162,11 @@ impl MicroVms {
 
     /// Makes its VM known to `vmmctl`. A pod is of use without.
     fn show(&self, plan: &Plan, vm: &Arc<MicroVm>) -> Option<DebugSocket> {
-        let (cpus, memory_mib) = size(&plan.wish, &self.config.microvm);
+        let (cpus, memory_mib) = size(&plan.wish, &self.guests.sizes(&self.config));
         let names = plan.wish.metadata.as_ref();
         let about = About {
             id: plan.id.clone(),
+            kind: self.guests.shown(),
             pod: names.map_or(String::new(), |m| format!("{}/{}", m.namespace, m.name)),
             cpus,
             memory_mib,
@@ -195,40 +201,33 @@ async fn forward_ports(plan: &Plan, parts: &Parts, guest: &Arc<Guest>) -> Option
 /// Share, network, VM. Blocks.
 fn build(
     config: &Config,
+    guests: Guests,
     plan: &Plan,
     parts: &mut Parts,
 ) -> Answer<(Arc<MicroVm>, ConfigureSandboxRequest)> {
-    let vm_config = &config.microvm;
-    let files = GuestFiles::find(vm_config.kernel.as_deref(), vm_config.image.as_deref())
-        .map_err(failed)?;
+    let boot = guests.boot(config).map_err(failed)?;
     let storage =
         Storage::create(&plan.dir).map_err(|e| Status::new(Code::Internal, e.to_string()))?;
     let mut network = match plan.netns.as_str() {
         "" => PodNetwork::default(),
         path => PodNetwork::join(Path::new(path)).map_err(failed)?,
     };
-    let request = guest_setup(plan, &storage, &network);
-    let (vcpus, memory_mib) = size(&plan.wish, vm_config);
+    let request = guest_setup(guests, plan, &storage, &network);
+    let sizes = guests.sizes(config);
+    let (vcpus, memory_mib) = size(&plan.wish, &sizes);
     let config = VmConfig {
         id: plan.id.clone(),
         vcpus,
         memory_mib,
-        hugepages: vm_config.hugepages,
-        kernel: files.kernel,
-        cmdline: format!(
-            "quiet root=/dev/vda rootfstype=erofs ro init=/sbin/agent dummy.numdummies=0 {}",
-            vm_config.cmdline
-        ),
-        disks: vec![DiskConfig {
-            source: DiskSource::Path(files.image),
-            read_only: true,
-            serial: "bulkhead-root".into(),
-        }],
+        hugepages: sizes.hugepages,
+        kernel: boot.kernel,
+        cmdline: boot.cmdline,
+        disks: boot.disks,
         shares: storage.devices(),
         nets: std::mem::take(&mut network.devices),
         vsock_cid: Some(3),
         rng: true,
-        allow_emulated_kvm: vm_config.allow_emulated_kvm,
+        allow_emulated_kvm: guests.allow_emulated_kvm(config),
         ..VmConfig::default()
     };
     // Kept before anything can fail: they are taken away from there.
@@ -269,7 +268,12 @@ fn in_cgroup<T: Send>(
     })
 }
 
-fn guest_setup(plan: &Plan, storage: &Storage, network: &PodNetwork) -> ConfigureSandboxRequest {
+fn guest_setup(
+    guests: Guests,
+    plan: &Plan,
+    storage: &Storage,
+    network: &PodNetwork,
+) -> ConfigureSandboxRequest {
     let wish = &plan.wish;
     let dns = wish.dns_config.as_ref().map(|d| Dns {
         servers: d.servers.clone(),
@@ -285,7 +289,7 @@ fn guest_setup(plan: &Plan, storage: &Storage, network: &PodNetwork) -> Configur
         // Without a wish: the host's own, as other runtimes do.
         dns: dns.filter(|d| !empty(d)).or_else(host_dns),
         hosts: String::new(),
-        sysctls: sysctls(wish),
+        sysctls: sysctls(guests, wish),
         shares: storage
             .guest_mounts()
             .into_iter()
@@ -311,7 +315,7 @@ fn resources(wish: &PodSandboxConfig) -> [LinuxResources; 2] {
 }
 
 /// vCPUs and MiB of memory, from what Kubernetes says about the pod.
-fn size(wish: &PodSandboxConfig, config: &super::config::Microvm) -> (u8, u64) {
+fn size(wish: &PodSandboxConfig, config: &Sizes) -> (u8, u64) {
     let mut cpus = 0.0f64;
     let mut bytes = 0u64;
     for part in resources(wish) {
@@ -342,15 +346,12 @@ fn size(wish: &PodSandboxConfig, config: &super::config::Microvm) -> (u8, u64) {
     (vcpus, memory_mib)
 }
 
-/// The pod's sysctls over those that containerd gives every pod with a network of its own, unless
-/// its configuration turns them off: users without privilege may ping and open low ports.
-fn sysctls(wish: &PodSandboxConfig) -> std::collections::BTreeMap<String, String> {
-    let mut all: std::collections::BTreeMap<_, _> = [
-        ("net.ipv4.ip_unprivileged_port_start", "0"),
-        ("net.ipv4.ping_group_range", "0 2147483647"),
-    ]
-    .map(|(name, value)| (name.to_owned(), value.to_owned()))
-    .into();
+/// The pod's sysctls over the usual ones.
+fn sysctls(guests: Guests, wish: &PodSandboxConfig) -> std::collections::BTreeMap<String, String> {
+    let usual = guests.usual_sysctls().iter();
+    let mut all: std::collections::BTreeMap<_, _> = usual
+        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+        .collect();
     all.extend(wish.linux.iter().flat_map(|l| l.sysctls.clone()));
     all
 }
@@ -426,7 +427,7 @@ mod tests {
 
     #[test]
     fn a_vm_is_as_large_as_its_pod() {
-        let config = super::super::config::Microvm::default();
+        let config = Guests::Linux.sizes(&Config::default());
         assert_eq!(size(&PodSandboxConfig::default(), &config), (1, 256));
         let limited = LinuxResources {
             cpu_period: 100_000,
@@ -452,5 +453,29 @@ mod tests {
             ..LinuxResources::default()
         };
         assert_eq!(size(&wish(Some(none)), &config), (1, 256));
+        // The app kernel has one CPU, whatever the pod's share of it.
+        let config = Guests::App.sizes(&Config::default());
+        assert_eq!(size(&PodSandboxConfig::default(), &config), (1, 128));
+        assert_eq!(size(&wish(Some(limited)), &config), (1, 512 + 32 + 16));
+    }
+
+    #[test]
+    fn what_the_app_kernel_lacks_is_refused() {
+        let mut wish = wish(None);
+        for guests in [Guests::Linux, Guests::App] {
+            assert_eq!(guests.check(&wish), Ok(()));
+        }
+        if let Some(linux) = &mut wish.linux {
+            linux
+                .sysctls
+                .insert("net.core.somaxconn".into(), "9".into());
+        }
+        assert_eq!(Guests::Linux.check(&wish), Ok(()));
+        let reason = Guests::App.check(&wish).expect_err("refused");
+        assert!(
+            reason.contains("somaxconn") && reason.contains("bulkhead-microvm"),
+            "{reason}"
+        );
+        assert!(sysctls(Guests::App, &PodSandboxConfig::default()).is_empty());
     }
 }

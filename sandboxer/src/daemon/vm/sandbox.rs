@@ -78,7 +78,7 @@ impl Parts {
 
 /// A running VM.
 #[derive(Debug)]
-pub struct MicroVmSandbox {
+pub struct VmSandbox {
     /// Until it is taken down: it holds the VM's devices.
     guest: Mutex<Option<Arc<Guest>>>,
     streams: Arc<Streams>,
@@ -143,7 +143,7 @@ fn gone(error: &RpcError) -> bool {
     error.code() == Some(Code::NotFound)
 }
 
-impl MicroVmSandbox {
+impl VmSandbox {
     /// A VM whose agent answers.
     pub(super) fn new(streams: Arc<Streams>, guest: Arc<Guest>, parts: Parts) -> Self {
         Self {
@@ -176,6 +176,13 @@ impl MicroVmSandbox {
         Ok(Pumps::between(places, [stdin, stdout, stderr]))
     }
 
+    /// Tells those who look from outside. Blocks.
+    fn show_container(&self, id: &str, bundle: Option<&str>) {
+        if let Some(debug) = &mut lock(&self.parts).debug {
+            debug.set_container(id, bundle.map(Into::into));
+        }
+    }
+
     fn storage(&self) -> Answer<Arc<Mutex<Storage>>> {
         lock(&self.parts)
             .storage
@@ -184,7 +191,7 @@ impl MicroVmSandbox {
     }
 }
 
-impl Sandbox for MicroVmSandbox {
+impl Sandbox for VmSandbox {
     type Process = VmProcess;
 
     async fn ended(&self) -> OwnEnd {
@@ -349,10 +356,13 @@ impl Sandbox for MicroVmSandbox {
             ..CreateTaskRequest::default()
         };
         let made = self.tasks()?.create(&to_agent).await.map_err(refused)?;
+        // A small file in memory.
+        self.show_container(&request.id, Some(&request.bundle));
         Ok((VmProcess::new(pumps), made.pid))
     }
 
     fn discard(&self, container: &str) {
+        self.show_container(container, None);
         if let Ok(storage) = self.storage() {
             lock(&storage).remove(container);
         }

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
 use tokio::io::Interest;
@@ -21,7 +21,7 @@ use crate::rundir::{RunDir, State};
 #[derive(Debug)]
 pub struct DebugSocket {
     task: AbortHandle,
-    _dir: RunDir,
+    dir: RunDir,
 }
 
 impl Drop for DebugSocket {
@@ -35,6 +35,8 @@ impl Drop for DebugSocket {
 pub struct About {
     /// The pod's id.
     pub id: String,
+    /// What its VM runs.
+    pub kind: &'static str,
     /// Its namespace and name.
     pub pod: String,
     /// vCPUs.
@@ -56,7 +58,8 @@ impl DebugSocket {
                 id: String::new(),
                 // As crictl shortens ids.
                 name: about.id.chars().take(13).collect(),
-                kind: "microvm".into(),
+                alias: about.id,
+                kind: about.kind.into(),
                 mode: "pod".into(),
                 image: about.pod,
                 command: Vec::new(),
@@ -66,8 +69,7 @@ impl DebugSocket {
                 created_ms: 0,
                 cpus: about.cpus,
                 memory_mib: about.memory_mib,
-                scratch: Vec::new(),
-                spec: None,
+                ..State::default()
             },
         )
         .map_err(io::Error::other)?;
@@ -77,8 +79,19 @@ impl DebugSocket {
         let served = serve(listener, stop, stop_pod, Arc::downgrade(vm));
         Ok(Self {
             task: tokio::spawn(served).abort_handle(),
-            _dir: dir,
+            dir,
         })
+    }
+
+    /// Lets `vmmctl exec` know a container, or forget it when there is no bundle. Blocks.
+    pub fn set_container(&mut self, id: &str, bundle: Option<PathBuf>) {
+        let changed = self.dir.update(|state| match bundle {
+            Some(bundle) => drop(state.containers.insert(id.to_owned(), bundle)),
+            None => drop(state.containers.remove(id)),
+        });
+        if let Err(error) = changed {
+            tracing::warn!(container = id, %error, "vmmctl will not know it");
+        }
     }
 }
 

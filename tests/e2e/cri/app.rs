@@ -1,0 +1,163 @@
+//! Pods on the app kernel. Most tests are those of pods in VMs with Linux, run again; what stands
+//! here alone is where the two differ.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use bulkhead_tests::cri::containerd::{APP, Node};
+use bulkhead_tests::cri::proto::*;
+use bulkhead_tests::cri::{TestPod, container, log, pod};
+use bulkhead_tests::env::PATIENCE;
+
+use super::{Test, basic, wide};
+
+pub const TESTS: &[Test] = &[
+    ("app_pod", false, two_containers),
+    ("app_memory", false, memory),
+    ("app_refusals", false, refusals),
+    ("app_nothing_is_left", false, |node, _| {
+        basic::come_and_go(node, APP, 3)
+    }),
+    ("app_names", false, |node, _| wide::names(node, APP)),
+    ("app_volumes", false, |node, _| wide::volumes(node, APP)),
+    ("app_interactive_exec", false, |node, _| {
+        wide::interactive_exec(node, APP)
+    }),
+    ("app_attach", false, |node, _| wide::attach(node, APP)),
+    ("app_much_output", false, |node, _| {
+        wide::much_output(node, APP)
+    }),
+    ("app_stop_gracefully", false, |node, _| {
+        wide::stop_gracefully(node, APP)
+    }),
+];
+
+/// Two containers share the loopback, the name and the shared memory, and nothing else.
+fn two_containers(node: &mut Node, _: &str) -> Result<()> {
+    let pod = TestPod::run(node, APP, pod("apppair"))?;
+    let script = "mkdir /www && echo hello > /www/x && uname -r && hostname && echo oops >&2 && \
+                  exec httpd -f -p 127.0.0.1:8080 -h /www";
+    let spec = container("server", "busybox", &["sh", "-c", script]);
+    let server = pod.start(&spec)?;
+    let neighbour = pod.sleeper("neighbour")?;
+    pod.until(
+        &neighbour,
+        "wget -qO- http://127.0.0.1:8080/x 2>/dev/null || true",
+        "hello",
+    )?;
+    let (out, err) = log(&pod.config, &spec)?;
+    let mut lines = out.lines();
+    let kernel = lines.next().context("no output")?;
+    println!("  the container says {out:?}");
+    ensure!(kernel.ends_with("-bulkhead-app"), "kernel {kernel}");
+    ensure!(lines.next() == Some("apppair"), "host name: {out}");
+    ensure!(err == "oops\n", "standard error: {err:?}");
+    ensure!(
+        pod.cri.exec(&neighbour, &["cat", "/www/x"])?.exit_code != 0,
+        "files are shared"
+    );
+    pod.sh(&server, "echo memory > /dev/shm/x")?;
+    ensure!(pod.sh(&neighbour, "cat /dev/shm/x")? == "memory\n");
+    let answer = pod
+        .cri
+        .exec(&server, &["sh", "-c", "echo in; echo bad >&2; exit 3"])?;
+    ensure!(
+        (
+            answer.stdout.as_slice(),
+            answer.stderr.as_slice(),
+            answer.exit_code
+        ) == (b"in\n".as_slice(), b"bad\n".as_slice(), 3),
+        "exec: {answer:?}"
+    );
+    let ended = pod.start(&container(
+        "ended",
+        "busybox",
+        &["sh", "-c", "kill -SEGV $$"],
+    ))?;
+    let status = pod.cri.wait_exit(&ended, PATIENCE)?;
+    ensure!(status.exit_code == 139, "exit code {}", status.exit_code);
+    let missing = container("missing", "busybox", &["/no/such/program"]);
+    let missing = pod.cri.create(&pod.id, &pod.config, &missing)?;
+    let error = pod.cri.start(&missing).err().context("it was started")?;
+    let error = format!("{error:#}");
+    ensure!(error.contains("no such file or directory"), "{error}");
+
+    let stats = pod.cri.stats(&server)?;
+    let cpu = stats.cpu.and_then(|c| c.usage_core_nano_seconds);
+    let memory = stats.memory.and_then(|m| m.working_set_bytes);
+    let (cpu, memory) = (cpu.map_or(0, |v| v.value), memory.map_or(0, |v| v.value));
+    println!("  server: {} us of CPU, {} KiB", cpu / 1000, memory >> 10);
+    ensure!(cpu > 0 && memory > 10_000, "{cpu} ns, {memory} bytes");
+    let both = pod.cri.pod_stats(&pod.id)?.linux.context("no pod stats")?;
+    ensure!(both.containers.len() >= 2, "{both:?}");
+
+    pod.cri.stop(&server, 0)?;
+    let status = pod.cri.status(&server)?;
+    ensure!(status.exit_code == 137, "killed: {status:?}");
+    ensure!(pod.sh(&neighbour, "echo still here")? == "still here\n");
+    pod.remove()
+}
+
+/// The pod's limit is its machine's memory. The program that takes it all is ended, its neighbour
+/// is not. CPU is limited on the host.
+fn memory(node: &mut Node, _: &str) -> Result<()> {
+    let mut config = pod("appmemory");
+    config.linux.get_or_insert_default().resources = Some(LinuxContainerResources {
+        cpu_period: 100_000,
+        cpu_quota: 80_000,
+        cpu_shares: 512,
+        memory_limit_in_bytes: 48 << 20,
+        ..LinuxContainerResources::default()
+    });
+    let pod = TestPod::run(node, APP, config)?;
+    ensure!(wide::pod_cgroup(&pod.id, "cpu.max")? == "80000 100000\n");
+    let neighbour = pod.sleeper("neighbour")?;
+    let bomb = pod.start(&container("bomb", "busybox", &["tail", "/dev/zero"]))?;
+    let status = pod.cri.wait_exit(&bomb, PATIENCE)?;
+    ensure!(
+        status.exit_code == 137 && status.reason == "OOMKilled",
+        "{status:?}"
+    );
+    ensure!(pod.sh(&neighbour, "echo fine")? == "fine\n");
+    pod.remove()
+}
+
+/// What it cannot do is said, with what to do instead.
+fn refusals(node: &mut Node, _: &str) -> Result<()> {
+    let cri = node.cri(APP)?;
+    let mut host = pod("apphost");
+    host.linux.get_or_insert_default().security_context = Some(LinuxSandboxSecurityContext {
+        namespace_options: Some(NamespaceOption {
+            network: 2,
+            ..NamespaceOption::default()
+        }),
+        ..LinuxSandboxSecurityContext::default()
+    });
+    let mut tuned = pod("apptuned");
+    tuned
+        .linux
+        .get_or_insert_default()
+        .sysctls
+        .insert("net.core.somaxconn".into(), "100".into());
+    for (config, words) in [(host, "hostNetwork"), (tuned, "net.core.somaxconn")] {
+        let error = cri.run_pod(&config).err().context("it was started")?;
+        let error = format!("{error:#}");
+        ensure!(
+            error.contains(words) && error.contains("runtime"),
+            "{words}: {error}"
+        );
+    }
+    let pod = TestPod::run(node, APP, pod("apppause"))?;
+    let c = pod.sleeper("c")?;
+    let paused = Command::new("ctr")
+        .args(["--namespace", "k8s.io", "tasks", "pause", &c])
+        .output()
+        .context("ctr")?;
+    let said = String::from_utf8_lossy(&paused.stderr);
+    ensure!(
+        !paused.status.success() && said.contains("does not freeze"),
+        "{paused:?}"
+    );
+    ensure!(pod.sh(&c, "echo fine")? == "fine\n");
+    pod.remove()
+}
