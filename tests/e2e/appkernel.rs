@@ -1,6 +1,9 @@
 //! The app kernel on real KVM: ordinary programs of ordinary images on it, and on the host's kernel
 //! where both have to agree.
 
+#[path = "appkernel/net.rs"]
+mod net;
+
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -520,7 +523,6 @@ fn redis_answers_and_keeps_what_it_was_given() {
 fn what_the_app_kernel_has_not_is_refused_in_words() {
     let app = App::new("busybox");
     for (options, words) in [
-        (&["--net", "tap"][..], "no network but its loopback"),
         (&["--cpus", "2"][..], "uses one CPU"),
         (&["--image", "x"][..], "needs no guest image"),
     ] {

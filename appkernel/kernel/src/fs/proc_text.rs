@@ -170,6 +170,9 @@ fn cpuinfo() -> String {
 
 /// The text of a file about a process, or a thread of it.
 pub fn of_task(name: &str, task: &Task, thread: bool) -> Option<Vec<u8>> {
+    if let Some(name) = name.strip_prefix("net/") {
+        return crate::net::text::proc(name).map(String::into_bytes);
+    }
     let text = match name {
         "cgroup" => String::from("0::/\n"),
         "cmdline" | "environ" => {
@@ -206,19 +209,6 @@ pub fn of_task(name: &str, task: &Task, thread: bool) -> Option<Vec<u8>> {
                 20 + i
             )
         }),
-        "net/if_inet6" => String::from("00000000000000000000000000000001 01 80 10 80       lo\n"),
-        "net/dev" => String::from(
-            "Inter-|   Receive                                                |  Transmit\n \
-             face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed\n    \
-             lo:       0       0    0    0    0     0          0         0        0       0    0    0    0     0       0          0\n",
-        ),
-        "net/route" => String::from(
-            "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n",
-        ),
-        "net/tcp" | "net/tcp6" => String::from(
-            "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n",
-        ),
-        "net/unix" => String::from("Num       RefCount Protocol Flags    Type St Inode Path\n"),
         "oom_adj" | "oom_score" | "oom_score_adj" => String::from("0\n"),
         "stat" => stat(task, thread),
         "statm" => {

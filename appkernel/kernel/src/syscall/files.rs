@@ -7,7 +7,7 @@ use appkernel_core::errno::Errno;
 use appkernel_core::fuse::DirEntry;
 use appkernel_core::locks::Lock;
 
-use super::{Call, Result, get, get_u64, put};
+use super::{Call, Result, get, get_u64, put, sockets};
 use crate::container::visible;
 use crate::fs::file::{File, Kind, flag};
 use crate::fs::fuse::Change;
@@ -217,6 +217,7 @@ fn ioctl(c: &Call<'_>) -> Result {
             c.task.files().lock().set_close_on_exec(c.int(0), false)?;
             Ok(0)
         }
+        _ if file.object::<Socket>().is_some() => sockets::control(c),
         request => terminal_call(c, &file, request),
     }
 }

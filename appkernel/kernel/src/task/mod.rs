@@ -44,6 +44,8 @@ pub const TIME: Channel = 0x2_0000_0000;
 pub const FILES: Channel = 0x3_0000_0000;
 /// Something happens that the agent has to look at.
 pub const AGENT: Channel = 0x4_0000_0000;
+/// Packets come or are to go.
+pub const NETWORK: Channel = 0x5_0000_0000;
 /// Of tasks that wait for nothing: not started yet, or ended.
 const NEVER: Channel = usize::MAX;
 
@@ -160,15 +162,20 @@ pub struct CloneOptions {
     pub vfork: bool,
 }
 
-/// Starts the scheduler with a thread of the kernel, which runs until it sleeps.
-pub fn init(container: &Arc<Container>, entry: extern "C" fn() -> !) -> Option<Arc<Task>> {
+/// A thread of the kernel, which is no process.
+fn kernel_task(
+    container: &Arc<Container>,
+    id: u32,
+    name: &[u8],
+    entry: extern "C" fn() -> !,
+) -> Option<Arc<Task>> {
     let context = Context::kernel_thread(entry)?;
-    let task = Arc::new(Task {
-        id: 0,
-        process: 0,
+    Some(Arc::new(Task {
+        id,
+        process: id,
         container: Arc::clone(container),
         credentials: Mutex::default(),
-        name: Mutex::new(b"kernel".to_vec()),
+        name: Mutex::new(name.to_vec()),
         cpu_ns: AtomicU64::new(0),
         started_ns: 0,
         context: UnsafeCell::new(context),
@@ -181,7 +188,12 @@ pub fn init(container: &Arc<Container>, entry: extern "C" fn() -> !) -> Option<A
         handlers: Mutex::default(),
         clear_tid: AtomicU64::new(0),
         vfork: Mutex::new(false),
-    });
+    }))
+}
+
+/// Starts the scheduler with a thread of the kernel, which runs until it sleeps.
+pub fn init(container: &Arc<Container>, entry: extern "C" fn() -> !) -> Option<Arc<Task>> {
+    let task = kernel_task(container, 0, b"kernel", entry)?;
     let mut tasks = BTreeMap::new();
     tasks.insert(0, (Arc::clone(&task), State::Ready));
     *SCHEDULER.lock() = Some(Scheduler {
@@ -191,6 +203,18 @@ pub fn init(container: &Arc<Container>, entry: extern "C" fn() -> !) -> Option<A
         dead: Vec::new(),
     });
     Some(task)
+}
+
+/// Starts one more thread of the kernel; `None` if there is no memory for it.
+pub fn kernel_thread(name: &[u8], entry: extern "C" fn() -> !) -> Option<()> {
+    let container = find_any(0)?.container.clone();
+    let id = with(|s| container.new_id(|id| s.tasks.contains_key(&id)));
+    let task = kernel_task(&container, id, name, entry)?;
+    with(|s| {
+        s.tasks.insert(id, (task, State::Ready));
+        s.ready.push_back(id);
+    });
+    Some(())
 }
 
 /// A process that the kernel starts.
@@ -412,12 +436,14 @@ pub fn current() -> Arc<Task> {
     })
 }
 
-/// A task by its number; the kernel's own thread is none that could be asked for.
+fn find_any(id: u32) -> Option<Arc<Task>> {
+    with(|s| s.tasks.get(&id).map(|(task, _)| Arc::clone(task)))
+}
+
+/// A task by its number; the kernel's own threads are none that could be asked for.
 pub fn find(id: u32) -> Option<Arc<Task>> {
-    with(|s| {
-        let found = s.tasks.get(&id).filter(|_| id != 0);
-        found.map(|(task, _)| Arc::clone(task))
-    })
+    let is_kernel = |t: &Arc<Task>| t.started_ns == 0;
+    find_any(id).filter(|task| !is_kernel(task))
 }
 
 /// All tasks that run or sleep.
