@@ -67,7 +67,7 @@ pub fn run(sandboxer: &Path) -> Result<Report> {
     let node = Node::start(sandboxer, &["busybox"], IoType::Fifo)?;
     let idle_wakeups = wakeups(&node)?;
 
-    let mut of = |handler: &str| -> Result<Steps> {
+    let of = |handler: &str| -> Result<Steps> {
         eprintln!("{handler}: one pod after the other");
         steps(&node, handler)
     };
@@ -84,9 +84,21 @@ pub fn run(sandboxer: &Path) -> Result<Report> {
             };
             report.beside(peer, if peer == RUNC { &version } else { "" });
             let mut add = |what: &str, own: &[f64], its: &[f64], goal: Goal| {
-                report.add(&format!("{what}, {handler} / {peer}"), "ms", own, its, goal, COMMAND);
+                report.add(
+                    &format!("{what}, {handler} / {peer}"),
+                    "ms",
+                    own,
+                    its,
+                    goal,
+                    COMMAND,
+                );
             };
-            add("pod run + create + start", &own.started, &its.started, goal(2.0));
+            add(
+                "pod run + create + start",
+                &own.started,
+                &its.started,
+                goal(2.0),
+            );
             add("exec of true", &own.exec, &its.exec, goal(2.0));
             add("pod stop + remove", &own.gone, &its.gone, Goal::Shown);
         }
@@ -109,7 +121,10 @@ pub fn run(sandboxer: &Path) -> Result<Report> {
 
 /// The first line of what a program says of its version, its last word.
 fn version(program: &str) -> Result<String> {
-    let output = Command::new(program).arg("--version").output().context(program.to_owned())?;
+    let output = Command::new(program)
+        .arg("--version")
+        .output()
+        .context(program.to_owned())?;
     let text = String::from_utf8_lossy(&output.stdout);
     let line = text.lines().next().unwrap_or_default();
     Ok(line.rsplit(' ').next().unwrap_or_default().to_owned())
@@ -187,7 +202,14 @@ fn idle(node: &Node, report: &mut Report, without_pods: f64) -> Result<()> {
         pod.remove()?;
     }
     let goal = Goal::Value(0.0);
-    report.add("wake-ups of the daemon without pods", "1/s", &[without_pods], &[], goal, COMMAND);
+    report.add(
+        "wake-ups of the daemon without pods",
+        "1/s",
+        &[without_pods],
+        &[],
+        goal,
+        COMMAND,
+    );
     Ok(())
 }
 
@@ -222,7 +244,10 @@ fn throughput(node: &Node, report: &mut Report) -> Result<()> {
         let from = one.sleeper("c")?;
         let other = TestPod::run(node, handler, pod("to"))?;
         let to = other.sleeper("c")?;
-        let send = format!("dd if=/dev/zero bs=65536 count={} 2>/dev/null", SENT_MIB * 16);
+        let send = format!(
+            "dd if=/dev/zero bs=65536 count={} 2>/dev/null",
+            SENT_MIB * 16
+        );
         let rate = |begin: Instant| SENT_MIB as f64 / begin.elapsed().as_secs_f64();
 
         let listener = TcpListener::bind((GATEWAY, 0))?;
@@ -253,7 +278,12 @@ fn throughput(node: &Node, report: &mut Report) -> Result<()> {
         ensure!(got.trim() == (SENT_MIB << 20).to_string(), "{got} bytes");
 
         other.sh(&to, "nc -l -p 7000 > /dev/null 2>&1 & sleep 1")?;
-        let ip = other.cri.pod_status(&other.id)?.network.context("no network")?.ip;
+        let ip = other
+            .cri
+            .pod_status(&other.id)?
+            .network
+            .context("no network")?
+            .ip;
         let begin = Instant::now();
         one.sh(&from, &format!("{send} | nc {ip} 7000"))?;
         let to_pod = rate(begin);
@@ -262,7 +292,10 @@ fn throughput(node: &Node, report: &mut Report) -> Result<()> {
         Ok([to_node, from_node, to_pod])
     };
     let (own, its) = (of(OURS)?, of(RUNC)?);
-    for (n, what) in ["pod to node", "node to pod", "pod to pod"].iter().enumerate() {
+    for (n, what) in ["pod to node", "node to pod", "pod to pod"]
+        .iter()
+        .enumerate()
+    {
         let what = format!("TCP, {what}");
         report.add(&what, "MiB/s", &[own[n]], &[its[n]], Goal::Shown, COMMAND);
     }
@@ -308,19 +341,54 @@ fn crowds(node: &Node, report: &mut Report, handler: &str) -> Result<()> {
         let (own, its) = (&own[n + 1], &its[n + 1]);
         let goal = if goals { Goal::Ratio(1.0) } else { Goal::Shown };
         let what = format!("PSS for {count} pods, {handler}");
-        report.add(&what, "MiB", &[mib(own.pss)], &[mib(its.pss)], goal, COMMAND);
+        report.add(
+            &what,
+            "MiB",
+            &[mib(own.pss)],
+            &[mib(its.pss)],
+            goal,
+            COMMAND,
+        );
     }
     let each = |of: &[Cost], what: fn(&Cost) -> f64| {
         (what(&of[last]) - what(&of[1])) / (CROWDS[last - 1] - CROWDS[0]) as f64
     };
-    let goal = |value: f64| if goals { Goal::Value(value) } else { Goal::Shown };
+    let goal = |value: f64| {
+        if goals {
+            Goal::Value(value)
+        } else {
+            Goal::Shown
+        }
+    };
     let mut add = |what: &str, unit: &str, of: fn(&Cost) -> f64, goal: Goal| {
         let what = format!("{what}, {handler}");
-        report.add(&what, unit, &[each(&own, of)], &[each(&its, of)], goal, COMMAND);
+        report.add(
+            &what,
+            unit,
+            &[each(&own, of)],
+            &[each(&its, of)],
+            goal,
+            COMMAND,
+        );
     };
-    add("PSS of each further pod", "MiB", |c| c.pss / 1024.0, goal(2.0));
-    add("processes of each further pod", "1", |c| c.processes, goal(0.0));
-    add("threads of each further pod", "1", |c| c.threads, Goal::Shown);
+    add(
+        "PSS of each further pod",
+        "MiB",
+        |c| c.pss / 1024.0,
+        goal(2.0),
+    );
+    add(
+        "processes of each further pod",
+        "1",
+        |c| c.processes,
+        goal(0.0),
+    );
+    add(
+        "threads of each further pod",
+        "1",
+        |c| c.threads,
+        Goal::Shown,
+    );
     let what = format!("PSS without pods, {handler}");
     report.add(&what, "MiB", &[mib(own[0].pss)], &[], Goal::Shown, COMMAND);
     Ok(())
@@ -330,7 +398,11 @@ fn crowds(node: &Node, report: &mut Report, handler: &str) -> Result<()> {
 fn cost(node: &Node, handler: &str, pods: usize) -> Result<Cost> {
     let daemon = node.sandboxer_pid();
     let ours = handler != RUNC;
-    let mut cost = Cost { pss: 0.0, processes: 0.0, threads: 0.0 };
+    let mut cost = Cost {
+        pss: 0.0,
+        processes: 0.0,
+        threads: 0.0,
+    };
     if ours {
         let memory = process::memory_beside_files(daemon, GUEST_BYTES)?;
         cost.pss = memory.pss as f64;

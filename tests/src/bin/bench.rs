@@ -8,7 +8,9 @@ use bulkhead_tests::bench::{boot, fs, pods, wasm, wasm_soak};
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
-    let what = args.next().context("which benchmark? boot, fs, pods or wasm")?;
+    let what = args
+        .next()
+        .context("which benchmark? boot, fs, pods or wasm")?;
     match what.as_str() {
         "boot" | "fs" => {
             let mut path = || args.next().map(PathBuf::from);

@@ -384,6 +384,10 @@ state = "/run/containerd"
   max_conf_num = 1
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
   runtime_type = "io.containerd.runc.v2"
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.crun]
+  runtime_type = "io.containerd.runc.v2"
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.crun.options]
+  BinaryName = "/usr/bin/crun"
 "#
     );
     for (name, socket) in [(OURS, "microvm"), (APP, "app"), (WASM, "wasm")] {
