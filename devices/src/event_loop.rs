@@ -29,6 +29,8 @@ pub struct EventLoopOptions {
     /// Called first on the new thread, for what belongs to a role: a seccomp filter, a cgroup.
     /// An error of it is what [`EventLoop::spawn_with`] returns.
     pub on_start: Option<Box<dyn FnOnce() -> io::Result<()> + Send>>,
+    /// Called on the loop's thread after each turn; what it says ends the loop as a failure.
+    pub after_turn: fn() -> Option<String>,
     /// Called on the loop's thread when the loop fails.
     pub on_failure: OnFailure,
 }
@@ -39,6 +41,7 @@ impl Default for EventLoopOptions {
             name: "devices".to_owned(),
             stack_size: 256 << 10,
             on_start: None,
+            after_turn: || None,
             on_failure: Box::new(|message| log::error!("device loop: {message}")),
         }
     }
@@ -122,6 +125,7 @@ impl EventLoop {
         let thread = {
             let shared = Arc::clone(&shared);
             let (on_start, on_failure) = (options.on_start, options.on_failure);
+            let after_turn = options.after_turn;
             thread::Builder::new()
                 .name(options.name)
                 .stack_size(options.stack_size)
@@ -132,7 +136,7 @@ impl EventLoop {
                     let go = ready.is_ok();
                     let _ = started.send(ready.map(|()| tid));
                     if go {
-                        thread_main(manager, &shared, &on_failure);
+                        thread_main(manager, &shared, after_turn, &on_failure);
                     }
                 })?
         };
@@ -235,9 +239,10 @@ impl Drop for EventLoop {
 fn thread_main(
     mut manager: EventManager<Subscriber>,
     shared: &Shared,
+    after_turn: fn() -> Option<String>,
     on_failure: &dyn Fn(String),
 ) {
-    let result = catch_unwind(AssertUnwindSafe(|| run(&mut manager, shared)));
+    let result = catch_unwind(AssertUnwindSafe(|| run(&mut manager, shared, after_turn)));
     {
         let mut control = shared.lock();
         control.ended = true;
@@ -246,14 +251,20 @@ fn thread_main(
     }
     shared.changed.notify_all();
     let message = match result {
-        Ok(Ok(())) => return,
+        Ok(Ok(None)) => return,
+        Ok(Ok(Some(reason))) => reason,
         Ok(Err(e)) => format!("waiting for events failed: {e}"),
         Err(panic) => format!("a device panicked: {}", panic_message(panic.as_ref())),
     };
     on_failure(message);
 }
 
-fn run(manager: &mut EventManager<Subscriber>, shared: &Shared) -> event_manager::Result<()> {
+/// Until it is stopped (`None`), or `after_turn` has something to say.
+fn run(
+    manager: &mut EventManager<Subscriber>,
+    shared: &Shared,
+    after_turn: fn() -> Option<String>,
+) -> event_manager::Result<Option<String>> {
     loop {
         let mut control = shared.lock();
         loop {
@@ -264,11 +275,14 @@ fn run(manager: &mut EventManager<Subscriber>, shared: &Shared) -> event_manager
                     manager.add_subscriber(subscriber);
                     let _ = done.send(());
                 }
+                if let Some(reason) = after_turn() {
+                    return Ok(Some(reason));
+                }
                 control = shared.lock();
                 continue;
             }
             if control.stop {
-                return Ok(());
+                return Ok(None);
             }
             if !control.pause {
                 control.parked = false;
@@ -280,6 +294,9 @@ fn run(manager: &mut EventManager<Subscriber>, shared: &Shared) -> event_manager
         }
         drop(control);
         manager.run()?;
+        if let Some(reason) = after_turn() {
+            return Ok(Some(reason));
+        }
     }
 }
 

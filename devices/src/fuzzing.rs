@@ -114,7 +114,7 @@ impl Input<'_> {
 fn legacy(input: &mut Input<'_>) -> Option<()> {
     let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).ok();
     let serial = Serial::new(event()?, Box::new(io::sink()));
-    let (rtc, i8042) = (Rtc::new(), I8042::new(event()?));
+    let (rtc, i8042) = (Rtc::new(), I8042::new(Arc::default()));
     let devices: [&dyn BusDevice; 3] = [&serial, &rtc, &i8042];
     for _ in 0..MAX_OPS {
         let op = input.u8()?;

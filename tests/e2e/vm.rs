@@ -10,7 +10,10 @@ use std::time::{Duration, Instant};
 use bulkhead_fixtures::tiny_guest::{self, Kind};
 use bulkhead_tests::env::{self, PATIENCE};
 use bulkhead_tests::process::Footprint;
-use bulkhead_vmm::{Console, DiskConfig, DiskSource, Vm, VmConfig, VmError, VmExit, VmState};
+use bulkhead_vmm::seccomp::Role;
+use bulkhead_vmm::{
+    Caching, Console, DiskConfig, DiskSource, ShareConfig, Vm, VmConfig, VmError, VmExit, VmState,
+};
 
 /// Tests that count what this process holds must not run beside others.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -158,6 +161,45 @@ fn eight_vms_at_once_in_one_process() {
     }
     drop(vms);
     assert_eq!(Footprint::now().unwrap(), before);
+}
+
+#[test]
+fn a_thread_that_leaves_its_role_ends_its_own_vm_only() {
+    let _alone = alone();
+    let files = Files::new();
+    let share = tempfile::tempdir().unwrap();
+    let start = |id: &str, seccomp: bool| {
+        let screen = Screen::default();
+        let mut config = linux(&files, &screen, false);
+        config.id = id.into();
+        config.seccomp = seccomp;
+        config.rng = true;
+        config.shares = vec![ShareConfig {
+            tag: "files".into(),
+            root: share.path().into(),
+            read_only: true,
+            caching: Caching::Never,
+        }];
+        let vm = Vm::create(config).unwrap();
+        vm.start().unwrap();
+        screen.wait_for(bulkhead_fixtures::BENCH_MARKER);
+        vm
+    };
+    let neighbour = start("neighbour", true);
+    for role in [Role::Vcpu, Role::Devices, Role::Files] {
+        let vm = start("broken", true);
+        let refused = vm.try_forbidden_call(role).unwrap().unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EPERM), "{role:?}");
+        match ended(&vm) {
+            VmExit::Error(said) => assert!(said.contains("system call 41"), "{role:?}: {said}"),
+            other => panic!("{role:?}: {other:?}"),
+        }
+    }
+    assert_eq!(neighbour.exit_reason(), None);
+    // Whoever looks for a fault can go without.
+    let free = start("free", false);
+    free.try_forbidden_call(Role::Devices).unwrap().unwrap();
+    assert_eq!(free.exit_reason(), None);
 }
 
 #[test]

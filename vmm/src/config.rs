@@ -119,6 +119,8 @@ pub struct VmConfig {
     pub gdb: Option<String>,
     /// Where to write a core of a guest that panics or triple-faults; the file must not exist.
     pub crash_core: Option<PathBuf>,
+    /// Holds the VM's threads to the system calls that they need ([`crate::seccomp`]).
+    pub seccomp: bool,
     /// Runs even where KVM is emulated and far too slow.
     pub allow_emulated_kvm: bool,
 }
@@ -144,6 +146,7 @@ impl Default for VmConfig {
             console: Console::None,
             gdb: None,
             crash_core: None,
+            seccomp: true,
             allow_emulated_kvm: false,
         }
     }

@@ -22,6 +22,7 @@ use crate::error::VmError;
 use crate::kvm_check;
 use crate::layout;
 use crate::memory::VmMemory;
+use crate::seccomp;
 use crate::stats::{KvmStats, Marks, VcpuExits, VmStats};
 use crate::wiring::Devices;
 
@@ -253,6 +254,7 @@ impl Frame {
             reset: Arc::clone(&devices.reset),
             marks: Arc::clone(&self.marks),
             debug_stops,
+            confined: config.seccomp,
         };
         let mut vcpus = Vec::with_capacity(self.vcpu_fds.len());
         let count = config.vcpus;
@@ -495,6 +497,30 @@ impl Vm {
     /// Adds a stage to the boot timeline.
     pub fn mark(&self, stage: &str) {
         self.marks.add(stage);
+    }
+
+    /// Tries, on the VM's first thread of this role, what no role may: to make a network socket.
+    /// Where seccomp holds, the call is refused and the VM ends; the result is what the call said.
+    /// For those who want to see the wall.
+    ///
+    /// # Errors
+    /// When there is no such thread.
+    pub fn try_forbidden_call(&self, role: seccomp::Role) -> Result<std::io::Result<()>, VmError> {
+        let attempt = || std::net::UdpSocket::bind("127.0.0.1:0").map(drop);
+        if role == seccomp::Role::Vcpu {
+            let vcpus = self.vcpus();
+            let first = vcpus
+                .first()
+                .ok_or_else(|| VmError::NotRunning("no vCPU".into()))?;
+            return first.call(move |_| attempt());
+        }
+        let (sender, receiver) = std::sync::mpsc::channel();
+        self.devices.run_on(role, move || {
+            let _ = sender.send(attempt());
+        })?;
+        receiver
+            .recv()
+            .map_err(|_| VmError::NotRunning("the device thread has ended".into()))
     }
 
     /// Puts a disk into one of the spare slots of a running VM.

@@ -5,18 +5,20 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use bulkhead_devices::GuestMemory;
 use bulkhead_devices::event_loop::{EventLoop, EventLoopOptions};
 use bulkhead_devices::legacy::{I8042, Rtc, Serial, Sleep, sleep};
 use bulkhead_devices::virtio::balloon::Balloon;
 use bulkhead_devices::virtio::blk::{Blk, Disk};
-use bulkhead_devices::virtio::fs::{Caching, Fs, FsConfig};
+use bulkhead_devices::virtio::fs::{Caching, Fs, FsConfig, prepare_thread};
 use bulkhead_devices::virtio::mmio::{MmioTransport, TransportState};
 use bulkhead_devices::virtio::net::{Net, NetOptions, Tap};
 use bulkhead_devices::virtio::rng::Rng;
 use bulkhead_devices::virtio::vsock::{Vsock, VsockHandle};
 use bulkhead_devices::virtio::{Interrupt, VirtioDevice};
+use event_manager::{EventOps, EventSubscriber, Events};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -28,6 +30,7 @@ use crate::config::{Console, DiskConfig, DiskSource, VmConfig};
 use crate::error::VmError;
 use crate::layout;
 use crate::memory::VmMemory;
+use crate::seccomp;
 use crate::vm::{ExitSlot, VmExit};
 
 /// State of the devices that are not virtio.
@@ -46,20 +49,31 @@ struct Slot {
     irq: u32,
 }
 
+/// Work for a device thread, done when it is attached.
+struct Once<F>(F);
+
+impl<F: Fn()> EventSubscriber for Once<F> {
+    fn process(&self, _: Events, _: &mut EventOps) {}
+
+    fn init(&self, _: &mut EventOps) {
+        (self.0)();
+    }
+}
+
 /// All devices of a VM and the threads that run them.
 #[derive(Debug)]
 pub(crate) struct Devices {
     pub(crate) pio: Arc<Bus>,
     pub(crate) mmio: Arc<Bus>,
     pub(crate) serial: Arc<Serial>,
-    pub(crate) reset: Arc<EventFd>,
+    pub(crate) reset: Arc<AtomicBool>,
     pub(crate) vsock: Option<VsockHandle>,
     rtc: Arc<Rtc>,
     i8042: Arc<I8042>,
     slots: Vec<Slot>,
     /// Indices of the disk slots that may be filled later.
     spare_disks: Vec<usize>,
-    loops: Vec<EventLoop>,
+    loops: Vec<(seccomp::Role, EventLoop)>,
 }
 
 /// Which thread runs a device: file system requests may wait for the host's disk, and must not
@@ -94,15 +108,10 @@ impl Devices {
         pio.insert(u64::from(layout::SERIAL_PORT), 8, "serial", serial.clone());
         let rtc = Arc::new(Rtc::new());
         pio.insert(u64::from(layout::RTC_PORT), 2, "rtc", rtc.clone());
-        let reset = Arc::new(event()?);
-        let i8042 = Arc::new(I8042::new(
-            reset.try_clone().map_err(VmError::host("reset event"))?,
-        ));
+        let reset = Arc::new(AtomicBool::new(false));
+        let i8042 = Arc::new(I8042::new(Arc::clone(&reset)));
         pio.insert(u64::from(layout::I8042_PORT), 5, "i8042", i8042.clone());
-        let off = Sleep::new(
-            reset.try_clone().map_err(VmError::host("reset event"))?,
-            layout::ACPI_SLEEP_TYPE_OFF,
-        );
+        let off = Sleep::new(Arc::clone(&reset), layout::ACPI_SLEEP_TYPE_OFF);
         pio.insert(
             u64::from(layout::ACPI_SLEEP_PORT),
             u64::from(sleep::LEN),
@@ -132,23 +141,38 @@ impl Devices {
             spare_disks: wiring.spare_disks,
             loops: Vec::new(),
         };
-        devices.spawn_loops(&config.id, &wiring.roles, exit)?;
+        devices.spawn_loops(config, &wiring.roles, exit)?;
         Ok(devices)
     }
 
     fn spawn_loops(
         &mut self,
-        vm_id: &str,
+        config: &VmConfig,
         roles: &[Role],
         exit: &Arc<ExitSlot>,
     ) -> Result<(), VmError> {
-        for (role, name) in [(Role::Io, "dev"), (Role::Fs, "fs")] {
+        for (role, name, filter) in [
+            (Role::Io, "dev", seccomp::Role::Devices),
+            (Role::Fs, "fs", seccomp::Role::Files),
+        ] {
             if !roles.contains(&role) {
                 continue;
             }
             let exit = Arc::clone(exit);
+            let confined = config.seccomp;
             let event_loop = EventLoop::spawn_with(EventLoopOptions {
-                name: format!("{name}:{vm_id}"),
+                name: format!("{name}:{}", config.id),
+                on_start: Some(Box::new(move || {
+                    if role == Role::Fs {
+                        // What it gives up and keeps as a server of files, before it may no more.
+                        prepare_thread();
+                    }
+                    if confined {
+                        seccomp::enter(filter)?;
+                    }
+                    Ok(())
+                })),
+                after_turn: seccomp::breach,
                 on_failure: Box::new(move |reason| {
                     exit.set(VmExit::Error(format!(
                         "internal error in a device: {reason}"
@@ -156,7 +180,9 @@ impl Devices {
                 }),
                 ..EventLoopOptions::default()
             })
-            .map_err(VmError::host("starting the device thread"))?;
+            .map_err(VmError::host(
+                "starting a device thread (with --no-seccomp it is not confined)",
+            ))?;
             for (slot, of_slot) in self.slots.iter().zip(roles) {
                 if *of_slot == role {
                     event_loop
@@ -164,7 +190,7 @@ impl Devices {
                         .map_err(VmError::host("attaching a device to its thread"))?;
                 }
             }
-            self.loops.push(event_loop);
+            self.loops.push((filter, event_loop));
         }
         Ok(())
     }
@@ -206,19 +232,19 @@ impl Devices {
     }
 
     pub(crate) fn start(&self) {
-        for event_loop in &self.loops {
+        for (_, event_loop) in &self.loops {
             event_loop.resume();
         }
     }
 
     pub(crate) fn pause(&self) {
-        for event_loop in &self.loops {
+        for (_, event_loop) in &self.loops {
             event_loop.pause();
         }
     }
 
     pub(crate) fn resume(&self) {
-        for event_loop in &self.loops {
+        for (_, event_loop) in &self.loops {
             event_loop.resume();
         }
         for slot in &self.slots {
@@ -227,9 +253,25 @@ impl Devices {
     }
 
     pub(crate) fn stop(&self) {
-        for event_loop in &self.loops {
+        for (_, event_loop) in &self.loops {
             event_loop.stop();
         }
+    }
+
+    /// Runs `job` on the thread of a role.
+    pub(crate) fn run_on(
+        &self,
+        role: seccomp::Role,
+        job: impl Fn() + Send + Sync + 'static,
+    ) -> Result<(), VmError> {
+        let (_, event_loop) = self
+            .loops
+            .iter()
+            .find(|(of, _)| *of == role)
+            .ok_or_else(|| VmError::NotRunning(format!("this VM has no thread {role:?}")))?;
+        event_loop
+            .attach(Arc::new(Once(job)))
+            .map_err(VmError::host("giving work to a device thread"))
     }
 
     pub(crate) fn attach_disk(&self, slot: usize, disk: DiskConfig) -> Result<(), VmError> {
@@ -383,7 +425,9 @@ impl Wiring<'_> {
                 mtu: net.mtu,
                 vhost: net.vhost,
             };
-            self.add(Role::Io, Box::new(Net::new(tap, &options)))?;
+            let mut net = Net::new(tap, &options);
+            net.open_vhost(self.mem.clone());
+            self.add(Role::Io, Box::new(net))?;
         }
         for share in config.shares.drain(..) {
             let mut fs = FsConfig::new(share.tag, &share.root)?;

@@ -3,9 +3,8 @@
 //! To a probing kernel there is no controller: data seems to be waiting for ever, which is what
 //! makes Linux give up at once ("No controller found") instead of waiting for answers to commands.
 
-use std::sync::Mutex;
-
-use vmm_sys_util::eventfd::EventFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use crate::bus::BusDevice;
 
@@ -28,13 +27,13 @@ const TIMER2_OUT: u8 = 0x20;
 /// Ports 0x60 to 0x64.
 #[derive(Debug)]
 pub struct I8042 {
-    reset: EventFd,
+    reset: Arc<AtomicBool>,
     output_next: Mutex<bool>,
 }
 
 impl I8042 {
-    /// `reset` is written when the guest asks for a reset.
-    pub fn new(reset: EventFd) -> Self {
+    /// `reset` is set when the guest asks for a reset.
+    pub fn new(reset: Arc<AtomicBool>) -> Self {
         Self {
             reset,
             output_next: Mutex::new(false),
@@ -93,7 +92,7 @@ impl BusDevice for I8042 {
             _ => false,
         };
         if reset {
-            let _ = self.reset.write(1);
+            self.reset.store(true, Ordering::SeqCst);
         }
     }
 }
@@ -102,30 +101,30 @@ impl BusDevice for I8042 {
 mod tests {
     use super::*;
 
-    fn device() -> (I8042, EventFd) {
-        let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        (I8042::new(event.try_clone().unwrap()), event)
+    fn device() -> (I8042, Arc<AtomicBool>) {
+        let reset = Arc::new(AtomicBool::new(false));
+        (I8042::new(Arc::clone(&reset)), reset)
     }
 
     #[test]
     fn both_ways_to_reset() {
-        let (device, event) = device();
+        let (device, reset) = device();
         device.write(COMMAND, &[0xaa]);
         device.write(DATA, &[0xfe]);
-        assert!(event.read().is_err());
+        assert!(!reset.swap(false, Ordering::SeqCst));
         device.write(COMMAND, &[0xfe]);
-        assert_eq!(event.read().unwrap(), 1);
+        assert!(reset.swap(false, Ordering::SeqCst));
         device.write(COMMAND, &[0xd1]);
         device.write(DATA, &[0xdf]);
-        assert!(event.read().is_err());
+        assert!(!reset.swap(false, Ordering::SeqCst));
         device.write(COMMAND, &[0xd1]);
         device.write(DATA, &[0xfe]);
-        assert_eq!(event.read().unwrap(), 1);
+        assert!(reset.swap(false, Ordering::SeqCst));
     }
 
     #[test]
     fn probes_end_fast() {
-        let (device, _event) = device();
+        let (device, _reset) = device();
         let mut data = [0xff];
         device.read(COMMAND, &mut data);
         // Data never runs out (the kernel's flush gives up), writing is always possible.
@@ -139,12 +138,12 @@ mod tests {
 
     #[test]
     fn state_round_trip() {
-        let (device, _event) = device();
+        let (device, _reset) = device();
         device.write(COMMAND, &[0xd1]);
-        let (other, event) = self::device();
+        let (other, reset) = self::device();
         other.restore(&device.save()).unwrap();
         other.write(DATA, &[0]);
-        assert_eq!(event.read().unwrap(), 1);
+        assert!(reset.swap(false, Ordering::SeqCst));
         assert!(other.restore(&serde_json::json!({})).is_err());
     }
 }

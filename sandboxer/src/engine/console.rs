@@ -3,22 +3,27 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
-
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::time::{Duration, Instant};
 
 /// Attached at once.
 const MAX_ATTACHED: usize = 8;
 /// How long a vCPU waits for a reader that does not read; then the output is dropped, so that a
 /// stopped terminal cannot stop the VM for ever.
-const PATIENCE_MS: u16 = 1000;
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How long between two looks at such a reader.
+const LOOK: Duration = Duration::from_millis(5);
 
+/// What is written to is a file even where it is a socket: the vCPU's thread writes, and it may do
+/// little else (`bulkhead_vmm::seccomp`). It closes nothing for the same reason.
 #[derive(Default)]
 struct Inner {
     primary: Option<File>,
-    attached: Vec<(u64, UnixStream)>,
+    attached: Vec<(u64, File)>,
+    /// Those who have left; closed by the next who comes or goes.
+    left: Vec<File>,
     next: u64,
 }
 
@@ -59,7 +64,8 @@ impl ConsoleHub {
         stream.set_nonblocking(true)?;
         let number = inner.next;
         inner.next += 1;
-        inner.attached.push((number, stream));
+        inner.attached.push((number, OwnedFd::from(stream).into()));
+        inner.left.clear();
         Ok(number)
     }
 
@@ -67,6 +73,7 @@ impl ConsoleHub {
     pub fn detach(&self, number: u64) {
         let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         inner.attached.retain(|(other, _)| *other != number);
+        inner.left.clear();
     }
 }
 
@@ -77,14 +84,15 @@ impl Write for ConsoleHub {
             write_patiently(primary, data);
         }
         // A reader that does not keep up loses output; one that has gone is forgotten.
-        inner
-            .attached
-            .retain(|(_, stream)| match (&*stream).write(data) {
-                Ok(_) => true,
-                Err(e) => {
-                    e.kind() == io::ErrorKind::WouldBlock || e.kind() == io::ErrorKind::Interrupted
-                }
-            });
+        let Inner { attached, left, .. } = &mut *inner;
+        let gone = attached.extract_if(.., |(_, reader)| match reader.write(data) {
+            Ok(_) => false,
+            Err(e) => !matches!(
+                e.kind(),
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+            ),
+        });
+        left.extend(gone.map(|(_, reader)| reader));
         Ok(data.len())
     }
 
@@ -94,16 +102,17 @@ impl Write for ConsoleHub {
 }
 
 fn write_patiently(file: &mut File, mut data: &[u8]) {
+    let begin = Instant::now();
     while !data.is_empty() {
         match file.write(data) {
             Ok(0) => return,
             Ok(n) => data = data.get(n..).unwrap_or_default(),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLOUT)];
-                if poll(&mut fds, PollTimeout::from(PATIENCE_MS)) != Ok(1) {
+                if begin.elapsed() > PATIENCE {
                     return;
                 }
+                std::thread::park_timeout(LOOK);
             }
             Err(_) => return,
         }

@@ -111,6 +111,9 @@ pub struct Args {
     /// Write how it ended, times and counters to FILE as JSON.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
+    /// Do not hold the VM's threads to the system calls they need, to look for a fault.
+    #[arg(long)]
+    no_seccomp: bool,
     /// Run even where KVM is emulated and a boot takes minutes.
     #[arg(long, hide = true)]
     allow_emulated_kvm: bool,
@@ -249,6 +252,7 @@ fn start_and_watch(
         balloon: args.balloon,
         gdb: args.gdb.clone(),
         crash_core: args.crash_core,
+        seccomp: !args.no_seccomp,
         allow_emulated_kvm: args.allow_emulated_kvm,
         ..VmConfig::default()
     };

@@ -118,6 +118,9 @@ pub struct Args {
     /// Write exit code and times to FILE as JSON.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
+    /// Do not hold the VM's threads to the system calls they need, to look for a fault.
+    #[arg(long)]
+    no_seccomp: bool,
     /// Run even where KVM is emulated and a boot takes minutes.
     #[arg(long, hide = true)]
     allow_emulated_kvm: bool,
@@ -346,6 +349,7 @@ fn prepare(
         vsock_cid: Some(3),
         rng: true,
         crash_core: args.crash_core.clone(),
+        seccomp: !args.no_seccomp,
         allow_emulated_kvm: args.allow_emulated_kvm || !kvm.usable(),
         ..VmConfig::default()
     };

@@ -12,11 +12,11 @@ use std::thread::{self, JoinHandle};
 
 use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::Bus;
 use crate::error::VmError;
 use crate::layout;
+use crate::seccomp;
 use crate::vm::{ExitSlot, VmExit};
 
 /// Enough for device code that runs on behalf of a register access.
@@ -79,19 +79,22 @@ pub(crate) struct VcpuEnv {
     pub(crate) pio: Arc<Bus>,
     pub(crate) mmio: Arc<Bus>,
     pub(crate) exit: Arc<ExitSlot>,
-    /// Written by the i8042 when the guest pulls the reset line.
-    pub(crate) reset: Arc<EventFd>,
+    /// Set when the guest pulls the reset line or switches itself off.
+    pub(crate) reset: Arc<AtomicBool>,
     /// Called with each byte written to [`layout::BOOT_MARK_PORT`].
     pub(crate) marks: Arc<crate::stats::Marks>,
     /// Debug stops are handed to the debugger's thread.
     pub(crate) debug_stops: Option<mpsc::Sender<u8>>,
+    /// Whether the thread is held to the system calls of its role.
+    pub(crate) confined: bool,
 }
 
 /// A vCPU and its thread.
 pub(crate) struct Vcpu {
     pub(crate) index: u8,
     pub(crate) shared: Arc<VcpuShared>,
-    thread: Option<JoinHandle<()>>,
+    /// Gives back what its end closes: the thread itself may not close files.
+    thread: Option<JoinHandle<Runner>>,
 }
 
 impl std::fmt::Debug for Vcpu {
@@ -123,20 +126,23 @@ impl Vcpu {
             .name(format!("vcpu{index}:{vm_id}"))
             .stack_size(STACK_BYTES)
             .spawn(move || {
-                let exit = Arc::clone(&env.exit);
-                let body = AssertUnwindSafe(|| Runner::new(index, fd, env, &of_thread).run());
+                let mut runner = Runner::new(index, fd, env, Arc::clone(&of_thread));
+                let body = AssertUnwindSafe(|| runner.run());
                 // The wall around this vCPU: a bug that panics ends this VM, not the daemon.
                 if let Err(panic) = catch_unwind(body) {
-                    exit.set(VmExit::Error(format!(
+                    runner.env.exit.set(VmExit::Error(format!(
                         "internal error on vCPU {index}: {}",
                         panic_text(panic.as_ref())
                     )));
                 }
+                KVM_RUN.with(|cell| cell.set(ptr::null_mut()));
                 let mut control = of_thread.lock();
                 control.ended = true;
                 control.parked = true;
                 control.jobs.clear();
                 of_thread.changed.notify_all();
+                drop(control);
+                runner
             })
             .map_err(VmError::host(format!(
                 "starting the thread of vCPU {index}"
@@ -268,21 +274,15 @@ fn install_kick_handler() -> io::Result<()> {
 }
 
 /// The loop of a vCPU thread.
-struct Runner<'a> {
+struct Runner {
     index: u8,
     fd: VcpuFd,
     env: VcpuEnv,
-    shared: &'a VcpuShared,
+    shared: Arc<VcpuShared>,
 }
 
-impl Drop for Runner<'_> {
-    fn drop(&mut self) {
-        KVM_RUN.with(|cell| cell.set(ptr::null_mut()));
-    }
-}
-
-impl<'a> Runner<'a> {
-    fn new(index: u8, mut fd: VcpuFd, env: VcpuEnv, shared: &'a VcpuShared) -> Self {
+impl Runner {
+    fn new(index: u8, mut fd: VcpuFd, env: VcpuEnv, shared: Arc<VcpuShared>) -> Self {
         let run: *mut kvm_run = fd.get_kvm_run();
         KVM_RUN.with(|cell| cell.set(run));
         Self {
@@ -293,12 +293,22 @@ impl<'a> Runner<'a> {
         }
     }
 
-    fn run(mut self) {
+    fn run(&mut self) {
+        if self.env.confined
+            && let Err(error) = seccomp::enter(seccomp::Role::Vcpu)
+        {
+            self.env.exit.set(VmExit::Error(format!(
+                "vCPU {} cannot be confined by seccomp: {error}; --no-seccomp goes without",
+                self.index
+            )));
+        }
         loop {
             if self.shared.attention.load(Ordering::SeqCst) && !self.attend() {
                 return;
             }
-            if let Some(exit) = self.enter() {
+            // A look at a thread-local: costs nothing beside an exit.
+            let broken = seccomp::breach().map(VmExit::Error);
+            if let Some(exit) = broken.or_else(|| self.enter()) {
                 self.env.exit.set(exit);
                 // Wait to be stopped: whoever waits for the VM stops all its vCPUs.
                 let mut control = self.shared.lock();
@@ -376,7 +386,7 @@ impl<'a> Runner<'a> {
                 for byte in data.chunks(1) {
                     self.env.pio.write(u64::from(port), byte);
                 }
-                if port == layout::I8042_PORT + 4 && self.env.reset.read().is_ok() {
+                if self.env.reset.swap(false, Ordering::SeqCst) {
                     return Some(VmExit::Reset);
                 }
                 None

@@ -9,6 +9,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 
+use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, types};
 use vm_memory::GuestAddress;
 
@@ -40,30 +41,20 @@ const WORKERS: u32 = 2;
 /// Pointers that are kept room for between turns; a guest's largest turn is not.
 const KEPT_IOVECS: usize = 1024;
 
-/// The host's queue, made when it is first of use: a VM that never has two requests at a time has
-/// none.
-#[derive(Default)]
-enum Ring {
-    #[default]
-    Untried,
-    Ready(Box<IoUring>),
-    /// The host's kernel has no io_uring or does not let us use it.
-    Absent,
-}
-
 /// The transfers of one turn; empty between turns.
 #[derive(Default)]
 pub(super) struct Batch {
     pub transfers: Vec<Transfer>,
     pub iovecs: Vec<libc::iovec>,
-    ring: Ring,
+    /// The host's queue. `None`: there is no disk yet, or the host has no io_uring for us.
+    ring: Option<Box<IoUring>>,
 }
 
 impl std::fmt::Debug for Batch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Batch")
             .field("transfers", &self.transfers.len())
-            .field("ring", &matches!(self.ring, Ring::Ready(_)))
+            .field("ring", &self.ring.is_some())
             .finish_non_exhaustive()
     }
 }
@@ -72,7 +63,35 @@ impl std::fmt::Debug for Batch {
 // leftovers that nothing reads.
 unsafe impl Send for Batch {}
 
+/// A ring that reads and writes and can do nothing else: by a ring like any other, files could be
+/// opened that a filter of system calls keeps its thread from.
+fn reads_and_writes_only() -> io::Result<Box<IoUring>> {
+    let ring = IoUring::builder().setup_r_disabled().build(RING)?;
+    let submitter = ring.submitter();
+    // Kernel threads for what it cannot do without waiting. An older kernel has no such limit but
+    // its own.
+    let _ = submitter.register_iowq_max_workers(&mut [WORKERS; 2]);
+    submitter.register_restrictions(&mut [
+        Restriction::sqe_op(opcode::Readv::CODE),
+        Restriction::sqe_op(opcode::Writev::CODE),
+    ])?;
+    submitter.register_enable_rings()?;
+    Ok(Box::new(ring))
+}
+
 impl Batch {
+    /// Makes the ring, for a disk that has come. Not on the thread that serves requests: it may
+    /// not.
+    pub(super) fn prepare(&mut self) {
+        if self.ring.is_none() {
+            self.ring = reads_and_writes_only()
+                .inspect_err(|error| {
+                    log::info!("blk: no io_uring ({error}): one request after the other");
+                })
+                .ok();
+        }
+    }
+
     /// Carries all transfers out and notes how each ended. Returns how many of them went by
     /// io_uring.
     ///
@@ -80,29 +99,13 @@ impl Batch {
     pub(super) fn run(&mut self, disk: &Disk) -> u64 {
         let fd = disk.file.as_raw_fd();
         let mut by_ring = 0;
-        if self.transfers.len() > 1 {
-            if matches!(self.ring, Ring::Untried) {
-                self.ring = match IoUring::new(RING) {
-                    Ok(ring) => {
-                        // Kernel threads for what it cannot do without waiting. An older kernel
-                        // has no such limit but its own.
-                        let _ = ring
-                            .submitter()
-                            .register_iowq_max_workers(&mut [WORKERS; 2]);
-                        Ring::Ready(Box::new(ring))
-                    }
-                    Err(error) => {
-                        log::info!("blk: no io_uring ({error}): one request after the other");
-                        Ring::Absent
-                    }
-                };
+        if self.transfers.len() > 1
+            && let Some(ring) = &mut self.ring
+        {
+            for chunk in self.transfers.chunks_mut(RING as usize) {
+                by_ring += at_once(ring, fd, chunk, &mut self.iovecs);
             }
-            if let Ring::Ready(ring) = &mut self.ring {
-                for chunk in self.transfers.chunks_mut(RING as usize) {
-                    by_ring += at_once(ring, fd, chunk, &mut self.iovecs);
-                }
-                return by_ring;
-            }
+            return by_ring;
         }
         for transfer in &mut self.transfers {
             transfer.result = one(fd, transfer, 0, &mut self.iovecs);

@@ -78,6 +78,10 @@ impl Blk {
     }
 
     fn with(disk: Option<Disk>, features: u64) -> Self {
+        let mut batch = Batch::default();
+        if disk.is_some() {
+            batch.prepare();
+        }
         Self {
             disk,
             features: features | F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH,
@@ -85,7 +89,7 @@ impl Blk {
             activation: None,
             events: None,
             buffers: Buffers::default(),
-            batch: Batch::default(),
+            batch,
             metrics: Metrics::default(),
             log: GuestLog::new("blk"),
         }
@@ -101,6 +105,7 @@ impl Blk {
             return Err(disk);
         }
         self.disk = Some(disk);
+        self.batch.prepare();
         self.config_changed();
         Ok(())
     }
@@ -220,7 +225,7 @@ impl VirtioDevice for Blk {
     fn deactivate(&mut self) -> Vec<Queue> {
         self.activation = None;
         self.buffers = Buffers::default();
-        self.batch = Batch::default();
+        self.batch.clear();
         std::mem::take(&mut self.queue)
     }
 

@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::io::{self, Iovecs, MAX_FRAME, Rx, RxTurn, Stopped};
 use super::tap::Tap;
 use super::vhost::Kernel;
+use crate::GuestMemory;
 use crate::virtio::guest_log::GuestLog;
 use crate::virtio::queue::{Buffers, QueueError, drain, signal};
 use crate::virtio::{Activation, DeviceError, InterruptKind, StateError, VirtioDevice};
@@ -141,20 +142,28 @@ impl Net {
             activation.interrupt.fail();
             return;
         }
-        if self.want_vhost && self.kernel.is_none() {
-            match Kernel::open(activation.mem.clone()) {
-                Ok(kernel) => self.kernel = Some(kernel),
-                Err(e) => {
-                    self.want_vhost = false;
-                    log::warn!(
-                        "net: tap {}: vhost-net is not to be had ({e}), going on without it; \
-                         load the vhost_net module to use it",
-                        self.tap.name()
-                    );
-                }
+        let mem = activation.mem.clone();
+        self.open_vhost(mem);
+        self.start_kernel();
+    }
+
+    /// Opens vhost-net for guest memory `mem`, if it is wanted and not open yet. For those who make
+    /// a VM whose device thread may not open files; else the device does it itself.
+    pub fn open_vhost(&mut self, mem: GuestMemory) {
+        if !self.want_vhost || self.kernel.is_some() {
+            return;
+        }
+        match Kernel::open(mem) {
+            Ok(kernel) => self.kernel = Some(kernel),
+            Err(e) => {
+                self.want_vhost = false;
+                log::warn!(
+                    "net: tap {}: vhost-net is not to be had ({e}), going on without it; \
+                     load the vhost_net module to use it",
+                    self.tap.name()
+                );
             }
         }
-        self.start_kernel();
     }
 
     fn start_kernel(&mut self) {
