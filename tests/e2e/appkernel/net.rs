@@ -106,8 +106,8 @@ fn tap() -> u32 {
 const NGINX: &str = r#"
 sed -i 's/listen 80 default_server;/listen 80 default_server; listen [::]:80 default_server;/' \
     /etc/nginx/nginx.conf
-echo four $(ip -o -4 addr show dev eth0 | awk '{ print $4 }')
-echo six $(ip -o -6 addr show dev eth0 scope link | awk '{ print $4 }')
+echo four $(ip -o addr show dev eth0 | awk '$3 == "inet" { print $4 }')
+echo six $(ip -o addr show dev eth0 | awk '$3 == "inet6" { print $4 }')
 echo sum $(sha256sum /var/www/html/blob)
 exec nginx -g 'daemon off;'
 "#;
