@@ -33,6 +33,8 @@ pub struct Call {
 
 const NO_ACL: &str = "mode bits and owners only: no access control lists, no capabilities of files";
 const CPU_ONLY: &str = "processor time only, all of it as user time";
+const WATCHED: &str =
+    "paths are watched: other names of a file, and changes that the host makes, are not seen";
 const LIMITS: &str =
     "kept: NOFILE (at most 4096), NPROC, FSIZE; others are remembered and not heeded";
 
@@ -77,11 +79,11 @@ const PRESENT: &[(u16, Support)] = &[
     (203, Partial("accepted, changes nothing")), (204, Supported), (213, Supported), (217, Supported), (218, Supported),
     (221, Partial("accepted, changes nothing")), (228, Supported), (229, Supported), (230, Supported), (231, Supported), (232, Supported), (233, Partial("one epoll within another, no more")), (234, Supported),
     (247, Partial("no P_PIDFD, no resource usage")),
-    (251, Partial("accepted, changes nothing")), (252, Partial("accepted, changes nothing")), (257, Partial("as open")), (258, Supported), (259, Partial("as mknod")), (260, Partial(NO_ACL)), (262, Supported), (263, Supported), (264, Supported),
+    (251, Partial("accepted, changes nothing")), (252, Partial("accepted, changes nothing")), (253, Supported), (254, Partial(WATCHED)), (255, Supported), (257, Partial("as open")), (258, Supported), (259, Partial("as mknod")), (260, Partial(NO_ACL)), (262, Supported), (263, Supported), (264, Supported),
     (265, Supported), (266, Supported), (267, Supported), (268, Partial(NO_ACL)), (269, Partial(NO_ACL)),
     (270, Partial("as select")), (271, Supported),
-    (273, Partial("accepted, not used: robust futexes are not woken at a thread's end")),
-    (280, Supported), (281, Supported), (282, Supported), (283, Partial("not told when the clock is set")), (284, Supported), (285, Partial("the size only: nothing is reserved, no holes are punched")), (286, Supported), (287, Supported), (288, Supported), (289, Supported), (290, Supported), (291, Supported), (292, Supported), (293, Supported), (299, Partial("the time limit is not heeded")), (302, Partial(LIMITS)),
+    (273, Partial("accepted, not used: robust futexes are not woken at a thread's end")), (275, Supported), (276, Supported),
+    (280, Supported), (281, Supported), (282, Supported), (283, Partial("not told when the clock is set")), (284, Supported), (285, Partial("the size only: nothing is reserved, no holes are punched")), (286, Supported), (287, Supported), (288, Supported), (289, Supported), (290, Supported), (291, Supported), (292, Supported), (293, Supported), (294, Supported), (299, Partial("the time limit is not heeded")), (302, Partial(LIMITS)),
     (306, Supported), (307, Supported), (309, Supported), (316, Partial("RENAME_NOREPLACE only")), (318, Supported), (319, Partial("no seals, no huge pages")), (332, Partial("no birth times, no mount ids")), (436, Partial("no CLOSE_RANGE_UNSHARE")), (439, Partial(NO_ACL)), (441, Supported),
 ];
 

@@ -16,6 +16,7 @@ use super::console;
 use super::dev::{self, Device};
 use super::node::{Node, kind};
 use super::pipe::{End, Pipe};
+use super::watch;
 use crate::task;
 
 /// Open flags.
@@ -238,6 +239,7 @@ impl File {
             Kind::Regular(node, _) => {
                 let offset = at.unwrap_or(*self.offset.lock());
                 let count = node.read(offset, to)?;
+                watch::tell(&self.path, watch::event::ACCESS, false);
                 if at.is_none() {
                     *self.offset.lock() = offset + count as u64;
                 }
@@ -293,6 +295,7 @@ impl File {
                     None => *self.offset.lock(),
                 };
                 let count = node.write(*handle, offset, from)?;
+                watch::tell(&self.path, watch::event::MODIFY, false);
                 if at.is_none() {
                     *self.offset.lock() = offset + count as u64;
                 }
@@ -309,7 +312,14 @@ impl Drop for File {
     fn drop(&mut self) {
         match &self.kind {
             Kind::Pipe(pipe, end) => pipe.close(*end),
-            Kind::Regular(node, Some(handle)) => node.close(*handle),
+            Kind::Regular(node, Some(handle)) => {
+                node.close(*handle);
+                watch::tell(&self.path, watch::event::CLOSE_WRITE, false);
+            }
+            Kind::Regular(_, None) => {
+                watch::tell(&self.path, watch::event::CLOSE_NOWRITE, false);
+            }
+            Kind::Directory(..) => watch::tell(&self.path, watch::event::CLOSE_NOWRITE, true),
             Kind::Object(object) => object.closed(),
             _ => {}
         }
