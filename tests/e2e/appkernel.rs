@@ -258,6 +258,75 @@ fn a_dynamic_program_with_threads_does_the_same_as_on_the_host() {
     );
 }
 
+/// By the C library's own calls: Python has none of them.
+const FILES: &str = r#"
+import ctypes, os, socket, struct, threading
+libc = ctypes.CDLL(None, use_errno=True)
+def call(name, *args):
+    result = getattr(libc, name)(*args)
+    return result if result >= 0 else -ctypes.get_errno()
+os.makedirs("/tmp/w/sub", exist_ok=True)
+open("/tmp/w/old", "w").close()
+i = call("inotify_init1", 0o4000)
+print(call("inotify_add_watch", i, b"/tmp/w", 0xfff & ~0x21), call("inotify_add_watch", i, b"/tmp/w/old", 0xc06))
+print(call("inotify_add_watch", i, b"/tmp/none", 2), call("inotify_add_watch", i, b"/tmp/w/old", 0x01000002))
+def show():
+    events, out = b"", []
+    while True:
+        try: events += os.read(i, 4096)
+        except BlockingIOError: break
+    while events:
+        wd, mask, cookie, length = struct.unpack("iIII", events[:16])
+        out.append((wd, hex(mask), cookie != 0, events[16:16 + length].rstrip(b"\0").decode()))
+        events = events[16 + length:]
+    print(*out)
+with open("/tmp/w/new", "w") as f: f.write("text")
+show()
+os.mkdir("/tmp/w/sub/x"); os.chmod("/tmp/w/new", 0o600); os.mkdir("/tmp/w/dir"); show()
+os.rename("/tmp/w/new", "/tmp/w/sub/gone"); os.rename("/tmp/w/old", "/tmp/w/named"); show()
+open("/tmp/w/named", "a").write("x"); os.unlink("/tmp/w/named"); show()
+print(call("inotify_rm_watch", i, 1), call("inotify_rm_watch", i, 1)); show()
+open("/tmp/w/quiet", "w").close(); show()
+
+NONE = ctypes.c_void_p()
+def splice(a, b, n, flags=0): return call("splice", a, NONE, b, NONE, ctypes.c_size_t(n), flags)
+data = bytes(range(256)) * 1000
+with open("/tmp/data", "wb") as f: f.write(data)
+src, (r, w) = os.open("/tmp/data", os.O_RDONLY), os.pipe()
+dst = os.open("/tmp/copy", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+print(splice(src, dst, 10), splice(r, dst, 10, 2))
+while (n := splice(src, w, 50000)) > 0:
+    while n > 0: n -= splice(r, dst, n)
+print(os.pread(dst, 1 << 20, 0) == data, n)
+a, b = socket.socketpair()
+os.write(w, b"through the pipe")
+print(splice(r, a.fileno(), 100), b.recv(100))
+b.send(b"and back"); print(splice(a.fileno(), w, 100), os.read(r, 100))
+r2, w2 = os.pipe(); os.write(w, b"twice")
+print(call("tee", r, w2, ctypes.c_size_t(100), 0), os.read(r2, 10), os.read(r, 10))
+offset = ctypes.c_longlong(5)
+print(call("splice", src, ctypes.byref(offset), w, NONE, ctypes.c_size_t(3), 0), offset.value, os.read(r, 10))
+os.close(w); print(splice(r, dst, 10)); os.close(r)
+"#;
+
+#[test]
+fn watched_files_and_spliced_pipes_do_the_same_as_on_the_host() {
+    let root = Root::new("python3");
+    root.put("files.py", FILES.as_bytes());
+    let program = ["/usr/bin/python3", "-I", "-S", "/files.py"];
+    let cmdline = "app.run=/usr/bin/python3 app.arg=-I app.arg=-S app.arg=/files.py";
+    let ran = root.boot(cmdline, &[], b"");
+    fs::remove_dir_all(root.rootfs.join("tmp")).unwrap();
+    fs::create_dir(root.rootfs.join("tmp")).unwrap();
+    let (code, output) = root.on_host(&program);
+    assert_eq!((ran.vm, ran.code), (0, code), "{ran:?}");
+    assert_eq!(ran.output, output, "{}", ran.log);
+    assert!(
+        output.contains("through the pipe") && code == 0,
+        "the program itself is wrong: {output}"
+    );
+}
+
 #[test]
 fn a_greedy_program_ends_and_the_others_go_on() {
     let root = Root::new("busybox");
@@ -517,6 +586,33 @@ fn redis_answers_and_keeps_what_it_was_given() {
     let (code, output, errors) = app.run(&["--entrypoint", ""], &["sh", "-c", REDIS], b"");
     assert_eq!(code, 0, "{output} {errors}");
     assert_eq!(output, "OK\n43\n3\nx\ny\nz\nPONG\nOK\n43\nover", "{errors}");
+}
+
+/// What a shell cannot do within limits it has set itself.
+const LIMITS: &str = r#"
+ulimit -n 20; ulimit -n; (ulimit -n 8; exec 9>/tmp/nine) 2>/dev/null || echo no number nine
+(ulimit -n 30) 2>/dev/null || echo not raised
+(ulimit -f 2; head -c 3000 /dev/zero > /tmp/big; echo $?; wc -c < /tmp/big) 2>/dev/null
+grep -c '^Max open files *20 *20 ' /proc/self/limits
+ulimit -u 4; for i in 1 2 3 4 5 6; do sleep 1 & done
+"#;
+
+#[test]
+fn limits_of_a_process_are_kept() {
+    let app = App::new("busybox");
+    let (code, output, errors) = app.run(&["-u", "1000"], &["sh", "-c", LIMITS], b"");
+    let lines: Vec<&str> = output.lines().collect();
+    assert_eq!(
+        lines[..3],
+        ["20", "no number nine", "not raised"],
+        "{output} {errors} {code}"
+    );
+    // Ended by the signal for it, after as much as was allowed.
+    assert_eq!(lines[3..6], ["153", "1024", "1"], "{output} {errors}");
+    assert!(
+        code == 2 && errors.contains("can't fork"),
+        "{output} {errors}"
+    );
 }
 
 #[test]

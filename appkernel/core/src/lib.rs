@@ -20,3 +20,4 @@ pub mod syscalls;
 pub mod terminal;
 pub mod vma;
 pub mod vsock;
+pub mod watch;

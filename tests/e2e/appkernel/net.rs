@@ -103,11 +103,46 @@ fn tap() -> u32 {
     nix::net::if_::if_nametoindex(name.as_str()).unwrap()
 }
 
+/// Asks for an echo; whether it came.
+fn ping(to: Ipv4Addr) -> bool {
+    use nix::sys::socket::{
+        AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, recv, sendto,
+        setsockopt, socket, sockopt,
+    };
+    use std::os::fd::AsRawFd;
+    let raw = socket(
+        AddressFamily::Inet,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::Icmp,
+    )
+    .unwrap();
+    let limit = nix::sys::time::TimeVal::new(60, 0);
+    setsockopt(&raw, sockopt::ReceiveTimeout, &limit).unwrap();
+    // Type 8, a number that is ours; the sum of all words is all ones.
+    let number = 0x4242u16;
+    let sum = !(0x0800 + number);
+    let mut request = vec![8, 0];
+    request.extend(sum.to_be_bytes());
+    request.extend(number.to_be_bytes());
+    request.extend([0, 0]);
+    let to = SockaddrIn::from(std::net::SocketAddrV4::new(to, 0));
+    sendto(raw.as_raw_fd(), &request, &to, MsgFlags::empty()).unwrap();
+    let mut answer = [0; 200];
+    // Others' packets may come too; ours is behind a header of 20 bytes.
+    while let Ok(n) = recv(raw.as_raw_fd(), &mut answer, MsgFlags::empty()) {
+        if n == 28 && answer[20] == 0 && answer[24..26] == number.to_be_bytes() {
+            return true;
+        }
+    }
+    false
+}
+
 const NGINX: &str = r#"
 sed -i 's/listen 80 default_server;/listen 80 default_server; listen [::]:80 default_server;/' \
     /etc/nginx/nginx.conf
-echo four $(ip -o -4 addr show dev eth0 | awk '{ print $4 }')
-echo six $(ip -o -6 addr show dev eth0 scope link | awk '{ print $4 }')
+echo four $(ip -o addr show dev eth0 | awk '$3 == "inet" { print $4 }')
+echo six $(ip -o addr show dev eth0 | awk '$3 == "inet6" { print $4 }')
 echo sum $(sha256sum /var/www/html/blob)
 exec nginx -g 'daemon off;'
 "#;
@@ -123,6 +158,7 @@ fn nginx_serves_files_to_the_host_over_ipv4_and_ipv6() {
     let sum = nginx.after("sum");
     let sum = sum.split(' ').next().unwrap();
     let six = SocketAddrV6::new(six, 80, 0, tap());
+    assert!(ping(four), "no echo");
     for to in [(four, 80).into(), SocketAddr::V6(six)] {
         assert_eq!(fetch(to, "/health"), b"healthy\n");
         let blob = fetch(to, "/blob");

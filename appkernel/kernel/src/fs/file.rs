@@ -16,6 +16,7 @@ use super::console;
 use super::dev::{self, Device};
 use super::node::{Node, kind};
 use super::pipe::{End, Pipe};
+use super::watch;
 use crate::task;
 
 /// Open flags.
@@ -238,6 +239,7 @@ impl File {
             Kind::Regular(node, _) => {
                 let offset = at.unwrap_or(*self.offset.lock());
                 let count = node.read(offset, to)?;
+                watch::tell(&self.path, watch::event::ACCESS, false);
                 if at.is_none() {
                     *self.offset.lock() = offset + count as u64;
                 }
@@ -293,6 +295,7 @@ impl File {
                     None => *self.offset.lock(),
                 };
                 let count = node.write(*handle, offset, from)?;
+                watch::tell(&self.path, watch::event::MODIFY, false);
                 if at.is_none() {
                     *self.offset.lock() = offset + count as u64;
                 }
@@ -309,7 +312,14 @@ impl Drop for File {
     fn drop(&mut self) {
         match &self.kind {
             Kind::Pipe(pipe, end) => pipe.close(*end),
-            Kind::Regular(node, Some(handle)) => node.close(*handle),
+            Kind::Regular(node, Some(handle)) => {
+                node.close(*handle);
+                watch::tell(&self.path, watch::event::CLOSE_WRITE, false);
+            }
+            Kind::Regular(_, None) => {
+                watch::tell(&self.path, watch::event::CLOSE_NOWRITE, false);
+            }
+            Kind::Directory(..) => watch::tell(&self.path, watch::event::CLOSE_NOWRITE, true),
             Kind::Object(object) => object.closed(),
             _ => {}
         }
@@ -320,13 +330,23 @@ impl Drop for File {
 pub const MAX_FILES: usize = 4096;
 
 /// The open files of a process, by number.
-#[derive(Default)]
-pub struct Files(Vec<Option<(Arc<File>, bool)>>);
+pub struct Files(Vec<Option<(Arc<File>, bool)>>, usize);
+
+impl Default for Files {
+    fn default() -> Self {
+        Self(Vec::new(), MAX_FILES)
+    }
+}
 
 impl Files {
     /// A copy for a child.
     pub fn duplicate(&self) -> Self {
-        Self(self.0.clone())
+        Self(self.0.clone(), self.1)
+    }
+
+    /// New numbers are below this from now on.
+    pub fn set_limit(&mut self, limit: u64) {
+        self.1 = usize::try_from(limit).map_or(MAX_FILES, |n| n.min(MAX_FILES));
     }
 
     fn slot(&self, fd: i32) -> Option<&(Arc<File>, bool)> {
@@ -363,7 +383,7 @@ impl Files {
         if appkernel_hal::frames::is_scarce() {
             return Err(Errno::ENFILE);
         }
-        let index = (from..MAX_FILES)
+        let index = (from..self.1)
             .find(|i| !matches!(self.0.get(*i), Some(Some(_))))
             .ok_or(Errno::EMFILE)?;
         self.put(index, file, close);
@@ -389,7 +409,7 @@ impl Files {
     ) -> Result<Option<Arc<File>>, Errno> {
         let index = usize::try_from(fd)
             .ok()
-            .filter(|i| *i < MAX_FILES)
+            .filter(|i| *i < self.1)
             .ok_or(Errno::EBADF)?;
         Ok(self.put(index, file, close))
     }

@@ -11,6 +11,7 @@ pub mod proc;
 pub mod proc_text;
 pub mod pty;
 pub mod virtio;
+pub mod watch;
 
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;

@@ -2,7 +2,7 @@
 
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::sync::{Arc, Weak};
-
+use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use appkernel_core::errno::Errno;
@@ -133,6 +133,27 @@ impl Pipe {
     /// Bytes in it.
     pub fn len(&self) -> usize {
         self.state.lock().data.len()
+    }
+
+    /// A copy of the first bytes in it.
+    pub fn peek(&self, most: usize) -> Vec<u8> {
+        self.state.lock().data.iter().take(most).copied().collect()
+    }
+
+    /// Takes bytes out that were seen by `peek`.
+    pub fn skip(&self, count: usize) {
+        {
+            let mut state = self.state.lock();
+            let count = count.min(state.data.len());
+            state.data.drain(..count);
+            state.taken += count as u64;
+        }
+        self.changed();
+    }
+
+    /// Whether more can come.
+    pub fn has_writers(&self) -> bool {
+        self.state.lock().writers > 0
     }
 
     /// Reads what there is; waits for at least one byte, unless at the end.

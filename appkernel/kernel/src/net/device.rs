@@ -74,7 +74,9 @@ impl Device {
             for (at, byte) in (0..).zip(&mut mac) {
                 *byte = transport.config(at);
             }
-        } else {
+        }
+        // One of its own, where the device has none, or one that no machine can have.
+        if mac[0] & 1 != 0 || mac == [0; 6] {
             appkernel_hal::cpu::random(&mut mac);
             // Of one machine, and locally made.
             mac[0] = mac[0] & 0xfe | 2;

@@ -123,6 +123,8 @@ pub fn apply(link: &Link) {
             None => own.push(nobody_of(&route.to)),
         }
     }
+    // smoltcp panics on others.
+    own.retain(|a| a.address().is_unicast() || a.address().is_unspecified());
     stack.interface.update_ip_addrs(|addresses| {
         addresses.clear();
         for one in own.into_iter().take(MAX_ADDRESSES) {

@@ -7,23 +7,24 @@ use appkernel_core::errno::Errno;
 use appkernel_core::fuse::DirEntry;
 use appkernel_core::locks::Lock;
 
-use super::{Call, Result, get, get_u64, put, sockets};
+use super::{Call, Result, get, moves, put, sockets};
 use crate::container::visible;
 use crate::fs::file::{File, Kind, flag};
 use crate::fs::fuse::Change;
 use crate::fs::node::Node;
 use crate::fs::pipe::{End, Pipe};
 use crate::fs::pty::{Master, Slave};
+use crate::fs::watch::Inotify;
 use crate::net::Socket;
 use crate::signal::{self, Info, Signal};
-use crate::task;
+use crate::task::{self, Task, limits};
 
 /// Bytes copied at once between program and kernel.
-const CHUNK: usize = 64 << 10;
+pub const CHUNK: usize = 64 << 10;
 /// Parts of readv and writev (`IOV_MAX`).
 const MAX_PARTS: u64 = 1024;
 /// Most bytes of one call, as Linux.
-const MAX_COUNT: u64 = 0x7fff_f000;
+pub const MAX_COUNT: u64 = 0x7fff_f000;
 
 /// The calls of this family.
 pub fn call(c: &Call<'_>) -> Option<Result> {
@@ -40,7 +41,7 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         22 => pipe(c, 0),
         32 => duplicate(c, 0, false),
         33 | 292 => duplicate_to(c),
-        40 => sendfile(c),
+        40 => moves::sendfile(c),
         72 => control(c),
         74 | 75 => sync(c),
         77 => truncate(c),
@@ -81,9 +82,30 @@ fn read(c: &Call<'_>, address: u64, count: u64, at: Option<u64>) -> Result {
     }
 }
 
+/// How many bytes of a file from `at` on the process may write (RLIMIT_FSIZE).
+pub fn may_grow(task: &Task, at: u64) -> Result {
+    let limit = task.limits.lock().soft(limits::FILE_SIZE);
+    if at >= limit {
+        signal::send(task, Signal::XFSZ, Info::default());
+        return Err(Errno::EFBIG);
+    }
+    Ok(limit - at)
+}
+
 fn write(c: &Call<'_>, address: u64, count: u64, at: Option<u64>) -> Result {
     let file = c.task.file(c.int(0))?;
-    let count = count.min(MAX_COUNT);
+    let mut count = count.min(MAX_COUNT);
+    if let Kind::Regular(node, _) = &file.kind
+        && c.task.limits.lock().soft(limits::FILE_SIZE) < u64::MAX
+        && count > 0
+    {
+        let start = match at {
+            Some(at) => at,
+            None if file.flags() & flag::APPEND != 0 => node.attributes()?.size,
+            None => *file.offset.lock(),
+        };
+        count = count.min(may_grow(c.task, start)?);
+    }
     let mut done = 0;
     while done < count || count == 0 {
         let mut buffer = vec![0; (count - done).min(CHUNK as u64) as usize];
@@ -186,6 +208,9 @@ fn ioctl(c: &Call<'_>) -> Result {
             let count = match &file.kind {
                 Kind::Object(_) if file.object::<Socket>().is_some() => {
                     file.object::<Socket>().map_or(0, |s| s.waiting() as u32)
+                }
+                Kind::Object(_) if file.object::<Inotify>().is_some() => {
+                    file.object::<Inotify>().map_or(0, |i| i.waiting() as u32)
                 }
                 Kind::Object(_) => return terminal_call(c, &file, FIONREAD),
                 Kind::Pipe(pipe, End::Read) => pipe.len() as u32,
@@ -427,6 +452,7 @@ fn sync(c: &Call<'_>) -> Result {
 
 fn truncate(c: &Call<'_>) -> Result {
     let size = at(c.arg(1))?;
+    may_grow(c.task, size.saturating_sub(1))?;
     match &c.task.file(c.int(0))?.kind {
         Kind::Regular(node, Some(_)) => node.change(&Change {
             size: Some(size),
@@ -435,58 +461,6 @@ fn truncate(c: &Call<'_>) -> Result {
         _ => return Err(Errno::EINVAL),
     }
     Ok(0)
-}
-
-fn sendfile(c: &Call<'_>) -> Result {
-    let to = c.task.file(c.int(0))?;
-    let from = c.task.file(c.int(1))?;
-    if !matches!(from.kind, Kind::Regular(..)) {
-        return Err(Errno::EINVAL);
-    }
-    let place = c.arg(2);
-    let start = if place == 0 {
-        *from.offset.lock()
-    } else {
-        at(get_u64(place)?)?
-    };
-    let count = c.arg(3).min(MAX_COUNT);
-    let mut done = 0;
-    let mut result = Ok(());
-    'all: while done < count {
-        let mut buffer = vec![0; (count - done).min(CHUNK as u64) as usize];
-        let got = match from.read(&mut buffer, Some(start.saturating_add(done))) {
-            Ok(0) => break,
-            Ok(got) => got,
-            Err(e) => {
-                result = Err(e);
-                break;
-            }
-        };
-        let mut sent = 0;
-        // What the other side does not take stays in the file: only what went counts.
-        while sent < got {
-            match to.write(buffer.get(sent..got).unwrap_or_default(), None) {
-                Ok(0) => break 'all,
-                Ok(taken) => {
-                    sent += taken;
-                    done += taken as u64;
-                }
-                Err(e) => {
-                    result = Err(e);
-                    break 'all;
-                }
-            }
-        }
-    }
-    if done == 0 {
-        result?;
-    }
-    if place == 0 {
-        *from.offset.lock() = start + done;
-    } else {
-        put(place, &(start + done).to_le_bytes())?;
-    }
-    Ok(done)
 }
 
 fn entries(c: &Call<'_>) -> Result {

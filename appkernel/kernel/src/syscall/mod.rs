@@ -7,6 +7,7 @@ pub mod files;
 mod info;
 mod memory;
 mod more;
+mod moves;
 mod paths;
 mod polls;
 mod processes;
@@ -14,6 +15,7 @@ mod signals;
 mod socket_options;
 mod sockets;
 mod users;
+mod watches;
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -162,6 +164,7 @@ fn one(call: &Call<'_>) -> Result {
         sockets::call,
         events::call,
         more::call,
+        watches::call,
     ] {
         if let Some(result) = family(call) {
             return result;

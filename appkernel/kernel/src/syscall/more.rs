@@ -2,7 +2,7 @@
 
 use appkernel_core::errno::Errno;
 
-use super::{Call, Result, get, get_u64, put, put_words};
+use super::{Call, Result, get, get_u64, moves, put, put_words};
 use crate::alarms;
 use crate::fs::file::Kind;
 use crate::fs::fuse::Change;
@@ -33,6 +33,8 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         194..=196 => Ok(0),
         197..=199 => Err(Errno::EOPNOTSUPP),
         221 => Ok(0),
+        275 => moves::splice(c),
+        276 => moves::tee(c),
         285 => allocate(c),
         306 => c.task.file(c.int(0)).map(|_| 0),
         309 => {

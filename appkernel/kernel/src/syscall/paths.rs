@@ -15,10 +15,11 @@ use crate::fs::fuse::Change;
 use crate::fs::node::{Node, kind};
 use crate::fs::pipe::End;
 use crate::fs::pty;
+use crate::fs::watch::{self, event};
 use crate::fs::{self, Found, Place};
 use crate::task::may;
 
-const CWD: i32 = -100;
+pub(super) const CWD: i32 = -100;
 const AT_SYMLINK_NOFOLLOW: u32 = 0x100;
 const AT_REMOVEDIR: u32 = 0x200;
 const AT_EMPTY_PATH: u32 = 0x1000;
@@ -102,7 +103,8 @@ fn base(c: &Call<'_>, dir: i32, path: &[u8]) -> Result<Vec<u8>> {
     }
 }
 
-fn resolve(c: &Call<'_>, dir: i32, address: u64, follow: bool) -> Result<Found> {
+/// Walks to a file that is there.
+pub(super) fn resolve(c: &Call<'_>, dir: i32, address: u64, follow: bool) -> Result<Found> {
     let path = get_path(address)?;
     fs::resolve(&c.task.container, &base(c, dir, &path)?, &path, follow)
 }
@@ -172,6 +174,15 @@ fn open(c: &Call<'_>, dir: i32, address: u64, flags: u32, mode: u32) -> Result {
         }
         Some(found) => (open_found(c, &place, found, flags)?, found.path.clone()),
     };
+    let is_directory = matches!(kind, Kind::Directory(..));
+    if flags & flag::PATH == 0 {
+        if place.found.is_none() {
+            watch::tell(&path, event::CREATE, false);
+        } else if flags & flag::TRUNCATE != 0 {
+            watch::tell(&path, event::MODIFY, false);
+        }
+        watch::tell(&path, event::OPEN, is_directory);
+    }
     let kept = flags & !(flag::CREATE | flag::EXCLUSIVE | flag::TRUNCATE | flag::CLOEXEC);
     let file = Arc::new(File::at(kind, kept, path));
     let fd = c
@@ -503,6 +514,7 @@ fn rename(c: &Call<'_>, from: (i32, u64), to: (i32, u64), flags: u32) -> Result 
         return Err(Errno::EINVAL);
     }
     from.directory.rename(&from.name, &to.directory, &to.name)?;
+    watch::moved(&from.path(), &to.path(), node.is_directory());
     Ok(0)
 }
 
@@ -517,6 +529,7 @@ fn mkdir(c: &Call<'_>, dir: i32, path: u64, mode: u32) -> Result {
     place
         .directory
         .make_directory(&place.name, mode & 0o1777 & !umask, owner)?;
+    watch::tell(&place.path(), event::CREATE, true);
     Ok(0)
 }
 
@@ -553,6 +566,7 @@ fn mknod(c: &Call<'_>, dir: i32, path: u64, mode: u32, device: u32) -> Result {
         }
         _ => return Err(Errno::EPERM),
     }
+    watch::tell(&place.path(), event::CREATE, false);
     Ok(0)
 }
 
@@ -569,6 +583,7 @@ fn unlink(c: &Call<'_>, dir: i32, path: u64, directory: bool) -> Result {
     }
     removes(c, &place)?;
     place.directory.unlink(&place.name, directory)?;
+    watch::gone(&place.path(), directory);
     Ok(0)
 }
 
@@ -581,6 +596,7 @@ fn link(c: &Call<'_>, from: (i32, u64), to: (i32, u64), flags: u32) -> Result {
     }
     changes(c, &place)?;
     place.directory.link(&place.name, &node)?;
+    watch::tell(&place.path(), event::CREATE, false);
     Ok(0)
 }
 
@@ -596,6 +612,7 @@ fn symlink(c: &Call<'_>, target: u64, dir: i32, path: u64) -> Result {
     changes(c, &place)?;
     let owner = c.task.credentials.lock().owner();
     place.directory.make_link(&place.name, &target, owner)?;
+    watch::tell(&place.path(), event::CREATE, false);
     Ok(0)
 }
 
@@ -624,11 +641,11 @@ fn chmod(c: &Call<'_>, dir: i32, path: u64, mode: u32) -> Result {
         mode: Some(mode & 0o7777),
         ..Change::default()
     };
-    changed(c, &found.node, found.read_only, &change)
+    changed(c, (&found.node, &found.path), found.read_only, &change)
 }
 
 /// Changes attributes, if the caller may.
-fn changed(c: &Call<'_>, node: &Node, read_only: bool, change: &Change) -> Result {
+fn changed(c: &Call<'_>, (node, path): (&Node, &[u8]), read_only: bool, change: &Change) -> Result {
     if read_only {
         return Err(Errno::EROFS);
     }
@@ -644,6 +661,7 @@ fn changed(c: &Call<'_>, node: &Node, read_only: bool, change: &Change) -> Resul
         }
     }
     node.change(change)?;
+    watch::tell(path, event::ATTRIB, node.is_directory());
     Ok(0)
 }
 
@@ -660,16 +678,17 @@ fn chown(c: &Call<'_>, dir: i32, path: u64, ids: (u32, u32), flags: u32) -> Resu
     let change = owner(ids.0, ids.1);
     if flags & AT_EMPTY_PATH != 0 && super::get::<1>(path) == Ok([0]) {
         let file = c.task.file(dir)?;
-        return changed(c, file.node().ok_or(Errno::EINVAL)?, false, &change);
+        let node = file.node().ok_or(Errno::EINVAL)?;
+        return changed(c, (node, &file.path), false, &change);
     }
     let found = resolve(c, dir, path, flags & AT_SYMLINK_NOFOLLOW == 0)?;
-    changed(c, &found.node, found.read_only, &change)
+    changed(c, (&found.node, &found.path), found.read_only, &change)
 }
 
 fn change_file(c: &Call<'_>, change: &Change) -> Result {
     let file = c.task.file(c.int(0))?;
     match file.node() {
-        Some(node) => changed(c, node, false, change),
+        Some(node) => changed(c, (node, &file.path), false, change),
         // Pipes and sockets have no attributes to keep.
         None => Ok(0),
     }
@@ -691,6 +710,7 @@ fn truncate(c: &Call<'_>) -> Result {
     if !credentials.may(&found.node.attributes()?, may::WRITE) {
         return Err(Errno::EACCES);
     }
+    super::files::may_grow(c.task, size.saturating_sub(1))?;
     found.node.change(&Change {
         size: Some(size),
         ..Change::default()
@@ -734,6 +754,7 @@ fn utimens(c: &Call<'_>) -> Result {
         return Err(Errno::EROFS);
     }
     found.node.change(&change)?;
+    watch::tell(&found.path, event::ATTRIB, found.node.is_directory());
     Ok(0)
 }
 

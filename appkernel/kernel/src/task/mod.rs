@@ -6,6 +6,7 @@
 
 mod credentials;
 mod end;
+pub mod limits;
 mod schedule;
 
 use alloc::collections::{BTreeMap, VecDeque};
@@ -28,6 +29,7 @@ use crate::signal::{Handlers, Pending};
 
 pub use credentials::{Credentials, may};
 pub use end::*;
+pub use limits::Limits;
 pub use schedule::*;
 
 /// Most tasks at once: what a fork bomb gets before `EAGAIN`.
@@ -110,6 +112,8 @@ pub struct Task {
     pub place: Arc<Mutex<Place>>,
     /// Parent and groups, of the process.
     pub links: Arc<Mutex<Links>>,
+    /// What the process may have of things.
+    pub limits: Arc<Mutex<Limits>>,
     /// Signals that wait, and the mask.
     pub pending: Mutex<Pending>,
     /// What signals do.
@@ -184,6 +188,7 @@ fn kernel_task(
         files: Mutex::default(),
         place: Arc::new(Mutex::new(Place::default())),
         links: Arc::new(Mutex::new(Links::default())),
+        limits: Arc::default(),
         pending: Mutex::new(Pending::default()),
         handlers: Mutex::default(),
         clear_tid: AtomicU64::new(0),
@@ -225,6 +230,7 @@ pub struct New<'a> {
     pub credentials: Credentials,
     pub cwd: Vec<u8>,
     pub umask: u32,
+    pub limits: Limits,
 }
 
 /// Last part of a path, as the name of a task.
@@ -261,6 +267,7 @@ impl Task {
                 session: id,
                 ..Links::default()
             })),
+            limits: Arc::new(Mutex::new(new.limits)),
             pending: Mutex::new(Pending::default()),
             handlers: Mutex::default(),
             clear_tid: AtomicU64::new(0),
@@ -317,12 +324,33 @@ impl Task {
         unsafe { *self.own_context().frame() }
     }
 
+    /// Whether the container and the user may have one more task.
+    fn may_clone(&self) -> Result<(), Errno> {
+        let most = self.container.pids_max.load(Ordering::Relaxed);
+        let own = self.limits.lock().soft(limits::PROCESSES);
+        let (uid, root) = {
+            let credentials = self.credentials.lock();
+            (credentials.uid, credentials.is_root())
+        };
+        if most == u64::MAX && (own == u64::MAX || root) {
+            return Ok(());
+        }
+        let tasks = living();
+        let tasks = || tasks.iter().filter(|t| self.container.has(t.id));
+        let of_user = || tasks().filter(|t| t.credentials.lock().uid == uid).count() as u64;
+        if tasks().count() as u64 >= most || !root && of_user() >= own {
+            return Err(Errno::EAGAIN);
+        }
+        Ok(())
+    }
+
     /// Makes a task like this one, which goes on at `frame`; returns its number.
     pub fn clone(&self, options: &CloneOptions) -> Result<u32, Errno> {
         let count = with(|s| s.tasks.len());
         if count >= MAX_TASKS {
             return Err(Errno::EAGAIN);
         }
+        self.may_clone()?;
         let mut frame = self.frame();
         frame.rax = 0;
         if options.stack != 0 {
@@ -369,6 +397,12 @@ impl Task {
             let copy = self.place.lock().clone();
             Arc::new(Mutex::new(copy))
         };
+        let limits = if options.thread {
+            Arc::clone(&self.limits)
+        } else {
+            let copy = *self.limits.lock();
+            Arc::new(Mutex::new(copy))
+        };
         let mask = self.pending.lock().mask;
         let root = mm.lock().root();
         let task = Arc::new(Self {
@@ -385,6 +419,7 @@ impl Task {
             files: Mutex::new(files),
             place,
             links,
+            limits,
             pending: Mutex::new(Pending::with_mask(mask)),
             handlers: Mutex::new(handlers),
             clear_tid: AtomicU64::new(options.clear_tid),
