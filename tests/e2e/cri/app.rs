@@ -72,7 +72,7 @@ fn two_containers(node: &mut Node, _: &str) -> Result<()> {
     let ended = pod.start(&container(
         "ended",
         "busybox",
-        &["sh", "-c", "kill -SEGV $$"],
+        &["sh", "-c", "sh -c 'kill -SEGV $$'; exit $?"],
     ))?;
     let status = pod.cri.wait_exit(&ended, PATIENCE)?;
     ensure!(status.exit_code == 139, "exit code {}", status.exit_code);
