@@ -1,6 +1,9 @@
 //! The app kernel on real KVM: ordinary programs of ordinary images on it, and on the host's kernel
 //! where both have to agree.
 
+#[path = "appkernel/net.rs"]
+mod net;
+
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -516,11 +519,37 @@ fn redis_answers_and_keeps_what_it_was_given() {
     assert_eq!(output, "OK\n43\n3\nx\ny\nz\nPONG\nOK\n43\nover", "{errors}");
 }
 
+/// What a shell cannot do within limits it has set itself.
+const LIMITS: &str = r#"
+ulimit -n 20; ulimit -n; (ulimit -n 8; exec 9>/tmp/nine) 2>/dev/null || echo no number nine
+(ulimit -n 30) 2>/dev/null || echo not raised
+(ulimit -f 2; head -c 3000 /dev/zero > /tmp/big; echo $?; wc -c < /tmp/big) 2>/dev/null
+grep -c '^Max open files *20 *20 ' /proc/self/limits
+ulimit -u 4; for i in 1 2 3 4 5 6; do sleep 1 & done
+"#;
+
+#[test]
+fn limits_of_a_process_are_kept() {
+    let app = App::new("busybox");
+    let (code, output, errors) = app.run(&["-u", "1000"], &["sh", "-c", LIMITS], b"");
+    let lines: Vec<&str> = output.lines().collect();
+    assert_eq!(
+        lines[..3],
+        ["20", "no number nine", "not raised"],
+        "{output} {errors} {code}"
+    );
+    // Ended by the signal for it, after as much as was allowed.
+    assert_eq!(lines[3..6], ["153", "1024", "1"], "{output} {errors}");
+    assert!(
+        code == 2 && errors.contains("can't fork"),
+        "{output} {errors}"
+    );
+}
+
 #[test]
 fn what_the_app_kernel_has_not_is_refused_in_words() {
     let app = App::new("busybox");
     for (options, words) in [
-        (&["--net", "tap"][..], "no network but its loopback"),
         (&["--cpus", "2"][..], "uses one CPU"),
         (&["--image", "x"][..], "needs no guest image"),
     ] {

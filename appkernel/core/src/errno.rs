@@ -51,6 +51,7 @@ errnos! {
     ESPIPE = 29, "illegal seek";
     EROFS = 30, "read-only file system";
     EPIPE = 32, "broken pipe";
+    EDOM = 33, "argument out of domain";
     ERANGE = 34, "numerical result out of range";
     ENAMETOOLONG = 36, "file name too long";
     ENOLCK = 37, "no locks available";
@@ -62,6 +63,7 @@ errnos! {
     ENOTSOCK = 88, "not a socket";
     EDESTADDRREQ = 89, "destination address required";
     EMSGSIZE = 90, "message too long";
+    ENOPROTOOPT = 92, "protocol not available";
     EPROTONOSUPPORT = 93, "protocol not supported";
     ESOCKTNOSUPPORT = 94, "socket type not supported";
     EOPNOTSUPP = 95, "operation not supported";
@@ -76,6 +78,9 @@ errnos! {
     ETOOMANYREFS = 109, "too many files under way";
     ETIMEDOUT = 110, "connection timed out";
     ECONNREFUSED = 111, "connection refused";
+    EHOSTUNREACH = 113, "no route to host";
+    EALREADY = 114, "operation already in progress";
+    EINPROGRESS = 115, "operation now in progress";
 }
 
 impl Errno {

@@ -33,7 +33,8 @@ pub struct Call {
 
 const NO_ACL: &str = "mode bits and owners only: no access control lists, no capabilities of files";
 const CPU_ONLY: &str = "processor time only, all of it as user time";
-const FIXED: &str = "fixed limits: lower ones are taken and not heeded, higher ones refused";
+const LIMITS: &str =
+    "kept: NOFILE (at most 4096), NPROC, FSIZE; others are remembered and not heeded";
 
 /// Calls that are there, ascending.
 #[rustfmt::skip]
@@ -52,7 +53,7 @@ const PRESENT: &[(u16, Support)] = &[
     (24, Supported), (25, Partial("no MREMAP_DONTUNMAP")), (26, Supported), (27, Partial("all pages are said to be there")),
     (28, Partial("MADV_DONTNEED; others are hints")), (32, Supported), (33, Supported),
     (34, Supported), (35, Supported), (36, Partial("ITIMER_REAL")), (37, Supported), (38, Partial("ITIMER_REAL")), (39, Supported),
-    (40, Supported), (41, Partial("AF_UNIX, AF_INET, AF_INET6: streams, datagrams; no netlink, no raw sockets")), (42, Partial("unix sockets and the loopback")), (43, Supported), (44, Partial("no out-of-band data")), (45, Partial("no out-of-band data")), (46, Partial("files but unix sockets are passed, credentials are not")), (47, Partial("as sendmsg")), (48, Supported), (49, Partial("the loopback and the general address")), (50, Supported), (51, Supported), (52, Supported), (53, Supported), (54, Partial("kept and given back; the loopback has nothing to change")), (55, Supported), (56, Partial("no namespaces; no CLONE_PARENT, CLONE_PIDFD; working directory is never shared by processes")),
+    (40, Supported), (41, Partial("AF_UNIX, AF_INET, AF_INET6: streams, datagrams; of AF_NETLINK the questions about interfaces; no raw sockets")), (42, Supported), (43, Supported), (44, Partial("no out-of-band data")), (45, Partial("no out-of-band data")), (46, Partial("files but unix sockets are passed, credentials are not")), (47, Partial("as sendmsg")), (48, Supported), (49, Supported), (50, Supported), (51, Supported), (52, Supported), (53, Supported), (54, Partial("time limits, linger, address reuse, no-delay and v6-only have effect; others are kept and given back")), (55, Supported), (56, Partial("no namespaces; no CLONE_PARENT, CLONE_PIDFD; working directory is never shared by processes")),
     (57, Supported), (58, Supported), (59, Partial("EAGAIN while the process has other threads")),
     (60, Supported), (61, Partial("no resource usage")),
     (62, Supported), (63, Supported),
@@ -61,7 +62,7 @@ const PRESENT: &[(u16, Support)] = &[
     (82, Supported), (83, Supported), (84, Supported), (85, Supported), (86, Supported), (87, Supported),
     (88, Supported), (89, Supported), (90, Partial(NO_ACL)), (91, Partial(NO_ACL)),
     (92, Partial(NO_ACL)), (93, Partial(NO_ACL)), (94, Partial(NO_ACL)), (95, Supported),
-    (96, Supported), (97, Partial(FIXED)), (98, Partial(CPU_ONLY)), (99, Partial("no load averages")),
+    (96, Supported), (97, Partial(LIMITS)), (98, Partial(CPU_ONLY)), (99, Partial("no load averages")),
     (100, Partial(CPU_ONLY)), (102, Supported), (104, Supported),
     (105, Supported), (106, Supported), (107, Supported), (108, Supported),
     (109, Supported), (110, Supported), (111, Supported), (112, Supported),
@@ -71,7 +72,7 @@ const PRESENT: &[(u16, Support)] = &[
     (124, Supported), (125, Partial("root has the usual ones of a container, others none")), (126, Partial("accepted, changes nothing")),
     (127, Supported), (128, Supported), (130, Supported), (131, Supported),
     (133, Partial("fifos, sockets, and the usual devices in memory")),
-    (135, Partial("accepted, changes nothing")), (137, Supported), (138, Supported), (140, Partial("accepted, changes nothing")), (141, Partial("accepted, changes nothing")), (142, Partial("accepted, changes nothing")), (143, Partial("accepted, changes nothing")), (144, Partial("accepted, changes nothing")), (145, Partial("accepted, changes nothing")), (146, Partial("accepted, changes nothing")), (147, Partial("accepted, changes nothing")), (157, Partial("names; the usual others are accepted and change nothing")), (158, Supported), (160, Partial(FIXED)), (162, Supported), (186, Supported), (187, Partial("accepted, changes nothing")), (188, Partial("there are no extended attributes")), (189, Partial("there are no extended attributes")), (190, Partial("there are no extended attributes")), (191, Partial("there are no extended attributes")), (192, Partial("there are no extended attributes")), (193, Partial("there are no extended attributes")), (194, Partial("there are no extended attributes")), (195, Partial("there are no extended attributes")), (196, Partial("there are no extended attributes")), (197, Partial("there are no extended attributes")), (198, Partial("there are no extended attributes")), (199, Partial("there are no extended attributes")), (200, Supported), (201, Supported),
+    (135, Partial("accepted, changes nothing")), (137, Supported), (138, Supported), (140, Partial("accepted, changes nothing")), (141, Partial("accepted, changes nothing")), (142, Partial("accepted, changes nothing")), (143, Partial("accepted, changes nothing")), (144, Partial("accepted, changes nothing")), (145, Partial("accepted, changes nothing")), (146, Partial("accepted, changes nothing")), (147, Partial("accepted, changes nothing")), (157, Partial("names; the usual others are accepted and change nothing")), (158, Supported), (160, Partial(LIMITS)), (162, Supported), (186, Supported), (187, Partial("accepted, changes nothing")), (188, Partial("there are no extended attributes")), (189, Partial("there are no extended attributes")), (190, Partial("there are no extended attributes")), (191, Partial("there are no extended attributes")), (192, Partial("there are no extended attributes")), (193, Partial("there are no extended attributes")), (194, Partial("there are no extended attributes")), (195, Partial("there are no extended attributes")), (196, Partial("there are no extended attributes")), (197, Partial("there are no extended attributes")), (198, Partial("there are no extended attributes")), (199, Partial("there are no extended attributes")), (200, Supported), (201, Supported),
     (202, Partial("FUTEX_WAIT, FUTEX_WAKE, their bitset forms (any bit), FUTEX_REQUEUE and FUTEX_CMP_REQUEUE")),
     (203, Partial("accepted, changes nothing")), (204, Supported), (213, Supported), (217, Supported), (218, Supported),
     (221, Partial("accepted, changes nothing")), (228, Supported), (229, Supported), (230, Supported), (231, Supported), (232, Supported), (233, Partial("one epoll within another, no more")), (234, Supported),
@@ -80,7 +81,7 @@ const PRESENT: &[(u16, Support)] = &[
     (265, Supported), (266, Supported), (267, Supported), (268, Partial(NO_ACL)), (269, Partial(NO_ACL)),
     (270, Partial("as select")), (271, Supported),
     (273, Partial("accepted, not used: robust futexes are not woken at a thread's end")),
-    (280, Supported), (281, Supported), (282, Supported), (283, Partial("not told when the clock is set")), (284, Supported), (285, Partial("the size only: nothing is reserved, no holes are punched")), (286, Supported), (287, Supported), (288, Supported), (289, Supported), (290, Supported), (291, Supported), (292, Supported), (293, Supported), (299, Partial("the time limit is not heeded")), (302, Partial(FIXED)),
+    (280, Supported), (281, Supported), (282, Supported), (283, Partial("not told when the clock is set")), (284, Supported), (285, Partial("the size only: nothing is reserved, no holes are punched")), (286, Supported), (287, Supported), (288, Supported), (289, Supported), (290, Supported), (291, Supported), (292, Supported), (293, Supported), (299, Partial("the time limit is not heeded")), (302, Partial(LIMITS)),
     (306, Supported), (307, Supported), (309, Supported), (316, Partial("RENAME_NOREPLACE only")), (318, Supported), (319, Partial("no seals, no huge pages")), (332, Partial("no birth times, no mount ids")), (436, Partial("no CLOSE_RANGE_UNSHARE")), (439, Partial(NO_ACL)), (441, Supported),
 ];
 

@@ -74,6 +74,24 @@ global_asm!(
     push r15
     .endm
 
+    .macro POP_REGS
+    pop r15
+    pop r14
+    pop r13
+    pop r12
+    pop rbp
+    pop rbx
+    pop r11
+    pop r10
+    pop r9
+    pop r8
+    pop rax
+    pop rcx
+    pop rdx
+    pop rsi
+    pop rdi
+    .endm
+
     .text
     .align 16
 trap_common:
@@ -94,41 +112,13 @@ trap_return:
     mov rax, rcx
     shr rax, 47
     jnz 2f
-    pop r15
-    pop r14
-    pop r13
-    pop r12
-    pop rbp
-    pop rbx
-    pop r11
-    pop r10
-    pop r9
-    pop r8
-    pop rax
-    pop rcx
-    pop rdx
-    pop rsi
-    pop rdi
+    POP_REGS
     mov rcx, [rsp + 16]
     mov r11, [rsp + 32]
     mov rsp, [rsp + 40]
     swapgs
     sysretq
-2:  pop r15
-    pop r14
-    pop r13
-    pop r12
-    pop rbp
-    pop rbx
-    pop r11
-    pop r10
-    pop r9
-    pop r8
-    pop rax
-    pop rcx
-    pop rdx
-    pop rsi
-    pop rdi
+2:  POP_REGS
     add rsp, 16
     test byte ptr [rsp + 8], 3
     jz 3f

@@ -44,6 +44,11 @@ pub struct Container {
     next: AtomicU32,
     /// Nanoseconds its programs had the CPU.
     pub cpu_ns: AtomicU64,
+    /// Pages of memory its programs may have, and a number that they do not have more than.
+    pub pages_max: AtomicU64,
+    pub pages: AtomicU64,
+    /// Tasks it may have.
+    pub pids_max: AtomicU64,
     /// Programs that were ended for lack of memory.
     pub oom_kills: AtomicU64,
 }
@@ -68,6 +73,9 @@ impl Container {
             mounts: Mutex::new(alloc::vec![root]),
             next: AtomicU32::new(1),
             cpu_ns: AtomicU64::new(0),
+            pages_max: AtomicU64::new(u64::MAX),
+            pages: AtomicU64::new(0),
+            pids_max: AtomicU64::new(u64::MAX),
             oom_kills: AtomicU64::new(0),
         }
     }

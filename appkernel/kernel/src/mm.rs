@@ -23,6 +23,9 @@ pub const LOWEST: u64 = 0x1_0000;
 /// As Linux' `vm.max_map_count`.
 const MAX_AREAS: usize = 65530;
 
+/// Parts of a page, as `Mm::weight` counts them.
+pub const WHOLE: u64 = 1024;
+
 /// What a program wanted to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -85,6 +88,21 @@ impl Mm {
         self.table
             .visit(0, appkernel_hal::USER_END, |_, _| pages += 1);
         pages
+    }
+
+    /// Pages that only this process has, and its part of those that others or the cache of files
+    /// have too, in parts of a page.
+    pub fn weight(&mut self) -> (u64, u64) {
+        let (mut own, mut shared) = (0, 0);
+        self.table.visit(
+            0,
+            appkernel_hal::USER_END,
+            |_, entry| match frames::owners(frame_of(*entry)) {
+                0 | 1 => own += 1,
+                owners => shared += WHOLE / u64::from(owners),
+            },
+        );
+        (own, shared)
     }
 }
 

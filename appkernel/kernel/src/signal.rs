@@ -29,6 +29,7 @@ impl Signal {
     pub const TTIN: Self = Self(21);
     pub const WINCH: Self = Self(28);
     pub const HUP: Self = Self(1);
+    pub const XFSZ: Self = Self(25);
     pub const ALRM: Self = Self(14);
 
     /// Its bit in a mask.

@@ -106,6 +106,7 @@ extern "C" fn kernel_main(start: u64) -> ! {
         credentials,
         cwd: options.cwd.clone().into_bytes(),
         umask: 0o22,
+        limits: task::Limits::default(),
     };
     let Ok(first) = Task::make(new) else {
         fatal(format_args!("no memory for the first program"));

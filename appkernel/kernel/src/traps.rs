@@ -6,6 +6,7 @@ use appkernel_hal::trap::{Frame, IRQ_BASE, SPURIOUS, TIMER};
 use appkernel_hal::{USER_END, apic, clock, cpu, trap};
 
 use crate::mm::Access;
+use crate::net::stack;
 use crate::signal::{self, Signal};
 use crate::{fs, log, task};
 
@@ -26,6 +27,14 @@ pub fn wakes_agent(pin: u8) {
     AGENT_PIN.store(pin, Ordering::Relaxed);
 }
 
+/// IOAPIC pin of the network device.
+static NETWORK_PIN: AtomicU8 = AtomicU8::new(u8::MAX);
+
+/// Interrupts of this pin are packets.
+pub fn wakes_network(pin: u8) {
+    NETWORK_PIN.store(pin, Ordering::Relaxed);
+}
+
 /// Called by the entry code for everything but system calls.
 #[unsafe(no_mangle)]
 extern "C" fn kernel_trap(frame: &mut Frame) {
@@ -42,12 +51,22 @@ extern "C" fn kernel_trap(frame: &mut Frame) {
         }
         SPURIOUS => {}
         _ => {
-            if vector == IRQ_BASE + SERIAL_PIN {
+            let pin = vector.wrapping_sub(IRQ_BASE);
+            apic::end_of_interrupt();
+            if pin == SERIAL_PIN {
                 fs::console::input();
-            } else if vector.wrapping_sub(IRQ_BASE) == AGENT_PIN.load(Ordering::Relaxed) {
+            }
+            if pin == AGENT_PIN.load(Ordering::Relaxed) {
                 task::wake(task::AGENT);
             }
-            apic::end_of_interrupt();
+            if pin == NETWORK_PIN.load(Ordering::Relaxed) {
+                stack::interrupt();
+                if frame.from_user() {
+                    task::hand_over(task::NETWORK);
+                } else {
+                    task::wake(task::NETWORK);
+                }
+            }
         }
     }
     if frame.from_user() {

@@ -252,12 +252,6 @@ fn guest_files(args: &Args) -> Result<Boot, CliError> {
         let text = format!("--sandbox app: {what}; {instead}");
         Err(CliError::new("not_supported", text))
     };
-    if args.net != Net::None {
-        return refuse(
-            "the app kernel has no network but its loopback",
-            "leave --net out",
-        );
-    }
     if args.cpus > 1 {
         return refuse("the app kernel uses one CPU", "leave --cpus out");
     }

@@ -18,7 +18,10 @@ pub const TESTS: &[Test] = &[
     ("app_nothing_is_left", false, |node, _| {
         basic::come_and_go(node, APP, 3)
     }),
-    ("app_names", false, |node, _| wide::names(node, APP)),
+    ("app_network", false, |node, _| wide::network(node, APP)),
+    ("app_port_forward", false, |node, _| {
+        wide::port_forward(node, APP)
+    }),
     ("app_volumes", false, |node, _| wide::volumes(node, APP)),
     ("app_interactive_exec", false, |node, _| {
         wide::interactive_exec(node, APP)

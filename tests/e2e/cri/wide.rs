@@ -69,7 +69,7 @@ fn get(address: &str, path: &str) -> Result<Vec<u8>> {
     Ok(all)
 }
 
-fn network(node: &mut Node, handler: &str) -> Result<()> {
+pub fn network(node: &mut Node, handler: &str) -> Result<()> {
     let first = TestPod::run(node, handler, pod("net1"))?;
     let second = TestPod::run(node, handler, pod("net2"))?;
     let (a, b) = (first.sleeper("c")?, second.sleeper("c")?);
@@ -121,7 +121,7 @@ fn network(node: &mut Node, handler: &str) -> Result<()> {
     second.remove()
 }
 
-pub fn names(node: &mut Node, handler: &str) -> Result<()> {
+fn names(node: &mut Node, handler: &str) -> Result<()> {
     let mut config = pod("names");
     config.hostname = "my-host".into();
     config.dns_config = Some(DnsConfig {

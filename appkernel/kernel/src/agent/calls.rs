@@ -177,10 +177,13 @@ impl Agent {
                 })
             }
             TaskCall::Shutdown(_) => done(),
-            // Limits are not kept: what is asked for is taken and not heeded, as nothing could be
-            // done about it by whoever asks.
+            // Of memory and of tasks; others are taken and not heeded, as nothing could be done
+            // about it by whoever asks.
             TaskCall::Update(r) => {
-                self.held(&r.id)?;
+                let container = self.held(&r.id)?.container.clone();
+                if let Some(resources) = &r.resources {
+                    spec::limit(&container, &spec::parse(&resources.value)?);
+                }
                 done()
             }
             TaskCall::Pause(_) | TaskCall::Resume(_) => Err(status(
@@ -286,11 +289,16 @@ impl Agent {
             }
         }
         let (total, _) = frames::statistics();
+        let limited = |n: &core::sync::atomic::AtomicU64| match n.load(Ordering::Relaxed) {
+            u64::MAX => None,
+            n => Some(n),
+        };
+        let most = limited(&container.pages_max).map_or(total as u64, |n| n.min(total as u64));
         let us = container.cpu_ns.load(Ordering::Relaxed) / 1000;
         let metrics = Metrics {
             pids: Some(PidsStat {
                 current: tasks.len() as u64,
-                limit: 0,
+                limit: limited(&container.pids_max).unwrap_or(0),
             }),
             cpu: Some(CPUStat {
                 usage_usec: us,
@@ -300,7 +308,7 @@ impl Agent {
             memory: Some(MemoryStat {
                 anon: pages * 4096,
                 usage: pages * 4096,
-                usage_limit: total as u64 * 4096,
+                usage_limit: most * 4096,
                 ..MemoryStat::default()
             }),
             ..Metrics::default()

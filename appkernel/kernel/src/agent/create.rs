@@ -150,6 +150,7 @@ impl Agent {
         stdio: Stdio,
     ) -> Result<u32, Status> {
         container.mount_usual();
+        spec::limit(container, &spec["linux"]["resources"]);
         let hostname = spec["hostname"].as_str().unwrap_or_default();
         let hostname = if hostname.is_empty() {
             self.shares.hostname.clone()

@@ -136,6 +136,7 @@ impl Agent {
             e => failed(&format!("container {}: exec: {name:?}", container.name), e),
         })?;
         let mut files = Files::default();
+        files.set_limit(spec.limits.soft(task::limits::FILES));
         let mut roles = [None, None, None];
         let pty = if stdio.terminal {
             let pty = pty::make(true).map_err(|e| failed("make a terminal", e))?;
@@ -177,6 +178,7 @@ impl Agent {
             credentials: spec.credentials.clone(),
             cwd: spec.cwd.clone().into_bytes(),
             umask: spec.umask,
+            limits: spec.limits,
         })
         .map_err(|e| failed("make the process", e))?;
         if let Some(pty) = &pty {

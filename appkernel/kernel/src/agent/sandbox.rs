@@ -1,7 +1,7 @@
 //! What the containers of the sandbox share: directories of the host, names, shared memory.
 
 use alloc::format;
-use alloc::string::{String, ToString};
+use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
@@ -12,6 +12,7 @@ use super::{Agent, failed, status};
 use crate::fs::fuse::{self, Fuse};
 use crate::fs::memory;
 use crate::fs::node::{Node, Owner, kind};
+use crate::net::interface;
 use crate::start::Machine;
 
 /// Where containers find the sandbox's shared memory.
@@ -195,9 +196,8 @@ impl Agent {
         for name in request.sysctls.keys() {
             warnings.push(format!("sysctl {name} cannot be set in the app kernel"));
         }
-        if !request.interfaces.is_empty() {
-            warnings.push("the app kernel has no network but its loopback yet".to_string());
-        }
+        let network = interface::configure(&self.shares.machine, request);
+        warnings.extend(network.map_err(|e| status(Code::InvalidArgument, e))?);
         self.reached("configured");
         Ok(warnings)
     }

@@ -3,6 +3,7 @@
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
+use core::sync::atomic::Ordering;
 
 use appkernel_core::errno::Errno;
 use bulkhead_protocol::rpc::{Code, Status};
@@ -12,7 +13,7 @@ use super::{failed, status};
 use crate::container::Container;
 use crate::exec::Request;
 use crate::fs;
-use crate::task::Credentials;
+use crate::task::{Credentials, Limits};
 
 /// Longest /etc/passwd or /etc/group that is read.
 const MAX_USERS_FILE: usize = 1 << 20;
@@ -26,6 +27,7 @@ pub struct Process {
     pub cwd: String,
     pub credentials: Credentials,
     pub umask: u32,
+    pub limits: Limits,
     /// Columns and rows of its terminal.
     pub size: Option<(u16, u16)>,
 }
@@ -49,6 +51,24 @@ pub fn strings(value: &Value) -> Vec<String> {
 
 fn id(value: &Value) -> Option<u32> {
     value.as_u64().and_then(|n| u32::try_from(n).ok())
+}
+
+/// Sets the limits of a container that a spec's resources name; -1 is none.
+pub fn limit(container: &Container, resources: &Value) {
+    let most = |value: &Value| {
+        let number = value.as_i64()?;
+        Some(u64::try_from(number).ok().filter(|n| *n > 0))
+    };
+    if let Some(bytes) = most(&resources["memory"]["limit"]) {
+        let pages = bytes.map_or(u64::MAX, |b| b.div_ceil(4096));
+        container.pages_max.store(pages, Ordering::Relaxed);
+        // Counted anew at the next page.
+        container.pages.store(u64::MAX >> 1, Ordering::Relaxed);
+    }
+    if let Some(tasks) = most(&resources["pids"]["limit"]) {
+        let tasks = tasks.unwrap_or(u64::MAX);
+        container.pids_max.store(tasks, Ordering::Relaxed);
+    }
 }
 
 /// Reads a process object; `user` (by name or number) replaces its own.
@@ -105,6 +125,7 @@ pub fn process(
         cwd: cwd.to_string(),
         credentials,
         umask: id(&value["user"]["umask"]).unwrap_or(0o22) & 0o777,
+        limits: Limits::of_spec(value),
         size: side("width").zip(side("height")),
     })
 }

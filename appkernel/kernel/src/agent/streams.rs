@@ -4,7 +4,9 @@ use alloc::collections::VecDeque;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use appkernel_core::errno::Errno;
 use appkernel_hal::clock;
 use bulkhead_protocol::frame::Decoder;
 use bulkhead_protocol::rpc::{Code, Status};
@@ -12,8 +14,10 @@ use bulkhead_protocol::{STREAM_CLAIM_SECONDS, stream};
 
 use super::vsock::{Key, Vsock};
 use super::{Agent, status};
+use crate::fs::file::Object;
 use crate::fs::pipe::{End, Pipe};
 use crate::fs::pty::Pty;
+use crate::net::{self, Address, Socket, family};
 
 const CLAIM_NS: u64 = STREAM_CLAIM_SECONDS * 1_000_000_000;
 /// Bytes moved at once.
@@ -48,6 +52,12 @@ pub enum Role {
     },
     /// Output of a program. `draining`: it has ended.
     Output { from: Channel, draining: bool },
+    /// A connection to a port of the loopback; whether all of each direction is through.
+    Forward {
+        socket: Arc<Socket>,
+        sent: bool,
+        received: bool,
+    },
     /// Nothing more will be said; until the host agrees.
     Ending,
 }
@@ -80,11 +90,21 @@ pub fn serve(vsock: &mut Vsock, key: Key, role: &mut Role) -> (bool, bool) {
             line.extend(vsock.read(key, 1));
             match stream::parse_header(line) {
                 Ok(None) => (true, true),
-                Ok(Some((id, _))) if id.starts_with(stream::TCP) => {
-                    let refusal = stream::error_answer("the app kernel forwards no ports yet");
-                    vsock.write(key, &refusal);
-                    (true, false)
-                }
+                Ok(Some((id, _))) if id.starts_with(stream::TCP) => match reach(&id) {
+                    Ok(socket) => {
+                        let taken = vsock.write(key, stream::OK) == stream::OK.len();
+                        *role = Role::Forward {
+                            socket,
+                            sent: false,
+                            received: false,
+                        };
+                        (true, taken)
+                    }
+                    Err(refusal) => {
+                        vsock.write(key, &refusal);
+                        (true, false)
+                    }
+                },
                 Ok(Some((id, _))) => {
                     let since = *since;
                     // A new connection has room for three bytes.
@@ -109,8 +129,89 @@ pub fn serve(vsock: &mut Vsock, key: Key, role: &mut Role) -> (bool, bool) {
             let (from, draining) = (from.clone(), *draining);
             output(vsock, key, &from, draining, role)
         }
+        Role::Forward {
+            socket,
+            sent,
+            received,
+        } => {
+            let socket = Arc::clone(socket);
+            let moved =
+                to_port(vsock, key, &socket, sent) | from_port(vsock, key, &socket, received);
+            let over = *sent && *received || vsock.is_refused(key);
+            if over {
+                socket.closed();
+            }
+            (moved, !over)
+        }
         Role::Ending => (false, !vsock.at_end(key) && !vsock.is_refused(key)),
     }
+}
+
+/// Connects to the port that an id names; or the answer that says why not.
+fn reach(id: &str) -> Result<Arc<Socket>, Vec<u8>> {
+    let port = id.strip_prefix(stream::TCP).and_then(|p| p.parse().ok());
+    let port: u16 = port.ok_or_else(|| stream::error_answer("no port number"))?;
+    let mut error = Errno::ECONNREFUSED;
+    for (of, ip) in [
+        (family::INET, IpAddr::V4(Ipv4Addr::LOCALHOST)),
+        (family::INET6, IpAddr::V6(Ipv6Addr::LOCALHOST)),
+    ] {
+        let socket = net::make(of, net::Kind::Stream);
+        socket.watch();
+        let to = Address::from_ip(ip, port, of == family::INET6);
+        match socket.connect(to, None, false) {
+            Ok(()) => return Ok(socket),
+            Err(e) => error = e,
+        }
+        socket.closed();
+    }
+    let reason = alloc::format!("port {port} of the sandbox: {}", error.name());
+    Err(stream::error_answer(&reason))
+}
+
+/// Moves what the host sent to the program; whether that was anything.
+fn to_port(vsock: &mut Vsock, key: Key, socket: &Socket, done: &mut bool) -> bool {
+    let mut moved = false;
+    while !*done {
+        let waiting = vsock.waiting(key);
+        let room = socket.room();
+        if waiting == 0 && vsock.at_end(key) || room.is_none() {
+            let _ = socket.shutdown(1);
+            *done = true;
+            return true;
+        }
+        let count = waiting.min(room.unwrap_or(0)).min(CHUNK);
+        if count == 0 {
+            break;
+        }
+        let bytes = vsock.read(key, count);
+        let _ = socket.send(&bytes, &[], None, false);
+        moved = true;
+    }
+    moved
+}
+
+/// Moves what the program sent to the host; whether that was anything.
+fn from_port(vsock: &mut Vsock, key: Key, socket: &Socket, done: &mut bool) -> bool {
+    let mut moved = false;
+    while !*done {
+        let room = vsock.room(key);
+        if room == 0 {
+            break;
+        }
+        match socket.receive(room.min(CHUNK), false, false) {
+            Ok(packet) if !packet.bytes.is_empty() => {
+                vsock.write(key, &packet.bytes);
+            }
+            Err(Errno::EAGAIN) => break,
+            Ok(_) | Err(_) => {
+                vsock.finish(key);
+                *done = true;
+            }
+        }
+        moved = true;
+    }
+    moved
 }
 
 fn input(

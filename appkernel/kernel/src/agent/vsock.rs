@@ -82,7 +82,7 @@ impl Vsock {
             let (transport, kind) = Transport::find(device, machine.ram_end)?;
             (kind == DEVICE_TYPE).then_some(transport)
         })?;
-        transport.begin()?;
+        transport.begin(0)?;
         let mut rx = transport.queue(RX, RX_BUFFERS)?;
         let tx = transport.queue(TX, TX_BUFFERS)?;
         let event = transport.queue(EVENT, 1)?;

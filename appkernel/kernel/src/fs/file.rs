@@ -320,13 +320,23 @@ impl Drop for File {
 pub const MAX_FILES: usize = 4096;
 
 /// The open files of a process, by number.
-#[derive(Default)]
-pub struct Files(Vec<Option<(Arc<File>, bool)>>);
+pub struct Files(Vec<Option<(Arc<File>, bool)>>, usize);
+
+impl Default for Files {
+    fn default() -> Self {
+        Self(Vec::new(), MAX_FILES)
+    }
+}
 
 impl Files {
     /// A copy for a child.
     pub fn duplicate(&self) -> Self {
-        Self(self.0.clone())
+        Self(self.0.clone(), self.1)
+    }
+
+    /// New numbers are below this from now on.
+    pub fn set_limit(&mut self, limit: u64) {
+        self.1 = usize::try_from(limit).map_or(MAX_FILES, |n| n.min(MAX_FILES));
     }
 
     fn slot(&self, fd: i32) -> Option<&(Arc<File>, bool)> {
@@ -363,7 +373,7 @@ impl Files {
         if appkernel_hal::frames::is_scarce() {
             return Err(Errno::ENFILE);
         }
-        let index = (from..MAX_FILES)
+        let index = (from..self.1)
             .find(|i| !matches!(self.0.get(*i), Some(Some(_))))
             .ok_or(Errno::EMFILE)?;
         self.put(index, file, close);
@@ -389,7 +399,7 @@ impl Files {
     ) -> Result<Option<Arc<File>>, Errno> {
         let index = usize::try_from(fd)
             .ok()
-            .filter(|i| *i < MAX_FILES)
+            .filter(|i| *i < self.1)
             .ok_or(Errno::EBADF)?;
         Ok(self.put(index, file, close))
     }

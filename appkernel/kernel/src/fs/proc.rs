@@ -14,6 +14,7 @@ use super::file::File;
 use super::node::{Node, kind};
 use super::proc_text as text;
 use crate::container::visible;
+use crate::net::{self, interface};
 use crate::task::{self, Task};
 
 /// Kind of an entry.
@@ -97,6 +98,8 @@ const PROC: &[(&str, What)] = &[
     ("#/net/route", FILE),
     ("#/net/tcp", FILE),
     ("#/net/tcp6", FILE),
+    ("#/net/udp", FILE),
+    ("#/net/udp6", FILE),
     ("#/net/unix", FILE),
     ("#/oom_adj", Writable),
     ("#/oom_score", FILE),
@@ -111,8 +114,22 @@ const PROC: &[(&str, What)] = &[
     ("#/task/#/status", FILE),
 ];
 
-/// All entries of /sys.
+/// All entries of /sys; `@` is a network interface.
 const SYS: &[(&str, What)] = &[
+    ("class/net/@/address", FILE),
+    ("class/net/@/addr_len", FILE),
+    ("class/net/@/carrier", FILE),
+    ("class/net/@/flags", FILE),
+    ("class/net/@/ifindex", FILE),
+    ("class/net/@/mtu", FILE),
+    ("class/net/@/operstate", FILE),
+    ("class/net/@/speed", FILE),
+    ("class/net/@/statistics/rx_bytes", FILE),
+    ("class/net/@/statistics/rx_packets", FILE),
+    ("class/net/@/statistics/tx_bytes", FILE),
+    ("class/net/@/statistics/tx_packets", FILE),
+    ("class/net/@/tx_queue_len", FILE),
+    ("class/net/@/type", FILE),
     ("devices/system/cpu/online", FILE),
     ("devices/system/cpu/possible", FILE),
     ("devices/system/cpu/present", FILE),
@@ -148,7 +165,7 @@ pub struct Entry {
     at: &'static str,
     /// Number of the task (the kernel's own), where it is about one.
     id: u32,
-    /// Number of the open file.
+    /// Number of the open file, or of the interface.
     fd: u32,
 }
 
@@ -309,6 +326,13 @@ impl Entry {
                     }
                     fd = n;
                 }
+                "@" => {
+                    let links = interface::links();
+                    let Some(link) = links.iter().find(|l| l.name.as_bytes() == name) else {
+                        continue;
+                    };
+                    fd = link.index;
+                }
                 first if first.as_bytes() == name => {}
                 _ => continue,
             }
@@ -373,6 +397,12 @@ impl Entry {
                         add(format!("{fd}"), Self { at, fd, ..*self });
                     }
                 }
+                "@" => {
+                    for link in interface::links() {
+                        let fd = link.index;
+                        add(link.name, Self { at, fd, ..*self });
+                    }
+                }
                 _ => add(String::from(first), Self { at, ..*self }),
             }
         }
@@ -426,6 +456,10 @@ impl Entry {
                 name
             };
             return text::of_task(name, &task, self.is_thread()).ok_or(Errno::EINVAL);
+        }
+        if let Some(name) = self.at.strip_prefix("class/net/@/") {
+            let text = net::text::sys(name, self.fd).ok_or(Errno::ENODEV)?;
+            return Ok(text.into_bytes());
         }
         text::of_machine(self.at).ok_or(Errno::EINVAL)
     }

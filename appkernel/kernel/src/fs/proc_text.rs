@@ -170,6 +170,9 @@ fn cpuinfo() -> String {
 
 /// The text of a file about a process, or a thread of it.
 pub fn of_task(name: &str, task: &Task, thread: bool) -> Option<Vec<u8>> {
+    if let Some(name) = name.strip_prefix("net/") {
+        return crate::net::text::proc(name).map(String::into_bytes);
+    }
     let text = match name {
         "cgroup" => String::from("0::/\n"),
         "cmdline" | "environ" => {
@@ -193,7 +196,7 @@ pub fn of_task(name: &str, task: &Task, thread: bool) -> Option<Vec<u8>> {
         "io" => String::from(
             "rchar: 0\nwchar: 0\nsyscr: 0\nsyscw: 0\nread_bytes: 0\nwrite_bytes: 0\ncancelled_write_bytes: 0\n",
         ),
-        "limits" => limits(),
+        "limits" => limits(task),
         "loginuid" => String::from("4294967295"),
         "maps" | "smaps" => return Some(maps(task)),
         "mounts" => mounts(task, |_, at, (source, kind, options)| {
@@ -206,19 +209,6 @@ pub fn of_task(name: &str, task: &Task, thread: bool) -> Option<Vec<u8>> {
                 20 + i
             )
         }),
-        "net/if_inet6" => String::from("00000000000000000000000000000001 01 80 10 80       lo\n"),
-        "net/dev" => String::from(
-            "Inter-|   Receive                                                |  Transmit\n \
-             face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed\n    \
-             lo:       0       0    0    0    0     0          0         0        0       0    0    0    0     0       0          0\n",
-        ),
-        "net/route" => String::from(
-            "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n",
-        ),
-        "net/tcp" | "net/tcp6" => String::from(
-            "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n",
-        ),
-        "net/unix" => String::from("Num       RefCount Protocol Flags    Type St Inode Path\n"),
         "oom_adj" | "oom_score" | "oom_score_adj" => String::from("0\n"),
         "stat" => stat(task, thread),
         "statm" => {
@@ -255,21 +245,43 @@ fn mounts(task: &Task, line: impl Fn(usize, &str, (&str, &str, &str)) -> String)
     text
 }
 
-fn limits() -> String {
+fn limits(task: &Task) -> String {
     let mut text = format!(
         "{:<26}{:<21}{:<21}{:<10}\n",
         "Limit", "Soft Limit", "Hard Limit", "Units"
     );
-    for (name, value, unit) in [
-        ("Max cpu time", "unlimited", "seconds"),
-        ("Max file size", "unlimited", "bytes"),
-        ("Max data size", "unlimited", "bytes"),
-        ("Max stack size", "8388608", "bytes"),
-        ("Max core file size", "0", "bytes"),
-        ("Max open files", "65536", "files"),
-        ("Max address space", "unlimited", "bytes"),
-    ] {
-        text += &format!("{name:<26}{value:<21}{value:<21}{unit:<10}\n");
+    let limits = *task.limits.lock();
+    for (resource, (name, unit)) in [
+        ("Max cpu time", "seconds"),
+        ("Max file size", "bytes"),
+        ("Max data size", "bytes"),
+        ("Max stack size", "bytes"),
+        ("Max core file size", "bytes"),
+        ("Max resident set", "bytes"),
+        ("Max processes", "processes"),
+        ("Max open files", "files"),
+        ("Max locked memory", "bytes"),
+        ("Max address space", "bytes"),
+        ("Max file locks", "locks"),
+        ("Max pending signals", "signals"),
+        ("Max msgqueue size", "bytes"),
+        ("Max nice priority", ""),
+        ("Max realtime priority", ""),
+        ("Max realtime timeout", "us"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let [soft, hard] = limits.get(resource).unwrap_or([u64::MAX; 2]);
+        let shown = |n: u64| match n {
+            u64::MAX => String::from("unlimited"),
+            n => format!("{n}"),
+        };
+        text += &format!(
+            "{name:<26}{:<21}{:<21}{unit:<10}\n",
+            shown(soft),
+            shown(hard)
+        );
     }
     text
 }

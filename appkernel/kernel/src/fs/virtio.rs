@@ -13,6 +13,8 @@ mod reg {
     pub const MAGIC: u64 = 0x000;
     pub const VERSION: u64 = 0x004;
     pub const DEVICE_ID: u64 = 0x008;
+    pub const DEVICE_FEATURES: u64 = 0x010;
+    pub const DEVICE_FEATURES_SEL: u64 = 0x014;
     pub const DRIVER_FEATURES: u64 = 0x020;
     pub const DRIVER_FEATURES_SEL: u64 = 0x024;
     pub const QUEUE_SEL: u64 = 0x030;
@@ -71,19 +73,22 @@ impl Transport {
         self.registers.read_byte(reg::CONFIG + offset)
     }
 
-    /// Resets it and agrees on VERSION_1 and nothing else.
-    pub fn begin(self) -> Option<()> {
+    /// Resets it and agrees on VERSION_1 and on those of the first 32 features that are wanted and
+    /// there; gives these.
+    pub fn begin(self, wanted: u32) -> Option<u32> {
         let registers = self.registers;
         registers.write(reg::STATUS, 0);
         registers.write(reg::STATUS, status::ACKNOWLEDGE);
         registers.write(reg::STATUS, status::ACKNOWLEDGE | status::DRIVER);
-        for (half, bits) in [(0, 0), (1, 1)] {
+        registers.write(reg::DEVICE_FEATURES_SEL, 0);
+        let agreed = registers.read(reg::DEVICE_FEATURES) & wanted;
+        for (half, bits) in [(0, agreed), (1, 1)] {
             registers.write(reg::DRIVER_FEATURES_SEL, half);
             registers.write(reg::DRIVER_FEATURES, bits);
         }
         let ready = status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK;
         registers.write(reg::STATUS, ready);
-        (registers.read(reg::STATUS) & status::FEATURES_OK != 0).then_some(())
+        (registers.read(reg::STATUS) & status::FEATURES_OK != 0).then_some(agreed)
     }
 
     /// Sets a queue up.
@@ -183,9 +188,25 @@ impl Queue {
         fence(Ordering::SeqCst);
     }
 
-    /// Tells the device that there is something.
+    /// Tells the device that there is something, unless it said that it looks anyway.
     pub fn notify(&self) {
-        self.registers.write(reg::QUEUE_NOTIFY, self.index);
+        const LOOKS_ANYWAY: u16 = 1;
+        fence(Ordering::SeqCst);
+        // SAFETY: within the ring's frame; the device changes it.
+        let flags = unsafe { direct(self.ring).add(USED_AT).cast::<u16>().read_volatile() };
+        if flags & LOOKS_ANYWAY == 0 {
+            self.registers.write(reg::QUEUE_NOTIFY, self.index);
+        }
+    }
+
+    /// Asks the device not to interrupt when it is done with something, or to do so again.
+    pub fn quiet(&mut self, quiet: bool) {
+        // SAFETY: within the ring's frame, in the part that the driver writes.
+        unsafe {
+            let available = direct(self.ring).add(AVAILABLE_AT).cast::<u16>();
+            available.write_volatile(quiet.into());
+        }
+        fence(Ordering::SeqCst);
     }
 
     /// Whether the device is done with a chain.
@@ -234,7 +255,7 @@ pub struct Caller {
 impl Caller {
     /// Starts a device with `queues` queues, of which the last is used.
     pub fn start(transport: Transport, queues: u32) -> Option<Self> {
-        transport.begin()?;
+        transport.begin(0)?;
         let mut queue = None;
         for index in 0..queues {
             queue = Some(transport.queue(index, 8)?);

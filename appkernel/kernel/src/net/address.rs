@@ -2,9 +2,11 @@
 
 use alloc::vec::Vec;
 
+use core::net::{IpAddr, Ipv6Addr, SocketAddr};
+
 use appkernel_core::errno::Errno;
 
-use super::family;
+use super::{family, interface};
 
 /// An address.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -17,9 +19,19 @@ pub enum Address {
     Abstract(Vec<u8>),
     /// IPv4 is mapped into IPv6; `v6` is how the program wrote it.
     Inet { ip: [u8; 16], port: u16, v6: bool },
+    /// A netlink socket's number.
+    Netlink(u32),
 }
 
 const MAPPED: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff];
+
+fn four(ip: &[u8; 16]) -> bool {
+    ip.starts_with(&MAPPED)
+}
+
+fn any(ip: &[u8; 16]) -> bool {
+    *ip == [0; 16] || *ip == mapped([0; 4])
+}
 
 fn mapped(ip: [u8; 4]) -> [u8; 16] {
     let mut all = [0; 16];
@@ -61,6 +73,10 @@ impl Address {
                     v6: true,
                 })
             }
+            family::NETLINK => {
+                let port: [u8; 4] = take(2, 4)?.try_into().map_err(|_| Errno::EINVAL)?;
+                Ok(Self::Netlink(u32::from_le_bytes(port)))
+            }
             _ => Err(Errno::EAFNOSUPPORT),
         }
     }
@@ -70,7 +86,13 @@ impl Address {
         let mut bytes = of.to_le_bytes().to_vec();
         match self {
             Self::None if of == family::UNIX => {}
+            Self::None if of == family::NETLINK => bytes.resize(12, 0),
             Self::None => bytes.resize(if of == family::INET { 16 } else { 28 }, 0),
+            Self::Netlink(port) => {
+                bytes.extend([0; 2]);
+                bytes.extend(port.to_le_bytes());
+                bytes.extend([0; 4]);
+            }
             Self::Path(path) => {
                 bytes.extend(path);
                 bytes.push(0);
@@ -107,21 +129,6 @@ impl Address {
         }
     }
 
-    /// The loopback, no port.
-    pub fn loopback(of: u16) -> Self {
-        let mut six = [0; 16];
-        six[15] = 1;
-        Self::Inet {
-            ip: if of == family::INET {
-                mapped([127, 0, 0, 1])
-            } else {
-                six
-            },
-            port: 0,
-            v6: of == family::INET6,
-        }
-    }
-
     /// The port.
     pub fn port(&self) -> Option<u16> {
         match self {
@@ -130,20 +137,69 @@ impl Address {
         }
     }
 
-    fn is_four(ip: &[u8; 16]) -> bool {
-        ip.starts_with(&MAPPED)
+    /// An address of IP.
+    pub fn from_ip(ip: IpAddr, port: u16, v6: bool) -> Self {
+        let ip = match ip {
+            IpAddr::V4(ip) => mapped(ip.octets()),
+            IpAddr::V6(ip) => ip.octets(),
+        };
+        Self::Inet { ip, port, v6 }
     }
 
-    fn is_any(ip: &[u8; 16]) -> bool {
-        *ip == [0; 16] || *ip == mapped([0; 4])
+    /// The address without port.
+    pub fn ip(&self) -> Option<IpAddr> {
+        match self {
+            Self::Inet { ip, .. } => Some(Ipv6Addr::from(*ip).to_canonical()),
+            _ => None,
+        }
+    }
+
+    /// Address and port.
+    pub fn socket(&self) -> Option<SocketAddr> {
+        Some(SocketAddr::new(self.ip()?, self.port()?))
+    }
+
+    /// Whether it was written as one of IPv6.
+    pub fn is_v6(&self) -> bool {
+        matches!(self, Self::Inet { v6: true, .. })
+    }
+
+    /// Whether it is one of IPv4, however it was written.
+    pub fn is_four(&self) -> bool {
+        matches!(self, Self::Inet { ip, .. } if four(ip))
+    }
+
+    /// Whether it means any address.
+    pub fn is_any(&self) -> bool {
+        matches!(self, Self::Inet { ip, .. } if any(ip))
+    }
+
+    /// Whether only this machine can mean it.
+    pub fn is_loopback(&self) -> bool {
+        self.ip().is_some_and(|ip| ip.is_loopback())
     }
 
     /// Whether it is this machine's.
     pub fn is_own(&self) -> bool {
-        let Self::Inet { ip, .. } = self else {
+        let Some(ip) = self.ip() else {
             return true;
         };
-        Self::is_any(ip) || Self::is_four(ip) && ip[12] == 127 || *ip == Self::one()
+        self.is_any() || ip.is_loopback() || interface::has(ip)
+    }
+
+    /// This one as the other end sees it, which is this machine's too.
+    pub fn facing(&self, other: &Self) -> Self {
+        match (self, other.ip()) {
+            (Self::Inet { port, v6, .. }, Some(ip)) if self.is_any() => {
+                let ip = match ip {
+                    IpAddr::V4(ip) if ip.is_unspecified() => core::net::Ipv4Addr::LOCALHOST.into(),
+                    IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+                    ip => ip,
+                };
+                Self::from_ip(ip, *port, *v6)
+            }
+            _ => self.clone(),
+        }
     }
 
     fn one() -> [u8; 16] {
@@ -168,11 +224,11 @@ impl Address {
         if port != wanted_port {
             return false;
         }
-        if Self::is_any(ip) {
+        if any(ip) {
             // The general address of IPv6 takes IPv4 too.
-            return *v6 || Self::is_four(wanted) || Self::is_any(wanted);
+            return *v6 || four(wanted) || any(wanted);
         }
-        ip == wanted || Self::is_any(wanted) && Self::is_four(ip) == Self::is_four(wanted)
+        ip == wanted || any(wanted) && four(ip) == four(wanted)
     }
 
     /// Whether two cannot be bound at once.
@@ -188,16 +244,15 @@ impl Address {
         else {
             return false;
         };
-        let same_version = Self::is_four(ip) == Self::is_four(theirs);
-        port == their_port
-            && (ip == theirs || same_version && (Self::is_any(ip) || Self::is_any(theirs)))
+        let same_version = four(ip) == four(theirs);
+        port == their_port && (ip == theirs || same_version && (any(ip) || any(theirs)))
     }
 
     /// The own address of a connection that was asked for by this one.
     pub fn as_local(&self, listener: &Self) -> Self {
         match (self, listener) {
-            (Self::Inet { ip, port, v6 }, _) if Self::is_any(ip) => Self::Inet {
-                ip: if Self::is_four(ip) {
+            (Self::Inet { ip, port, v6 }, _) if any(ip) => Self::Inet {
+                ip: if four(ip) {
                     mapped([127, 0, 0, 1])
                 } else {
                     Self::one()

@@ -1,21 +1,30 @@
-//! Sockets within the machine: unix sockets, and TCP and UDP over the loopback. There are no packets:
-//! what one end writes is in the other's buffer. All containers of a machine have one loopback.
+//! Sockets: unix sockets, TCP and UDP, and netlink.
+//!
+//! Within the machine there are no packets: what one end writes is in the other's buffer (`local`).
+//! What leaves the machine goes through the interface (`outer`, and `stack` below it). All containers
+//! of a machine have one network.
 
 mod address;
+mod device;
+pub mod interface;
+mod local;
+mod netlink;
+mod object;
+mod outer;
+pub mod stack;
+pub mod text;
 
 use alloc::collections::{BTreeMap, VecDeque};
-use alloc::format;
-use alloc::string::String;
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
-use core::any::Any;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use appkernel_core::errno::Errno;
 use appkernel_hal::sync::Mutex;
+use appkernel_hal::{clock, cpu};
+use smoltcp::iface::SocketHandle;
 
-use crate::fs::file::{File, Object, Ready};
-use crate::fs::node::kind;
+use crate::fs::file::File;
 use crate::task;
 
 pub use address::Address;
@@ -37,6 +46,7 @@ pub mod family {
     pub const UNIX: u16 = 1;
     pub const INET: u16 = 2;
     pub const INET6: u16 = 10;
+    pub const NETLINK: u16 = 16;
 }
 
 /// How bytes are kept together.
@@ -56,7 +66,33 @@ enum Phase {
         most: usize,
         queue: VecDeque<Arc<Socket>>,
     },
+    /// The other machine has not answered yet.
+    Connecting,
     Connected,
+}
+
+/// What a socket has beyond the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wire {
+    Tcp(SocketHandle),
+    /// A port of UDP.
+    Udp(u16),
+}
+
+/// Options that have an effect here: level and name.
+mod with {
+    pub const REUSEADDR: (u32, u32) = (1, 2);
+    pub const REUSEPORT: (u32, u32) = (1, 15);
+    pub const LINGER: (u32, u32) = (1, 13);
+    pub const NO_DELAY: (u32, u32) = (6, 1);
+    pub const V6_ONLY: (u32, u32) = (41, 26);
+}
+
+/// What a call waits for, as far as its time is limited (SO_RCVTIMEO, SO_SNDTIMEO).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waits {
+    Receive,
+    Send,
 }
 
 /// Something that was received.
@@ -91,6 +127,11 @@ struct State {
     /// Process, user and group of the other side, when it connected.
     peer_credentials: (u32, u32, u32),
     bound_node: Option<(u64, u64)>,
+    wire: Option<Wire>,
+    /// The agent is to know what happens to it.
+    watched: bool,
+    /// Nanoseconds that receiving and sending wait; 0: for ever.
+    limits: [u64; 2],
 }
 
 /// A socket.
@@ -123,11 +164,16 @@ pub fn make(family: u16, kind: Kind) -> Arc<Socket> {
         let own = me.credentials.lock();
         (own.euid, own.egid)
     };
+    make_for(family, kind, (me.process, uid, gid))
+}
+
+/// A new socket of that process, user and group.
+fn make_for(family: u16, kind: Kind, owner: (u32, u32, u32)) -> Arc<Socket> {
     Arc::new_cyclic(|weak| Socket {
         family,
         kind,
         number: NEXT.fetch_add(1, Ordering::Relaxed),
-        owner: (me.process, uid, gid),
+        owner,
         me: Weak::clone(weak),
         state: Mutex::new(State::default()),
     })
@@ -147,7 +193,7 @@ pub fn pair(family: u16, kind: Kind) -> (Arc<Socket>, Arc<Socket>) {
 
 impl Socket {
     fn is_inet(&self) -> bool {
-        self.family != family::UNIX
+        matches!(self.family, family::INET | family::INET6)
     }
 
     /// Own address, and the other side's.
@@ -160,6 +206,20 @@ impl Socket {
     /// Process, user and group of the other side.
     pub fn peer_credentials(&self) -> (u32, u32, u32) {
         self.state.lock().peer_credentials
+    }
+
+    /// The agent looks after it from now on.
+    pub fn watch(&self) {
+        self.state.lock().watched = true;
+    }
+
+    /// Wakes who waits for files, and the agent if the other end is its own. No state may be held.
+    fn tell(&self) {
+        task::wake(task::FILES);
+        let peer = self.state.lock().peer.upgrade();
+        if peer.is_some_and(|peer| peer.state.lock().watched) {
+            task::wake(task::AGENT);
+        }
     }
 
     /// Whether it waits for connections.
@@ -184,12 +244,22 @@ impl Socket {
         if state.options.len() < MOST {
             state.options.insert((level, name), value);
         }
+        let wire = state.wire;
+        drop(state);
+        if let Some(Wire::Tcp(handle)) = wire
+            && (level, name) == with::NO_DELAY
+        {
+            stack::set_no_delay(handle, value != 0);
+        }
     }
 
     /// Binds to an address; to a file's for a path that was made.
     pub fn bind(&self, address: Address, node: Option<(u64, u64)>) -> Result<(), Errno> {
         if self.state.lock().local != Address::None {
             return Err(Errno::EINVAL);
+        }
+        if let Address::Netlink(wanted) = address {
+            return self.name_netlink(wanted).map(|_| ());
         }
         let mut address = address;
         if let Address::Inet { port, .. } = &mut address {
@@ -211,24 +281,47 @@ impl Socket {
         let mut state = self.state.lock();
         state.local = address;
         state.bound_node = node;
+        drop(state);
+        // Without a network there is nobody to hear.
+        let _ = self.open_port();
         Ok(())
     }
 
+    /// Gives a netlink socket its number: the wanted one, or one of the kernel's choice.
+    fn name_netlink(&self, wanted: u32) -> Result<u32, Errno> {
+        let taken = |port| {
+            named()
+                .iter()
+                .any(|s| s.addresses().0 == Address::Netlink(port))
+        };
+        let own = crate::container::visible(self.owner.0);
+        let port = match wanted {
+            0 => [own]
+                .into_iter()
+                .chain((1..4096).map(|i| u32::MAX - i))
+                .find(|port| *port != 0 && !taken(*port))
+                .ok_or(Errno::EADDRINUSE)?,
+            port if taken(port) => return Err(Errno::EADDRINUSE),
+            port => port,
+        };
+        NAMED.lock().push(Weak::clone(&self.me));
+        self.state.lock().local = Address::Netlink(port);
+        Ok(port)
+    }
+
     fn in_use(&self, address: &Address) -> bool {
-        const SOL_SOCKET: u32 = 1;
-        const REUSEPORT: u32 = 15;
-        const REUSEADDR: u32 = 2;
-        let shares = |s: &Self, name| s.option(SOL_SOCKET, name).unwrap_or(0) != 0;
+        let shares = |s: &Self, (level, name)| s.option(level, name).unwrap_or(0) != 0;
         named().iter().any(|other| {
             let (local, listens) = (other.addresses().0, other.listens());
             let same = other.kind == self.kind && other.is_inet() && local.overlaps(address);
-            let both = shares(self, REUSEPORT) && shares(other, REUSEPORT);
+            let both = shares(self, with::REUSEPORT) && shares(other, with::REUSEPORT);
             // Connections that were accepted share their listener's port.
-            let old = self.kind == Kind::Stream && !listens && shares(self, REUSEADDR);
+            let old = self.kind == Kind::Stream && !listens && shares(self, with::REUSEADDR);
             same && !both && !old && other.state.lock().peer.strong_count() == 0
         })
     }
 
+    /// A port that nobody has, and that nobody can guess.
     fn free_port(&self) -> Result<u16, Errno> {
         let used: Vec<u16> = named()
             .iter()
@@ -236,11 +329,41 @@ impl Socket {
             .filter_map(|s| s.addresses().0.port())
             .collect();
         let range = EPHEMERAL.1 - EPHEMERAL.0 + 1;
-        let start = (NEXT.load(Ordering::Relaxed) % u64::from(range)) as u16;
+        let mut start = [0; 2];
+        cpu::random(&mut start);
+        let start = u16::from_le_bytes(start) % range;
         (0..range)
-            .map(|i| EPHEMERAL.0 + (start + i) % range)
+            .map(|i| EPHEMERAL.0 + ((u32::from(start) + u32::from(i)) % u32::from(range)) as u16)
             .find(|port| !used.contains(port))
             .ok_or(Errno::EADDRNOTAVAIL)
+    }
+
+    /// Waits until `attempt` gives something, as long as the socket's time limit lets it.
+    fn until<T>(
+        &self,
+        wait: bool,
+        what: Waits,
+        mut attempt: impl FnMut() -> Option<Result<T, Errno>>,
+    ) -> Result<T, Errno> {
+        if !wait {
+            return attempt().unwrap_or(Err(Errno::EAGAIN));
+        }
+        let limit = self.limit(what);
+        let deadline = (limit > 0).then(|| clock::monotonic_ns().saturating_add(limit));
+        match task::wait_until(task::FILES, deadline, attempt) {
+            Err(Errno::ETIMEDOUT) => Err(Errno::EAGAIN),
+            other => other?,
+        }
+    }
+
+    /// Nanoseconds that a call waits at most; 0: for ever.
+    pub fn limit(&self, what: Waits) -> u64 {
+        self.state.lock().limits[usize::from(what == Waits::Send)]
+    }
+
+    /// Sets how long calls wait.
+    pub fn set_limit(&self, what: Waits, ns: u64) {
+        self.state.lock().limits[usize::from(what == Waits::Send)] = ns;
     }
 
     /// Waits for connections from now on.
@@ -254,7 +377,7 @@ impl Socket {
         let mut state = self.state.lock();
         let most = (backlog as usize).clamp(1, MAX_BACKLOG);
         match &mut state.phase {
-            Phase::Connected => return Err(Errno::EINVAL),
+            Phase::Connected | Phase::Connecting => return Err(Errno::EINVAL),
             Phase::Listening { most: old, .. } => *old = most,
             Phase::Idle => {
                 if state.local == Address::None {
@@ -266,123 +389,10 @@ impl Socket {
                 };
             }
         }
-        Ok(())
-    }
-
-    /// Who has an address.
-    fn find(&self, address: &Address, node: Option<(u64, u64)>) -> Result<Arc<Self>, Errno> {
-        if let Some(node) = node {
-            let found = NODES.lock().get(&node).and_then(Weak::upgrade);
-            return found.ok_or(Errno::ECONNREFUSED);
-        }
-        if let Address::Inet { .. } = address
-            && !address.is_own()
-        {
-            return Err(Errno::ENETUNREACH);
-        }
-        let found = named().into_iter().find(|other| {
-            if other.kind != self.kind {
-                return false;
-            }
-            let (local, remote) = other.addresses();
-            let fits = match (&local, address) {
-                (Address::Inet { .. }, Address::Inet { .. }) => local.accepts(address),
-                (local, address) => local == address,
-            };
-            fits && (self.kind == Kind::Datagram
-                && remote.is_none_or(|r| self.addresses().0.port() == r.port())
-                || other.listens())
-        });
-        found.ok_or(Errno::ECONNREFUSED)
-    }
-
-    /// Connects.
-    pub fn connect(
-        &self,
-        address: Address,
-        node: Option<(u64, u64)>,
-        wait: bool,
-    ) -> Result<(), Errno> {
-        if matches!(self.state.lock().phase, Phase::Listening { .. }) {
-            return Err(Errno::EINVAL);
-        }
-        if self.kind == Kind::Datagram {
-            if address == Address::None {
-                let mut state = self.state.lock();
-                state.phase = Phase::Idle;
-                state.remote = Address::None;
-                return Ok(());
-            }
-            if self.family == family::UNIX || address.is_own() {
-                self.name_itself()?;
-                let peer = self.find(&address, node);
-                let peer = match peer {
-                    // Nobody needs to be there yet.
-                    Err(Errno::ECONNREFUSED) if self.is_inet() => Weak::new(),
-                    other => Arc::downgrade(&other?),
-                };
-                let mut state = self.state.lock();
-                state.phase = Phase::Connected;
-                state.remote = address;
-                state.peer = peer;
-                return Ok(());
-            }
-            return Err(Errno::ENETUNREACH);
-        }
-        if matches!(self.state.lock().phase, Phase::Connected) {
-            return Err(Errno::EISCONN);
-        }
-        let listener = self.find(&address, node)?;
-        self.name_itself()?;
-        let local = self.addresses().0;
-        let server = make(self.family, self.kind);
-        let attempt = || {
-            let mut state = listener.state.lock();
-            let own = state.local.clone();
-            let credentials = listener.owner;
-            let Phase::Listening { most, queue } = &mut state.phase else {
-                return Some(Err(Errno::ECONNREFUSED));
-            };
-            if queue.len() > *most {
-                return None;
-            }
-            queue.push_back(Arc::clone(&server));
-            state.arrived += 1;
-            Some(Ok((own, credentials)))
-        };
-        let (own, credentials) = if wait {
-            task::wait_for(task::FILES, attempt)??
-        } else {
-            attempt().unwrap_or(Err(Errno::EAGAIN))?
-        };
-        {
-            let mut state = server.state.lock();
-            state.phase = Phase::Connected;
-            state.peer = Weak::clone(&self.me);
-            // The listener's port, the address that was asked for.
-            state.local = if self.is_inet() {
-                address.as_local(&own)
-            } else {
-                own
-            };
-            state.remote = local;
-            state.peer_credentials = self.owner;
-        }
-        {
-            let mut state = self.state.lock();
-            state.phase = Phase::Connected;
-            state.peer = Arc::downgrade(&server);
-            state.remote = address;
-            state.peer_credentials = credentials;
-        }
-        task::wake(task::FILES);
-        Ok(())
-    }
-
-    /// Gives itself a port, if it has none.
-    fn name_itself(&self) -> Result<(), Errno> {
-        if self.is_inet() && self.state.lock().local == Address::None {
-            self.bind(Address::loopback(self.family), None)?;
+        let outside = self.is_inet() && !state.local.is_loopback();
+        drop(state);
+        if outside {
+            stack::listen(Weak::clone(&self.me));
         }
         Ok(())
     }
@@ -393,260 +403,46 @@ impl Socket {
             Phase::Listening { queue, .. } => queue.pop_front().map(Ok),
             _ => Some(Err(Errno::EINVAL)),
         };
-        let socket = if wait {
-            task::wait_for(task::FILES, attempt)?
-        } else {
-            attempt().unwrap_or(Err(Errno::EAGAIN))
-        }?;
+        let socket = self.until(wait, Waits::Receive, attempt)?;
         task::wake(task::FILES);
         Ok(socket)
     }
 
     /// Ends one direction, or both: 0 reading, 1 writing, 2 both.
     pub fn shutdown(&self, how: u32) -> Result<(), Errno> {
-        let peer = {
+        if how > 2 {
+            return Err(Errno::EINVAL);
+        }
+        let (peer, wire) = {
             let mut state = self.state.lock();
             if !matches!(state.phase, Phase::Connected) {
                 return Err(Errno::ENOTCONN);
             }
             state.read_closed |= how != 1;
             state.write_closed |= how != 0;
-            state.peer.upgrade()
+            (state.peer.upgrade(), state.wire)
         };
+        if let Some(Wire::Tcp(handle)) = wire
+            && how != 0
+        {
+            stack::shut_down(handle);
+        }
         if let Some(peer) = peer
             && how != 0
             && self.kind != Kind::Datagram
         {
             peer.state.lock().ended = true;
         }
-        task::wake(task::FILES);
+        self.tell();
         Ok(())
     }
 
-    /// Sends; `to` for datagrams that name their receiver.
-    pub fn send(
-        &self,
-        bytes: &[u8],
-        files: &[Arc<File>],
-        to: Option<(Address, Option<(u64, u64)>)>,
-        wait: bool,
-    ) -> Result<usize, Errno> {
-        if let Some(error) = self.take_error() {
-            return Err(error);
-        }
-        if self.state.lock().write_closed {
-            return Err(Errno::EPIPE);
-        }
-        // What waits in sockets is the kernel's memory.
-        if appkernel_hal::frames::is_scarce() {
-            return Err(Errno::ENOBUFS);
-        }
-        if self.kind == Kind::Stream {
-            return self.send_stream(bytes, files, wait);
-        }
-        if bytes.len() > MAX_PACKET {
-            return Err(Errno::EMSGSIZE);
-        }
-        let peer = match to {
-            Some((address, node)) => {
-                self.name_itself()?;
-                self.find(&address, node)
-            }
-            None => {
-                let state = self.state.lock();
-                if !matches!(state.phase, Phase::Connected) {
-                    return Err(if self.kind == Kind::Datagram && self.is_inet() {
-                        Errno::EDESTADDRREQ
-                    } else {
-                        Errno::ENOTCONN
-                    });
-                }
-                let (peer, remote) = (state.peer.upgrade(), state.remote.clone());
-                drop(state);
-                match peer {
-                    Some(peer) => Ok(peer),
-                    None if self.is_inet() => self.find(&remote, None),
-                    None => Err(if self.kind == Kind::Packets {
-                        Errno::EPIPE
-                    } else {
-                        Errno::ECONNREFUSED
-                    }),
-                }
-            }
-        };
-        let peer = match peer {
-            // UDP to nobody is sent all the same; the answer comes later as an error.
-            Err(Errno::ECONNREFUSED) if self.is_inet() => {
-                if matches!(self.state.lock().phase, Phase::Connected) {
-                    self.state.lock().error = Some(Errno::ECONNREFUSED);
-                    task::wake(task::FILES);
-                }
-                return Ok(bytes.len());
-            }
-            other => other?,
-        };
-        let from = self.addresses().0;
-        let attempt = || {
-            let mut state = peer.state.lock();
-            if state.read_closed {
-                return Some(Err(Errno::EPIPE));
-            }
-            let full = state.packets.len() >= MAX_PACKETS
-                || state.packets.iter().map(|p| p.bytes.len()).sum::<usize>() >= BUFFER;
-            if full {
-                // UDP is lost when nobody reads it.
-                return self.is_inet().then_some(Ok(bytes.len()));
-            }
-            state.arrived += 1;
-            state.packets.push_back(Packet {
-                from: from.clone(),
-                bytes: bytes.to_vec(),
-                files: files.to_vec(),
-            });
-            Some(Ok(bytes.len()))
-        };
-        let count = if wait {
-            task::wait_for(task::FILES, attempt)??
-        } else {
-            attempt().unwrap_or(Err(Errno::EAGAIN))?
-        };
-        task::wake(task::FILES);
-        Ok(count)
-    }
-
-    fn send_stream(&self, bytes: &[u8], files: &[Arc<File>], wait: bool) -> Result<usize, Errno> {
-        let mut done = 0;
-        let mut files = files.to_vec();
-        loop {
-            let rest = bytes.get(done..).unwrap_or_default();
-            let attempt = || {
-                let (peer, connected) = {
-                    let state = self.state.lock();
-                    (
-                        state.peer.upgrade(),
-                        matches!(state.phase, Phase::Connected),
-                    )
-                };
-                if !connected {
-                    return Some(Err(Errno::ENOTCONN));
-                }
-                let Some(peer) = peer else {
-                    return Some(Err(Errno::EPIPE));
-                };
-                let mut state = peer.state.lock();
-                if state.read_closed {
-                    return Some(Err(Errno::EPIPE));
-                }
-                let room = BUFFER.saturating_sub(state.input.len());
-                if room == 0 {
-                    return None;
-                }
-                let count = room.min(rest.len());
-                if !files.is_empty() {
-                    let under_way: usize = state.files.iter().map(|(_, f)| f.len()).sum();
-                    if under_way + files.len() > MAX_FILES {
-                        return Some(Err(Errno::ETOOMANYREFS));
-                    }
-                    let at = state.came;
-                    state.files.push_back((at, core::mem::take(&mut files)));
-                }
-                state.input.extend(rest.iter().take(count));
-                state.came += count as u64;
-                Some(Ok(count))
-            };
-            let mut attempt = attempt;
-            let result = if wait {
-                task::wait_for(task::FILES, attempt).and_then(|r| r)
-            } else {
-                attempt().unwrap_or(Err(Errno::EAGAIN))
-            };
-            match result {
-                Ok(count) => {
-                    done += count;
-                    task::wake(task::FILES);
-                    if done >= bytes.len() {
-                        return Ok(done);
-                    }
-                }
-                Err(e) if done == 0 => return Err(e),
-                Err(_) => return Ok(done),
-            }
-        }
-    }
-
-    /// Receives at most `room` bytes, or a packet of any length.
-    pub fn receive(&self, room: usize, peek: bool, wait: bool) -> Result<Packet, Errno> {
-        let attempt = || {
-            let mut state = self.state.lock();
-            if let Some(error) = state.error.take() {
-                return Some(Err(error));
-            }
-            let nothing = Packet {
-                from: Address::None,
-                bytes: Vec::new(),
-                files: Vec::new(),
-            };
-            if self.kind == Kind::Stream {
-                if state.input.is_empty() {
-                    if room == 0 || state.ended || state.read_closed {
-                        return Some(Ok(nothing));
-                    }
-                    if !matches!(state.phase, Phase::Connected) {
-                        return Some(Err(Errno::ENOTCONN));
-                    }
-                    return None;
-                }
-                let mut count = room.min(state.input.len());
-                let mut files = Vec::new();
-                // Files come with the first byte they were sent with, and no others with them.
-                let at = state.read;
-                match state.files.front() {
-                    Some((place, _)) if *place <= at => {
-                        if peek {
-                            files = state.files.front().map(|f| f.1.clone()).unwrap_or_default();
-                        } else {
-                            files = state.files.pop_front().map(|f| f.1).unwrap_or_default();
-                        }
-                        if let Some((next, _)) = state.files.get(usize::from(peek)) {
-                            count = count.min((next - at) as usize);
-                        }
-                    }
-                    Some((place, _)) => count = count.min((place - at) as usize),
-                    None => {}
-                }
-                let bytes: Vec<u8> = if peek {
-                    state.input.iter().take(count).copied().collect()
-                } else {
-                    state.read += count as u64;
-                    state.input.drain(..count).collect()
-                };
-                return Some(Ok(Packet {
-                    bytes,
-                    files,
-                    ..nothing
-                }));
-            }
-            match state.packets.front() {
-                Some(first) if peek => Some(Ok(Packet {
-                    from: first.from.clone(),
-                    bytes: first.bytes.clone(),
-                    files: first.files.clone(),
-                })),
-                Some(_) => {
-                    state.removed += 1;
-                    state.packets.pop_front().map(Ok)
-                }
-                None if state.read_closed || state.ended => Some(Ok(nothing)),
-                None => None,
-            }
-        };
-        let packet = if wait {
-            task::wait_for(task::FILES, attempt)?
-        } else {
-            attempt().unwrap_or(Err(Errno::EAGAIN))
-        }?;
-        task::wake(task::FILES);
-        Ok(packet)
+    /// Bytes that the other end of a connection within the machine has room for; `None`: it takes
+    /// nothing any more.
+    pub fn room(&self) -> Option<usize> {
+        let peer = self.state.lock().peer.upgrade()?;
+        let state = peer.state.lock();
+        (!state.read_closed).then(|| BUFFER.saturating_sub(state.input.len()))
     }
 
     /// Bytes that can be read.
@@ -656,116 +452,5 @@ impl Socket {
             Kind::Stream => state.input.len(),
             _ => state.packets.front().map_or(0, |p| p.bytes.len()),
         }
-    }
-}
-
-impl Object for Socket {
-    fn read(&self, to: &mut [u8], wait: bool) -> Result<usize, Errno> {
-        let packet = self.receive(to.len(), false, wait)?;
-        let count = packet.bytes.len().min(to.len());
-        for (slot, byte) in to.iter_mut().zip(&packet.bytes) {
-            *slot = *byte;
-        }
-        Ok(count)
-    }
-
-    fn write(&self, from: &[u8], wait: bool) -> Result<usize, Errno> {
-        self.send(from, &[], None, wait)
-    }
-
-    fn ready(&self) -> Ready {
-        let (mut ready, peer) = {
-            let state = self.state.lock();
-            let stream = self.kind != Kind::Datagram;
-            let (queued, connected) = match &state.phase {
-                Phase::Listening { queue, .. } => (!queue.is_empty(), false),
-                Phase::Connected => (false, true),
-                Phase::Idle => (false, false),
-            };
-            let ended = stream && connected && (state.ended || state.read_closed);
-            let ready = Ready {
-                readable: queued
-                    || !state.input.is_empty()
-                    || !state.packets.is_empty()
-                    || ended
-                    || state.error.is_some(),
-                writable: !stream || !connected || state.write_closed,
-                hung_up: stream
-                    && (ended && (state.write_closed || state.peer.strong_count() == 0)
-                        || !connected && !matches!(state.phase, Phase::Listening { .. })),
-                ended,
-                error: state.error.is_some(),
-            };
-            (ready, state.peer.upgrade().filter(|_| stream && connected))
-        };
-        if let Some(peer) = peer {
-            let state = peer.state.lock();
-            ready.writable |= state.read_closed
-                || state.input.len() + state.packets.iter().map(|p| p.bytes.len()).sum::<usize>()
-                    < BUFFER;
-        } else {
-            ready.writable = true;
-        }
-        if self.listens() {
-            ready.writable = false;
-        }
-        ready
-    }
-
-    fn progress(&self) -> (u64, u64) {
-        let (came, peer) = {
-            let state = self.state.lock();
-            (state.came + state.arrived, state.peer.upgrade())
-        };
-        let room = peer.map_or(0, |peer| {
-            let state = peer.state.lock();
-            state.read + state.removed
-        });
-        (came, room)
-    }
-
-    fn name(&self) -> String {
-        format!("socket:[{}]", self.number)
-    }
-
-    fn mode(&self) -> u32 {
-        kind::SOCKET | 0o777
-    }
-
-    fn closed(&self) {
-        let (peer, unread, queue, node) = {
-            let mut state = self.state.lock();
-            let queue = match core::mem::take(&mut state.phase) {
-                Phase::Listening { queue, .. } => queue,
-                _ => VecDeque::new(),
-            };
-            (
-                state.peer.upgrade(),
-                !state.input.is_empty(),
-                queue,
-                state.bound_node,
-            )
-        };
-        if let Some(node) = node {
-            NODES.lock().remove(&node);
-        }
-        if let Some(peer) = peer
-            && self.kind != Kind::Datagram
-        {
-            let mut state = peer.state.lock();
-            state.ended = true;
-            state.peer = Weak::new();
-            if unread && self.is_inet() {
-                state.error = Some(Errno::ECONNRESET);
-            }
-        }
-        for socket in queue {
-            socket.closed();
-        }
-        task::wake(task::FILES);
-    }
-
-    fn as_any(&self) -> &dyn Any {
-        self
     }
 }

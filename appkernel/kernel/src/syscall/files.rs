@@ -7,7 +7,7 @@ use appkernel_core::errno::Errno;
 use appkernel_core::fuse::DirEntry;
 use appkernel_core::locks::Lock;
 
-use super::{Call, Result, get, get_u64, put};
+use super::{Call, Result, get, get_u64, put, sockets};
 use crate::container::visible;
 use crate::fs::file::{File, Kind, flag};
 use crate::fs::fuse::Change;
@@ -16,7 +16,7 @@ use crate::fs::pipe::{End, Pipe};
 use crate::fs::pty::{Master, Slave};
 use crate::net::Socket;
 use crate::signal::{self, Info, Signal};
-use crate::task;
+use crate::task::{self, Task, limits};
 
 /// Bytes copied at once between program and kernel.
 const CHUNK: usize = 64 << 10;
@@ -81,9 +81,30 @@ fn read(c: &Call<'_>, address: u64, count: u64, at: Option<u64>) -> Result {
     }
 }
 
+/// How many bytes of a file from `at` on the process may write (RLIMIT_FSIZE).
+pub fn may_grow(task: &Task, at: u64) -> Result {
+    let limit = task.limits.lock().soft(limits::FILE_SIZE);
+    if at >= limit {
+        signal::send(task, Signal::XFSZ, Info::default());
+        return Err(Errno::EFBIG);
+    }
+    Ok(limit - at)
+}
+
 fn write(c: &Call<'_>, address: u64, count: u64, at: Option<u64>) -> Result {
     let file = c.task.file(c.int(0))?;
-    let count = count.min(MAX_COUNT);
+    let mut count = count.min(MAX_COUNT);
+    if let Kind::Regular(node, _) = &file.kind
+        && c.task.limits.lock().soft(limits::FILE_SIZE) < u64::MAX
+        && count > 0
+    {
+        let start = match at {
+            Some(at) => at,
+            None if file.flags() & flag::APPEND != 0 => node.attributes()?.size,
+            None => *file.offset.lock(),
+        };
+        count = count.min(may_grow(c.task, start)?);
+    }
     let mut done = 0;
     while done < count || count == 0 {
         let mut buffer = vec![0; (count - done).min(CHUNK as u64) as usize];
@@ -217,6 +238,7 @@ fn ioctl(c: &Call<'_>) -> Result {
             c.task.files().lock().set_close_on_exec(c.int(0), false)?;
             Ok(0)
         }
+        _ if file.object::<Socket>().is_some() => sockets::control(c),
         request => terminal_call(c, &file, request),
     }
 }
@@ -426,6 +448,7 @@ fn sync(c: &Call<'_>) -> Result {
 
 fn truncate(c: &Call<'_>) -> Result {
     let size = at(c.arg(1))?;
+    may_grow(c.task, size.saturating_sub(1))?;
     match &c.task.file(c.int(0))?.kind {
         Kind::Regular(node, Some(_)) => node.change(&Change {
             size: Some(size),

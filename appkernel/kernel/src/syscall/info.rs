@@ -8,8 +8,7 @@ use appkernel_hal::{clock, cpu, frames, usercopy};
 
 use super::{Call, Result, put, put_words};
 use crate::fs::proc_text::{RELEASE, VERSION};
-use crate::mm::STACK_BYTES;
-use crate::task;
+use crate::task::{self, Task};
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -26,9 +25,6 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
                 put_words(c.arg(0), &time).map(|()| 0)
             }
         }
-        97 => limit(c.uint(0))
-            .and_then(|l| put_words(c.arg(1), &l))
-            .map(|()| 0),
         98 => {
             let us = cpu_ns(c) / 1000;
             let mut words = [0; 18];
@@ -71,17 +67,8 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
                 })
                 .map(|()| 0)
         }
-        160 => {
-            let raise = |limit: [u64; 2]| -> Result {
-                let hard = super::get_u64(c.arg(1).wrapping_add(8))?;
-                if hard > limit[1] {
-                    Err(Errno::EPERM)
-                } else {
-                    Ok(0)
-                }
-            };
-            limit(c.uint(0)).and_then(raise)
-        }
+        97 => limits(c, c.task, c.uint(0), 0, c.arg(1)),
+        160 => limits(c, c.task, c.uint(0), c.arg(1), 0),
         302 => prlimit(c),
         318 => random(c),
         _ => return None,
@@ -115,42 +102,36 @@ fn uname(c: &Call<'_>) -> Result {
     Ok(0)
 }
 
-fn limit(resource: u32) -> Result<[u64; 2]> {
-    const STACK: u32 = 3;
-    const CORE: u32 = 4;
-    const FILES: u32 = 7;
-    match resource {
-        STACK => Ok([STACK_BYTES, STACK_BYTES]),
-        CORE => Ok([0, 0]),
-        FILES => Ok([crate::fs::file::MAX_FILES as u64; 2]),
-        0..=15 => Ok([u64::MAX; 2]),
-        _ => Err(Errno::EINVAL),
+/// Sets the limit at `new` of a process, and puts the old one to `old`; either may be zero.
+fn limits(c: &Call<'_>, of: &Task, resource: u32, new: u64, old: u64) -> Result {
+    let resource = resource as usize;
+    let before = of.limits.lock().get(resource)?;
+    if new != 0 {
+        let new = [super::get_u64(new)?, super::get_u64(new.wrapping_add(8))?];
+        let privileged = c.task.credentials.lock().is_root();
+        of.limits.lock().set(resource, new, privileged)?;
+        if resource == task::limits::FILES {
+            of.files().lock().set_limit(new[0]);
+        }
     }
+    if old != 0 {
+        put_words(old, &before)?;
+    }
+    Ok(0)
 }
 
 fn prlimit(c: &Call<'_>) -> Result {
-    let limit = limit(c.uint(1))?;
-    let own = c.uint(0) == 0 || c.task.container.id(c.uint(0)) == c.task.process;
-    if !own {
-        return Err(Errno::ESRCH);
+    if c.uint(0) == 0 {
+        return limits(c, c.task, c.uint(1), c.arg(2), c.arg(3));
     }
-    if c.arg(2) != 0 {
-        let new = [
-            super::get_u64(c.arg(2))?,
-            super::get_u64(c.arg(2).wrapping_add(8))?,
-        ];
-        // Limits are fixed: lower ones are taken and not heeded, higher ones refused.
-        if new[0] > new[1] {
-            return Err(Errno::EINVAL);
-        }
-        if new[1] > limit[1] {
+    let other = task::find(c.task.container.id(c.uint(0))).ok_or(Errno::ESRCH)?;
+    {
+        let (own, theirs) = (c.task.credentials.lock().uid, other.credentials.lock().uid);
+        if own != theirs && !c.task.credentials.lock().is_root() {
             return Err(Errno::EPERM);
         }
     }
-    if c.arg(3) != 0 {
-        put_words(c.arg(3), &limit)?;
-    }
-    Ok(0)
+    limits(c, &other, c.uint(1), c.arg(2), c.arg(3))
 }
 
 fn sysinfo(c: &Call<'_>) -> Result {

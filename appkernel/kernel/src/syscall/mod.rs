@@ -11,6 +11,7 @@ mod paths;
 mod polls;
 mod processes;
 mod signals;
+mod socket_options;
 mod sockets;
 mod users;
 

@@ -691,6 +691,7 @@ fn truncate(c: &Call<'_>) -> Result {
     if !credentials.may(&found.node.attributes()?, may::WRITE) {
         return Err(Errno::EACCES);
     }
+    super::files::may_grow(c.task, size.saturating_sub(1))?;
     found.node.change(&Change {
         size: Some(size),
         ..Change::default()

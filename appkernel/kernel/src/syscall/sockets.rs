@@ -7,12 +7,11 @@ use alloc::vec::Vec;
 use appkernel_core::errno::Errno;
 use appkernel_hal::usercopy;
 
-use super::{Call, Result, get, get_u64, paths, put};
-use crate::container::visible;
+use super::{Call, Result, get, get_u64, paths, put, socket_options};
 use crate::fs;
 use crate::fs::file::{File, Kind as FileKind, flag};
 use crate::fs::node::kind;
-use crate::net::{self, Address, Kind, Socket, family};
+use crate::net::{self, Address, Kind, Socket, family, interface};
 use crate::signal::{self, Info, Signal};
 
 /// Flags of messages.
@@ -25,7 +24,7 @@ mod message {
     pub const NOSIGNAL: u32 = 0x4000;
     pub const CMSG_CLOEXEC: u32 = 0x4000_0000;
 }
-const SOL_SOCKET: u32 = 1;
+pub const SOL_SOCKET: u32 = 1;
 /// In the type of a new socket.
 const NONBLOCK: u32 = 0o4000;
 const CLOEXEC: u32 = 0o2_000_000;
@@ -52,21 +51,21 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         51 => name(c, false),
         52 => name(c, true),
         53 => pair(c),
-        54 => set_option(c),
-        55 => option(c),
+        54 => socket_options::set(c),
+        55 => socket_options::get_option(c),
         299 => many(c, receive_message),
         307 => many(c, send_message),
         _ => return None,
     })
 }
 
-fn socket(c: &Call<'_>, i: usize) -> Result<Arc<File>> {
+pub fn socket(c: &Call<'_>, i: usize) -> Result<Arc<File>> {
     let file = c.task.file(c.int(i))?;
     with(&file)?;
     Ok(file)
 }
 
-fn with(file: &File) -> Result<&Socket> {
+pub fn with(file: &File) -> Result<&Socket> {
     file.object::<Socket>().ok_or(Errno::ENOTSOCK)
 }
 
@@ -86,6 +85,15 @@ fn kinds(c: &Call<'_>) -> Result<(u16, Kind)> {
         (family::UNIX | family::INET | family::INET6, 1) => Kind::Stream,
         (family::UNIX | family::INET | family::INET6, 2) => Kind::Datagram,
         (family::UNIX, 5) => Kind::Packets,
+        (family::NETLINK, 2 | 3) => {
+            // Only what is asked about interfaces.
+            return if c.uint(2) == 0 {
+                Ok((of, Kind::Datagram))
+            } else {
+                Err(Errno::EPROTONOSUPPORT)
+            };
+        }
+        (family::NETLINK, _) => return Err(Errno::ESOCKTNOSUPPORT),
         (family::UNIX | family::INET | family::INET6, _) => return Err(Errno::ESOCKTNOSUPPORT),
         _ => return Err(Errno::EAFNOSUPPORT),
     };
@@ -159,6 +167,7 @@ fn check_family(socket: &Socket, address: &Address) -> Result<()> {
     let fits = match address {
         Address::None => true,
         Address::Path(_) | Address::Abstract(_) => socket.family == family::UNIX,
+        Address::Netlink(_) => socket.family == family::NETLINK,
         Address::Inet { v6, .. } => socket.family == if *v6 { family::INET6 } else { family::INET },
     };
     if fits {
@@ -210,7 +219,7 @@ fn bind(c: &Call<'_>) -> Result {
                 return Err(Errno::EACCES);
             }
         }
-        Address::Abstract(_) => {}
+        Address::Abstract(_) | Address::Netlink(_) => {}
     }
     socket.bind(address, node)?;
     Ok(0)
@@ -291,7 +300,7 @@ fn send_to(c: &Call<'_>) -> Result {
 type Target = Option<(Address, Option<(u64, u64)>)>;
 
 fn target(c: &Call<'_>, socket: &Socket, at: u64, len: u64) -> Result<Target> {
-    if at == 0 || len == 0 || socket.kind != Kind::Datagram {
+    if at == 0 || len == 0 || socket.kind != Kind::Datagram || socket.family == family::NETLINK {
         return Ok(None);
     }
     let address = address(at, len)?;
@@ -498,57 +507,32 @@ fn many(c: &Call<'_>, f: fn(&Call<'_>, u64, u32) -> Result) -> Result {
     Ok(done)
 }
 
-fn set_option(c: &Call<'_>) -> Result {
-    let file = socket(c, 0)?;
-    let socket = with(&file)?;
-    let value = match c.arg(4) {
-        len @ 4.. if len <= 1024 => u32::from_le_bytes(get(c.arg(3))?),
-        1..4 => get::<1>(c.arg(3))?[0].into(),
-        _ => return Err(Errno::EINVAL),
-    };
-    // What it does over a loopback without packets: nothing. It is kept, to be read again.
-    socket.set_option(c.uint(1), c.uint(2), value);
-    Ok(0)
-}
-
-fn option(c: &Call<'_>) -> Result {
-    const IPPROTO_TCP: u32 = 6;
-    const TCP_INFO: u32 = 11;
-    let file = socket(c, 0)?;
-    let socket = with(&file)?;
-    let room = u32::from_le_bytes(get(c.arg(4))?) as usize;
-    let word = |value: u32| value.to_le_bytes().to_vec();
-    let (level, name) = (c.uint(1), c.uint(2));
-    let bytes = match (level, name) {
-        // Type, error, protocol, domain, accepts connections.
-        (SOL_SOCKET, 3) => word(match socket.kind {
-            Kind::Stream => 1,
-            Kind::Datagram => 2,
-            Kind::Packets => 5,
-        }),
-        (SOL_SOCKET, 4) => word(socket.take_error().map_or(0, |e| e.0.cast_unsigned())),
-        (SOL_SOCKET, 38) => word(match (socket.family, socket.kind) {
-            (family::UNIX, _) => 0,
-            (_, Kind::Stream) => 6,
-            _ => 17,
-        }),
-        (SOL_SOCKET, 39) => word(socket.family.into()),
-        (SOL_SOCKET, 30) => word(socket.listens().into()),
-        (SOL_SOCKET, 17) => {
-            let (process, uid, gid) = socket.peer_credentials();
-            let fields = [visible(process), uid, gid];
-            fields.iter().flat_map(|f| f.to_le_bytes()).collect()
+/// Calls of ioctl about interfaces, on any socket (netdevice(7)).
+pub fn control(c: &Call<'_>) -> Result {
+    const GET_LIST: u32 = 0x8912;
+    const NAME: usize = 16;
+    let at = c.arg(2);
+    if c.uint(1) == GET_LIST {
+        let room = u32::from_le_bytes(get(at)?) as usize;
+        let to = get_u64(at.wrapping_add(8))?;
+        let list = interface::list();
+        let mut len = list.len();
+        if to != 0 {
+            len = len.min(room / 40 * 40);
+            put(to, list.get(..len).unwrap_or_default())?;
         }
-        (SOL_SOCKET, 7 | 8) => word(socket.option(level, name).unwrap_or(212_992)),
-        (IPPROTO_TCP, TCP_INFO) => {
-            let mut info = vec![0; 104];
-            info[0] = if socket.listens() { 10 } else { 1 };
-            info
-        }
-        _ => word(socket.option(level, name).unwrap_or(0)),
+        put(at, &(len as u32).to_le_bytes())?;
+        return Ok(0);
+    }
+    let request: [u8; NAME + 4] = match c.uint(1) {
+        0x8900..=0x89ff => get(at)?,
+        _ => return Err(Errno::ENOTTY),
     };
-    let count = bytes.len().min(room);
-    put(c.arg(3), bytes.get(..count).unwrap_or_default())?;
-    put(c.arg(4), &(count as u32).to_le_bytes())?;
+    let (name, value) = request.split_at(NAME);
+    let value = value.try_into().map_or(0, i32::from_le_bytes);
+    let answer = interface::control(c.uint(1), name, value)?;
+    // The name's own answer is the name.
+    let behind = if c.uint(1) == 0x8910 { 0 } else { NAME as u64 };
+    put(at.wrapping_add(behind), &answer)?;
     Ok(0)
 }

@@ -28,7 +28,12 @@ pub fn fault(address: u64, access: Access) -> bool {
     };
     let result = mm.lock().fault(address, access);
     match result {
-        Ok(()) => true,
+        Ok(()) => {
+            if within_limit() {
+                return true;
+            }
+            current().pending.lock().ending.is_none()
+        }
         Err(Errno::ENOMEM) => {
             out_of_memory();
             // Tried again, unless it was this one that had to go: a copy in the kernel then ends
@@ -45,6 +50,43 @@ pub fn is_ending() -> bool {
     current().pending.lock().ending.is_some()
 }
 
+/// Counts one more page for the running task's container; when that is more than it may have, one of
+/// its processes is told to end. Whether it was not.
+fn within_limit() -> bool {
+    let container = Arc::clone(&current().container);
+    let most = container.pages_max.load(Ordering::Relaxed);
+    if most == u64::MAX {
+        return true;
+    }
+    // What was counted last, and each page since: it cannot be more than that.
+    let seen = container.pages.fetch_add(1, Ordering::Relaxed) + 1;
+    if seen <= most {
+        return true;
+    }
+    let mut tasks = living();
+    tasks.retain(|t| container.has(t.id));
+    if tasks.iter().any(|t| t.pending.lock().ending.is_some()) {
+        // One is on its way out already.
+        return true;
+    }
+    let mut pages = 0;
+    let mut shares = 0;
+    for task in tasks.iter().filter(|t| t.id == t.process) {
+        if let Some(mm) = task.memory() {
+            let (whole, shared) = mm.lock().weight();
+            pages += whole;
+            shares += shared;
+        }
+    }
+    let pages = pages + shares / crate::mm::WHOLE;
+    container.pages.store(pages, Ordering::Relaxed);
+    if pages <= most {
+        return true;
+    }
+    end_worst(tasks);
+    false
+}
+
 /// There is no memory for a program's page: pages of files go first, then the process that has most.
 fn out_of_memory() {
     if crate::fs::fuse::shrink_all() > 0 {
@@ -55,6 +97,11 @@ fn out_of_memory() {
         // One is on its way out already.
         return;
     }
+    end_worst(candidates);
+}
+
+/// Tells the process that has most memory to end.
+fn end_worst(candidates: Vec<Arc<Task>>) {
     let mut worst: Option<((bool, usize), Arc<Task>)> = None;
     for task in candidates {
         let Some(mm) = task.mm.lock().clone() else {

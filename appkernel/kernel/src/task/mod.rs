@@ -6,6 +6,7 @@
 
 mod credentials;
 mod end;
+pub mod limits;
 mod schedule;
 
 use alloc::collections::{BTreeMap, VecDeque};
@@ -28,6 +29,7 @@ use crate::signal::{Handlers, Pending};
 
 pub use credentials::{Credentials, may};
 pub use end::*;
+pub use limits::Limits;
 pub use schedule::*;
 
 /// Most tasks at once: what a fork bomb gets before `EAGAIN`.
@@ -44,6 +46,8 @@ pub const TIME: Channel = 0x2_0000_0000;
 pub const FILES: Channel = 0x3_0000_0000;
 /// Something happens that the agent has to look at.
 pub const AGENT: Channel = 0x4_0000_0000;
+/// Packets come or are to go.
+pub const NETWORK: Channel = 0x5_0000_0000;
 /// Of tasks that wait for nothing: not started yet, or ended.
 const NEVER: Channel = usize::MAX;
 
@@ -108,6 +112,8 @@ pub struct Task {
     pub place: Arc<Mutex<Place>>,
     /// Parent and groups, of the process.
     pub links: Arc<Mutex<Links>>,
+    /// What the process may have of things.
+    pub limits: Arc<Mutex<Limits>>,
     /// Signals that wait, and the mask.
     pub pending: Mutex<Pending>,
     /// What signals do.
@@ -160,15 +166,20 @@ pub struct CloneOptions {
     pub vfork: bool,
 }
 
-/// Starts the scheduler with a thread of the kernel, which runs until it sleeps.
-pub fn init(container: &Arc<Container>, entry: extern "C" fn() -> !) -> Option<Arc<Task>> {
+/// A thread of the kernel, which is no process.
+fn kernel_task(
+    container: &Arc<Container>,
+    id: u32,
+    name: &[u8],
+    entry: extern "C" fn() -> !,
+) -> Option<Arc<Task>> {
     let context = Context::kernel_thread(entry)?;
-    let task = Arc::new(Task {
-        id: 0,
-        process: 0,
+    Some(Arc::new(Task {
+        id,
+        process: id,
         container: Arc::clone(container),
         credentials: Mutex::default(),
-        name: Mutex::new(b"kernel".to_vec()),
+        name: Mutex::new(name.to_vec()),
         cpu_ns: AtomicU64::new(0),
         started_ns: 0,
         context: UnsafeCell::new(context),
@@ -177,11 +188,17 @@ pub fn init(container: &Arc<Container>, entry: extern "C" fn() -> !) -> Option<A
         files: Mutex::default(),
         place: Arc::new(Mutex::new(Place::default())),
         links: Arc::new(Mutex::new(Links::default())),
+        limits: Arc::default(),
         pending: Mutex::new(Pending::default()),
         handlers: Mutex::default(),
         clear_tid: AtomicU64::new(0),
         vfork: Mutex::new(false),
-    });
+    }))
+}
+
+/// Starts the scheduler with a thread of the kernel, which runs until it sleeps.
+pub fn init(container: &Arc<Container>, entry: extern "C" fn() -> !) -> Option<Arc<Task>> {
+    let task = kernel_task(container, 0, b"kernel", entry)?;
     let mut tasks = BTreeMap::new();
     tasks.insert(0, (Arc::clone(&task), State::Ready));
     *SCHEDULER.lock() = Some(Scheduler {
@@ -193,6 +210,18 @@ pub fn init(container: &Arc<Container>, entry: extern "C" fn() -> !) -> Option<A
     Some(task)
 }
 
+/// Starts one more thread of the kernel; `None` if there is no memory for it.
+pub fn kernel_thread(name: &[u8], entry: extern "C" fn() -> !) -> Option<()> {
+    let container = find_any(0)?.container.clone();
+    let id = with(|s| container.new_id(|id| s.tasks.contains_key(&id)));
+    let task = kernel_task(&container, id, name, entry)?;
+    with(|s| {
+        s.tasks.insert(id, (task, State::Ready));
+        s.ready.push_back(id);
+    });
+    Some(())
+}
+
 /// A process that the kernel starts.
 pub struct New<'a> {
     pub container: &'a Arc<Container>,
@@ -201,6 +230,7 @@ pub struct New<'a> {
     pub credentials: Credentials,
     pub cwd: Vec<u8>,
     pub umask: u32,
+    pub limits: Limits,
 }
 
 /// Last part of a path, as the name of a task.
@@ -237,6 +267,7 @@ impl Task {
                 session: id,
                 ..Links::default()
             })),
+            limits: Arc::new(Mutex::new(new.limits)),
             pending: Mutex::new(Pending::default()),
             handlers: Mutex::default(),
             clear_tid: AtomicU64::new(0),
@@ -293,12 +324,33 @@ impl Task {
         unsafe { *self.own_context().frame() }
     }
 
+    /// Whether the container and the user may have one more task.
+    fn may_clone(&self) -> Result<(), Errno> {
+        let most = self.container.pids_max.load(Ordering::Relaxed);
+        let own = self.limits.lock().soft(limits::PROCESSES);
+        let (uid, root) = {
+            let credentials = self.credentials.lock();
+            (credentials.uid, credentials.is_root())
+        };
+        if most == u64::MAX && (own == u64::MAX || root) {
+            return Ok(());
+        }
+        let tasks = living();
+        let tasks = || tasks.iter().filter(|t| self.container.has(t.id));
+        let of_user = || tasks().filter(|t| t.credentials.lock().uid == uid).count() as u64;
+        if tasks().count() as u64 >= most || !root && of_user() >= own {
+            return Err(Errno::EAGAIN);
+        }
+        Ok(())
+    }
+
     /// Makes a task like this one, which goes on at `frame`; returns its number.
     pub fn clone(&self, options: &CloneOptions) -> Result<u32, Errno> {
         let count = with(|s| s.tasks.len());
         if count >= MAX_TASKS {
             return Err(Errno::EAGAIN);
         }
+        self.may_clone()?;
         let mut frame = self.frame();
         frame.rax = 0;
         if options.stack != 0 {
@@ -345,6 +397,12 @@ impl Task {
             let copy = self.place.lock().clone();
             Arc::new(Mutex::new(copy))
         };
+        let limits = if options.thread {
+            Arc::clone(&self.limits)
+        } else {
+            let copy = *self.limits.lock();
+            Arc::new(Mutex::new(copy))
+        };
         let mask = self.pending.lock().mask;
         let root = mm.lock().root();
         let task = Arc::new(Self {
@@ -361,6 +419,7 @@ impl Task {
             files: Mutex::new(files),
             place,
             links,
+            limits,
             pending: Mutex::new(Pending::with_mask(mask)),
             handlers: Mutex::new(handlers),
             clear_tid: AtomicU64::new(options.clear_tid),
@@ -412,12 +471,14 @@ pub fn current() -> Arc<Task> {
     })
 }
 
-/// A task by its number; the kernel's own thread is none that could be asked for.
+fn find_any(id: u32) -> Option<Arc<Task>> {
+    with(|s| s.tasks.get(&id).map(|(task, _)| Arc::clone(task)))
+}
+
+/// A task by its number; the kernel's own threads are none that could be asked for.
 pub fn find(id: u32) -> Option<Arc<Task>> {
-    with(|s| {
-        let found = s.tasks.get(&id).filter(|_| id != 0);
-        found.map(|(task, _)| Arc::clone(task))
-    })
+    let is_kernel = |t: &Arc<Task>| t.started_ns == 0;
+    find_any(id).filter(|task| !is_kernel(task))
 }
 
 /// All tasks that run or sleep.

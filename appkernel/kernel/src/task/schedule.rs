@@ -186,6 +186,32 @@ pub fn wake(channel: Channel) {
     }
 }
 
+/// Wakes all that sleep on the channel and lets them run at once; the running task goes on right
+/// after them. No lock may be held.
+pub fn hand_over(channel: Channel) {
+    let any = with(|s| {
+        let id = s.current;
+        let mut woken: Vec<u32> = Vec::new();
+        for (id, (_, state)) in &mut s.tasks {
+            if *state == State::Sleeping(channel) {
+                *state = State::Ready;
+                woken.push(*id);
+            }
+        }
+        if woken.is_empty() {
+            return false;
+        }
+        s.ready.push_front(id);
+        for id in woken {
+            s.ready.push_front(id);
+        }
+        true
+    });
+    if any {
+        schedule();
+    }
+}
+
 /// Lets a task run that waits to be started.
 pub fn begin(id: u32) {
     with(|s| {
