@@ -69,7 +69,8 @@ fn get(address: &str, path: &str) -> Result<Vec<u8>> {
     Ok(all)
 }
 
-fn network(node: &mut Node, handler: &str) -> Result<()> {
+/// Two pods that reach each other and are reached by the host, and a container of each.
+pub fn network_of_two(node: &Node, handler: &str) -> Result<[(TestPod, String); 2]> {
     let first = TestPod::run(node, handler, pod("net1"))?;
     let second = TestPod::run(node, handler, pod("net2"))?;
     let (a, b) = (first.sleeper("c")?, second.sleeper("c")?);
@@ -96,6 +97,11 @@ fn network(node: &mut Node, handler: &str) -> Result<()> {
         answer.len()
     );
     second.until(&b, &format!("wget -qO- http://{ip}:8080/x"), "hello")?;
+    Ok([(first, a), (second, b)])
+}
+
+fn network(node: &mut Node, handler: &str) -> Result<()> {
+    let [(first, a), (second, b)] = network_of_two(node, handler)?;
     // IPv6, by the second range of the test's network.
     let text = first.sh(&a, "ip -6 addr show eth0")?;
     let six = text
@@ -121,7 +127,7 @@ fn network(node: &mut Node, handler: &str) -> Result<()> {
     second.remove()
 }
 
-pub fn names(node: &mut Node, handler: &str) -> Result<()> {
+fn names(node: &mut Node, handler: &str) -> Result<()> {
     let mut config = pod("names");
     config.hostname = "my-host".into();
     config.dns_config = Some(DnsConfig {
@@ -293,7 +299,7 @@ pub fn attach(node: &mut Node, handler: &str) -> Result<()> {
     pod.remove()
 }
 
-pub fn much_output(node: &mut Node, handler: &str) -> Result<()> {
+fn much_output(node: &mut Node, handler: &str) -> Result<()> {
     let pod = TestPod::run(node, handler, pod("output"))?;
     let spec = container("c", "busybox", &["seq", "1", "300000"]);
     let c = pod.start(&spec)?;
@@ -505,7 +511,7 @@ fn figures(pod: &TestPod) -> Result<()> {
     Ok(())
 }
 
-pub fn stop_gracefully(node: &mut Node, handler: &str) -> Result<()> {
+fn stop_gracefully(node: &mut Node, handler: &str) -> Result<()> {
     let pod = TestPod::run(node, handler, pod("grace"))?;
     let script = "trap 'echo bye; exit 5' TERM; echo up; while :; do sleep 0.1; done";
     let spec = container("polite", "busybox", &["sh", "-c", script]);

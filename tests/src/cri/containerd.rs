@@ -247,9 +247,8 @@ impl Node {
         let mut conf = cni();
         let plugins = conf["plugins"].as_array_mut().context("plugins")?;
         plugins.push(json!({"type": "chained"}));
-        // Whole at once: containerd reads it when it appears.
-        fs::write(at("chained.conflist"), serde_json::to_string(&conf)?)?;
-        Ok(fs::rename(at("chained.conflist"), file)?)
+        // Not by a rename: containerd looks again when a file is written, not when one appears.
+        Ok(fs::write(file, serde_json::to_string(&conf)?)?)
     }
 
     fn ctr(&self, args: &[&str]) -> Result<()> {
