@@ -259,8 +259,9 @@ fn find(request: &Request<'_>, links: &[Link], to: (u32, u32)) -> Result<Vec<Vec
     let mut found = Vec::new();
     match request.kind {
         kind::GETLINK if dump => {
-            // Of bridges and the like there are none.
-            if !matches!(of, 0 | 17) {
+            // Of bridges there are none; who names another family means all links (`ip -6 addr`).
+            const BRIDGE: u8 = 7;
+            if of == BRIDGE {
                 return Ok(found);
             }
             found.extend(links.iter().map(|l| link(to, flags, l)));
@@ -431,6 +432,9 @@ mod tests {
             attribute(&links[1].1[16..], 1),
             Some(&[2, 0, 0, 0, 0, 9][..])
         );
+
+        let of_family = |family| ask(kind::GETLINK, DUMP, &[family; 1]).len();
+        assert_eq!([INET, 10, 7].map(of_family), [3, 3, 1]);
 
         let all = ask(kind::GETADDR, DUMP, &[0]);
         assert_eq!(all.len(), 5);
