@@ -262,7 +262,7 @@ mod tests {
             assert!(no_code, "{role:?}: memory of code");
             let said = after.expect("noticed");
             assert!(
-                said.contains(&format!("call {} ", libc::SYS_socket)),
+                said.contains(&format!("call {},", libc::SYS_socket)),
                 "{said}"
             );
         }
