@@ -102,9 +102,9 @@ test-full: _disk
 lab *ARGS:
     tests/lab/lab {{ARGS}}
 
-# Benchmarks: boot, fs, pods, wasm. Prints a table and writes target/bench/NAME.json
-bench NAME: _disk build guest appkernel fixtures
-    tests/run bench {{NAME}}
+# Benchmarks: boot, fs, pods (or parts of it), wasm. Prints a table and writes target/bench/NAME.json
+bench NAME *PARTS: _disk build guest appkernel fixtures
+    tests/run bench {{NAME}} {{PARTS}}
 
 # Make and remove COUNT sandboxes (KIND: pods, wasm) and count what is left
 soak KIND COUNT: _disk build guest fixtures

@@ -13,7 +13,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::report::{Goal, Report};
 use crate::cri::containerd::{APP, IoType, Node, OURS};
@@ -57,66 +57,75 @@ struct Cost {
     threads: f64,
 }
 
-/// Runs it. Needs a host that may be changed: the lab.
+/// Parts of the benchmark, in the order in which they run.
+pub const PARTS: [&str; 5] = ["steps", "at-once", "idle", "tcp", "crowds"];
+
+/// Runs these parts. Needs a host that may be changed: the lab.
 ///
 /// # Errors
 /// A daemon does not start, or a pod does not run.
-pub fn run(sandboxer: &Path) -> Result<Report> {
+pub fn run(sandboxer: &Path, parts: &[String]) -> Result<Report> {
     let version = version(RUNC)?;
     let mut report = Report::new("pods", RUNC, &version);
     let node = Node::start(sandboxer, &["busybox"], IoType::Fifo)?;
-    let idle_wakeups = wakeups(&node)?;
+    for part in parts {
+        match part.as_str() {
+            "steps" => one_by_one(&node, &mut report, &version)?,
+            "at-once" => {
+                for handler in [OURS, APP] {
+                    eprintln!("{AT_ONCE} pods at once");
+                    let (own, its) = (at_once(&node, handler)?, at_once(&node, RUNC)?);
+                    let what = format!("{AT_ONCE} pods at once, until all run, {handler}");
+                    report.add(&what, "ms", &[own], &[its], limit(handler, 2.5), COMMAND);
+                }
+            }
+            "idle" => idle(&node, &mut report)?,
+            "tcp" => throughput(&node, &mut report)?,
+            "crowds" => {
+                for handler in [OURS, APP] {
+                    crowds(&node, &mut report, handler)?;
+                }
+            }
+            other => bail!("unknown part {other}: {}", PARTS.join(", ")),
+        }
+    }
+    Ok(report)
+}
 
+/// Goals are for pods in a microVM.
+fn limit(handler: &str, ratio: f64) -> Goal {
+    match handler {
+        OURS => Goal::Ratio(ratio),
+        _ => Goal::Shown,
+    }
+}
+
+/// What one pod takes, beside runc's and crun's.
+fn one_by_one(node: &Node, report: &mut Report, version: &str) -> Result<()> {
     let of = |handler: &str| -> Result<Steps> {
         eprintln!("{handler}: one pod after the other");
-        steps(&node, handler)
+        steps(node, handler)
     };
     let (ours, app, runc, crun) = (of(OURS)?, of(APP)?, of(RUNC)?, of(CRUN)?);
-    let limit = |handler: &str, goal: f64| match handler {
-        OURS => Goal::Ratio(goal),
-        _ => Goal::Shown,
-    };
     for (handler, own) in [(OURS, &ours), (APP, &app)] {
         for (peer, its) in [(RUNC, &runc), (CRUN, &crun)] {
-            let goal = |goal: f64| match peer {
-                RUNC => limit(handler, goal),
-                _ => Goal::Shown,
+            let goal = if peer == RUNC {
+                limit(handler, 2.0)
+            } else {
+                Goal::Shown
             };
-            report.beside(peer, if peer == RUNC { &version } else { "" });
+            report.beside(peer, if peer == RUNC { version } else { "" });
             let mut add = |what: &str, own: &[f64], its: &[f64], goal: Goal| {
-                report.add(
-                    &format!("{what}, {handler} / {peer}"),
-                    "ms",
-                    own,
-                    its,
-                    goal,
-                    COMMAND,
-                );
+                let what = format!("{what}, {handler} / {peer}");
+                report.add(&what, "ms", own, its, goal, COMMAND);
             };
-            add(
-                "pod run + create + start",
-                &own.started,
-                &its.started,
-                goal(2.0),
-            );
-            add("exec of true", &own.exec, &its.exec, goal(2.0));
+            add("pod run + create + start", &own.started, &its.started, goal);
+            add("exec of true", &own.exec, &its.exec, goal);
             add("pod stop + remove", &own.gone, &its.gone, Goal::Shown);
         }
     }
-    report.beside(RUNC, &version);
-
-    for handler in [OURS, APP] {
-        eprintln!("{AT_ONCE} pods at once");
-        let (own, its) = (at_once(&node, handler)?, at_once(&node, RUNC)?);
-        let what = format!("{AT_ONCE} pods at once, until all run, {handler}");
-        report.add(&what, "ms", &[own], &[its], limit(handler, 2.5), COMMAND);
-    }
-    idle(&node, &mut report, idle_wakeups)?;
-    throughput(&node, &mut report)?;
-    for handler in [OURS, APP] {
-        crowds(&node, &mut report, handler)?;
-    }
-    Ok(report)
+    report.beside(RUNC, version);
+    Ok(())
 }
 
 /// The first line of what a program says of its version, its last word.
@@ -184,7 +193,8 @@ fn at_once(node: &Node, handler: &str) -> Result<f64> {
 }
 
 /// Exits of a pod that does nothing, and how often the daemon wakes up for nothing.
-fn idle(node: &Node, report: &mut Report, without_pods: f64) -> Result<()> {
+fn idle(node: &Node, report: &mut Report) -> Result<()> {
+    let without_pods = wakeups(node)?;
     eprintln!("one pod that rests");
     for (handler, goal) in [(OURS, Goal::Value(10.0)), (APP, Goal::Shown)] {
         let pod = TestPod::run(node, handler, pod("idle"))?;

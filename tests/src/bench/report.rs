@@ -107,6 +107,8 @@ impl Report {
             Goal::Value(limit) => (format!("at most {limit} {unit}"), value <= limit),
             Goal::Shown => ("shown".to_owned(), true),
         };
+        // A run that is cut off later has said this much.
+        eprintln!("{what}: {value:.2} {unit}, {}: {peer_value:.2?}", self.peer);
         self.rows.push(Row {
             what: what.into(),
             unit: unit.into(),

@@ -40,10 +40,14 @@ fn main() -> Result<()> {
             report.finish(&out)
         }
         "pods" => {
-            let usage = "bench pods SANDBOXER OUT_DIR";
+            let usage = "bench pods SANDBOXER OUT_DIR [PART…]";
             let sandboxer = PathBuf::from(args.next().context(usage)?);
             let out = PathBuf::from(args.next().context(usage)?);
-            pods::run(&sandboxer)?.finish(&out)
+            let mut parts: Vec<String> = args.collect();
+            if parts.is_empty() {
+                parts = pods::PARTS.map(str::to_owned).into();
+            }
+            pods::run(&sandboxer, &parts)?.finish(&out)
         }
         "wasm" => {
             let out = PathBuf::from(args.next().context("bench wasm OUT_DIR")?);
