@@ -324,11 +324,12 @@ fn a_thousand_programs_leave_nothing() {
     for _ in 0..1000 {
         once();
     }
-    // The threads of the last ones may still be on their way out.
+    // The threads of the last ones may still be on their way out, as those of the first may have
+    // been: then there are fewer now.
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
-    while fds() != before && std::time::Instant::now() < deadline {
+    while fds() > before && std::time::Instant::now() < deadline {
         std::thread::yield_now();
     }
-    assert_eq!(fds(), before);
+    assert!(fds() <= before, "{} descriptors, {before} before", fds());
     assert_eq!(pod.memory().used(), 0);
 }
