@@ -64,6 +64,14 @@ appkernel:
     ln -sfn "$kernel" "$BULKHEAD_CACHE/current/appkernel"
     echo "app kernel: $kernel"
 
+# Build the guest kernel that keeps no rule, for tests (cached by content)
+hostile:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    kernel=$(appkernel/build --hostile | tail -n1)
+    mkdir -p "$BULKHEAD_CACHE/current"
+    ln -sfn "$kernel" "$BULKHEAD_CACHE/current/hostile"
+
 # Write the app kernel's table of system calls to docs/appkernel-compat.md
 appkernel-compat:
     BULKHEAD_UPDATE_DOCS=1 cargo test -p bulkhead-appkernel-core

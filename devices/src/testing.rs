@@ -1,5 +1,6 @@
 //! A guest for the tests of devices: memory, rings, and ways to misuse them.
 
+use event_manager::{EventManager, EventOps, EventSubscriber, Events, SubscriberOps};
 use proptest::prelude::*;
 use virtio_queue::Queue;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
@@ -197,4 +198,18 @@ pub fn noise() -> impl Strategy<Value = Noise> {
         index,
         bytes,
     })
+}
+
+struct Idle;
+
+impl EventSubscriber for Idle {
+    fn process(&self, _events: Events, _ops: &mut EventOps<'_>) {}
+    fn init(&self, _ops: &mut EventOps<'_>) {}
+}
+
+/// Runs `f` as if on an event loop that watches nothing.
+pub fn with_event_ops<R>(f: impl FnOnce(&mut EventOps<'_>) -> R) -> R {
+    let mut manager = EventManager::<Idle>::new().unwrap();
+    let id = manager.add_subscriber(Idle);
+    f(&mut manager.event_ops(id).unwrap())
 }

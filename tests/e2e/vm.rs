@@ -1,18 +1,18 @@
 //! The VM library on real KVM: boots, many VMs, bad guests, saved state, debugger.
 
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bulkhead_fixtures::tiny_guest::{self, Kind};
 use bulkhead_tests::env::{self, PATIENCE};
 use bulkhead_tests::process::Footprint;
+use bulkhead_tests::screen::Screen;
 use bulkhead_vmm::seccomp::Role;
 use bulkhead_vmm::{
-    Caching, Console, DiskConfig, DiskSource, ShareConfig, Vm, VmConfig, VmError, VmExit, VmState,
+    Caching, DiskConfig, DiskSource, ShareConfig, Vm, VmConfig, VmError, VmExit, VmState,
 };
 
 /// Tests that count what this process holds must not run beside others.
@@ -20,46 +20,6 @@ static ALONE: Mutex<()> = Mutex::new(());
 
 fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A console that tests can wait on.
-#[derive(Clone, Default)]
-struct Screen(Arc<(Mutex<Vec<u8>>, Condvar)>);
-
-impl Write for Screen {
-    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
-        self.0.0.lock().unwrap().extend_from_slice(data);
-        self.0.1.notify_all();
-        Ok(data.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Screen {
-    fn console(&self) -> Console {
-        Console::Writer(Box::new(self.clone()))
-    }
-
-    fn text(&self) -> String {
-        String::from_utf8_lossy(&self.0.0.lock().unwrap()).into_owned()
-    }
-
-    /// Waits until `sign` is on the screen.
-    fn wait_for(&self, sign: &str) {
-        let shown = |text: &[u8]| text.windows(sign.len()).any(|w| w == sign.as_bytes());
-        let (text, timeout) = self
-            .0
-            .1
-            .wait_timeout_while(self.0.0.lock().unwrap(), PATIENCE, |text| !shown(text))
-            .unwrap();
-        assert!(
-            !timeout.timed_out(),
-            "no {sign:?} on the console within {PATIENCE:?}:\n{}",
-            String::from_utf8_lossy(&text)
-        );
-    }
 }
 
 struct Files {

@@ -64,6 +64,22 @@ pub fn bzimage() -> Result<PathBuf> {
     current("bzImage")
 }
 
+/// The image with the agent.
+///
+/// # Errors
+/// When it is not built.
+pub fn guest_image() -> Result<PathBuf> {
+    current("rootfs.erofs")
+}
+
+/// The guest kernel that keeps no rule (tests/hostile).
+///
+/// # Errors
+/// When it is not built.
+pub fn hostile_guest() -> Result<PathBuf> {
+    current("hostile")
+}
+
 /// The running kernel of this host and the directory of its modules: a distribution's kernel.
 ///
 /// # Errors

@@ -5,5 +5,6 @@ pub mod cri;
 pub mod demo;
 pub mod env;
 pub mod process;
+pub mod screen;
 pub mod terminal;
 pub mod wasm;

@@ -6,7 +6,7 @@ use super::Rule;
 
 /// `_IO(KVMIO, number)` and its kin, as linux/kvm.h has them.
 const KVM_RUN: u64 = 0xae80;
-const KVM_IOCTLS: &[u64] = &[
+const VCPU_IOCTLS: &[u64] = &[
     KVM_RUN,
     0x8090_ae81, // GET_REGS
     0x4090_ae82, // SET_REGS
@@ -36,6 +36,9 @@ const KVM_IOCTLS: &[u64] = &[
     0x4188_aea7, // SET_XCRS
     0xaead,      // KVMCLOCK_CTRL
     0x9000_aecf, // GET_XSAVE2
+    // A driver's reset stops vhost-net before the driver goes on: its memory is its own again.
+    0x4008_af30, // VHOST_NET_SET_BACKEND
+    0xc008_af12, // VHOST_GET_VRING_BASE
 ];
 
 /// Of taps, vhost-net, sockets and disks.
@@ -93,7 +96,7 @@ macro_rules! common {
 pub(super) const VCPU: &[Rule] = common![Rule::one_of(
     libc::SYS_ioctl,
     1,
-    KVM_IOCTLS,
+    VCPU_IOCTLS,
     "the guest, and its registers"
 )];
 

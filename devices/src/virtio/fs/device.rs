@@ -43,6 +43,8 @@ pub struct Fs {
     handler: Handler,
     active: Option<Active>,
     events: Option<Arc<[EventFd]>>,
+    /// The share still holds what a driver before the last reset had open.
+    stale: bool,
 }
 
 impl Fs {
@@ -73,6 +75,7 @@ impl Fs {
             handler: Handler::new(share),
             active: None,
             events: None,
+            stale: false,
         })
     }
 
@@ -140,6 +143,7 @@ impl VirtioDevice for Fs {
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         activation.expect_queues(NAME, QUEUE_SIZES.len())?;
+        self.stale = false;
         self.active = Some(Active {
             mem: activation.mem,
             queues: activation.queues,
@@ -158,12 +162,19 @@ impl VirtioDevice for Fs {
         self.work();
     }
 
+    /// The files that the driver had open are closed on the event loop: the thread of a vCPU may
+    /// not, and need not wait for it.
     fn deactivate(&mut self) -> Vec<Queue> {
-        self.handler.reset();
+        self.stale = true;
         self.active
             .take()
             .map(|active| active.queues)
             .unwrap_or_default()
+    }
+
+    fn on_deactivated(&mut self, _ops: &mut EventOps) {
+        self.handler.reset();
+        self.stale = false;
     }
 
     fn queues(&self) -> &[Queue] {
@@ -177,6 +188,9 @@ impl VirtioDevice for Fs {
     }
 
     fn save(&self) -> serde_json::Value {
+        if self.stale {
+            self.handler.share.clear();
+        }
         serde_json::to_value(State::save(&self.tag, &self.handler.share)).unwrap_or_default()
     }
 

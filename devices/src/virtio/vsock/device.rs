@@ -1,7 +1,6 @@
 //! The vsock device (virtio 1.2, 5.10).
 
 use std::collections::VecDeque;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events};
@@ -30,8 +29,6 @@ pub struct Vsock {
     active: Option<Active>,
     /// The wake-up descriptor is registered with the event loop.
     watching: bool,
-    /// Sockets of streams a device reset ended, until the event loop has forgotten them.
-    dying: Vec<UnixStream>,
     /// The guest must be told that its connections are gone.
     owes_reset_event: bool,
 }
@@ -62,7 +59,6 @@ impl Vsock {
             shared,
             active: None,
             watching: false,
-            dying: Vec::new(),
             owes_reset_event: false,
         })
     }
@@ -103,12 +99,6 @@ impl Vsock {
             self.mux.command(command, ops);
         }
     }
-
-    fn forget_dying(&mut self, ops: &mut EventOps) {
-        for socket in self.dying.drain(..) {
-            let _ = ops.remove(Events::empty(&socket));
-        }
-    }
 }
 
 impl VirtioDevice for Vsock {
@@ -146,7 +136,6 @@ impl VirtioDevice for Vsock {
     }
 
     fn on_activated(&mut self, ops: &mut EventOps) {
-        self.forget_dying(ops);
         if !self.watching {
             match ops.add(Events::with_data(
                 self.shared.wake_fd(),
@@ -183,8 +172,8 @@ impl VirtioDevice for Vsock {
         }
     }
 
+    /// Streams end on the event loop: the thread of a vCPU may not shut sockets down.
     fn deactivate(&mut self) -> Vec<Queue> {
-        self.dying.extend(self.mux.clear());
         self.active
             .take()
             .map(|active| active.queues)
@@ -192,7 +181,9 @@ impl VirtioDevice for Vsock {
     }
 
     fn on_deactivated(&mut self, ops: &mut EventOps) {
-        self.forget_dying(ops);
+        for socket in self.mux.clear() {
+            let _ = ops.remove(Events::empty(&socket));
+        }
         if self.watching {
             let _ = ops.remove(Events::empty(self.shared.wake_fd()));
             self.watching = false;

@@ -1,0 +1,158 @@
+//! A virtio-mmio device (virtio 1.2, 4.2.2), to be used against its rules or by them.
+
+use appkernel_core::cmdline::Device;
+use appkernel_hal::direct;
+
+use crate::access;
+use crate::chance::Chance;
+use crate::ring::Ring;
+
+/// Registers.
+pub mod reg {
+    pub const MAGIC: u64 = 0x000;
+    pub const DEVICE_ID: u64 = 0x008;
+    pub const DEVICE_FEATURES: u64 = 0x010;
+    pub const DEVICE_FEATURES_SEL: u64 = 0x014;
+    pub const DRIVER_FEATURES: u64 = 0x020;
+    pub const DRIVER_FEATURES_SEL: u64 = 0x024;
+    pub const QUEUE_SEL: u64 = 0x030;
+    pub const QUEUE_NUM_MAX: u64 = 0x034;
+    pub const QUEUE_NUM: u64 = 0x038;
+    pub const QUEUE_READY: u64 = 0x044;
+    pub const QUEUE_NOTIFY: u64 = 0x050;
+    pub const INTERRUPT_STATUS: u64 = 0x060;
+    pub const INTERRUPT_ACK: u64 = 0x064;
+    pub const STATUS: u64 = 0x070;
+    pub const DESCRIPTORS: u64 = 0x080;
+    pub const DRIVER_AREA: u64 = 0x090;
+    pub const DEVICE_AREA: u64 = 0x0a0;
+    pub const CONFIG: u64 = 0x100;
+}
+
+/// Device types (virtio 1.2, 5).
+pub mod id {
+    pub const NET: u32 = 1;
+    pub const BLOCK: u32 = 2;
+    pub const RNG: u32 = 4;
+    pub const BALLOON: u32 = 5;
+    pub const VSOCK: u32 = 19;
+    pub const FS: u32 = 26;
+}
+
+const MAGIC: u32 = 0x7472_6976;
+const READY: u32 = 1 | 2 | 8;
+const DRIVER_OK: u32 = 4;
+const NEEDS_RESET: u32 = 64;
+/// Most queues any device is asked for.
+pub const QUEUES: u32 = 8;
+
+/// A device at a physical address.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    base: u64,
+    /// Its type.
+    pub id: u32,
+}
+
+impl Target {
+    /// The device that the command line names, if there is one.
+    pub fn find(device: &Device) -> Option<Self> {
+        let target = Self {
+            base: device.address,
+            id: 0,
+        };
+        let there = (0xc000_0000..0x1_0000_0000).contains(&device.address)
+            && target.read(reg::MAGIC) == MAGIC;
+        there.then(|| Self {
+            id: target.read(reg::DEVICE_ID),
+            ..target
+        })
+    }
+
+    /// Reads a register.
+    pub fn read(self, offset: u64) -> u32 {
+        // SAFETY: the first 4 GiB are mapped and the hole of devices is no memory.
+        unsafe { direct(self.base + offset).cast::<u32>().read_volatile() }
+    }
+
+    /// Writes a register.
+    pub fn write(self, offset: u64, value: u32) {
+        // SAFETY: as for `read`; what the device does to memory it does in the arena or in rings.
+        unsafe {
+            direct(self.base + offset)
+                .cast::<u32>()
+                .write_volatile(value)
+        };
+    }
+
+    /// Reads or writes any number of bytes anywhere in the device's page.
+    pub fn poke(self, chance: &mut Chance) {
+        let offset = if chance.once_in(4) {
+            chance.below(0x1000 - 8)
+        } else {
+            chance.below(0x120)
+        };
+        // SAFETY: the page is the device's and no memory; as for `write`.
+        unsafe { access::anyhow(direct(self.base + offset), chance) };
+    }
+
+    /// Resets it and agrees on the features of `mask` that it has. `None` if it does not agree.
+    pub fn begin(self, mask: u64) -> Option<()> {
+        self.write(reg::STATUS, 0);
+        self.write(reg::STATUS, 1);
+        self.write(reg::STATUS, 1 | 2);
+        for half in 0..2 {
+            self.write(reg::DEVICE_FEATURES_SEL, half);
+            let has = self.read(reg::DEVICE_FEATURES);
+            self.write(reg::DRIVER_FEATURES_SEL, half);
+            self.write(reg::DRIVER_FEATURES, has & (mask >> (32 * half)) as u32);
+        }
+        self.write(reg::STATUS, READY);
+        (self.read(reg::STATUS) & READY == READY).then_some(())
+    }
+
+    /// Gives it the memory of a queue. `None` if it has no such queue.
+    pub fn queue(self, index: u32, ring: &Ring) -> Option<()> {
+        self.write(reg::QUEUE_SEL, index);
+        let most = self.read(reg::QUEUE_NUM_MAX);
+        if most < u32::from(ring.size()) {
+            return None;
+        }
+        self.write(reg::QUEUE_NUM, ring.size().into());
+        for (register, address) in [
+            (reg::DESCRIPTORS, ring.descriptors()),
+            (reg::DRIVER_AREA, ring.available()),
+            (reg::DEVICE_AREA, ring.used()),
+        ] {
+            self.write(register, address as u32);
+            self.write(register + 4, (address >> 32) as u32);
+        }
+        self.write(reg::QUEUE_READY, 1);
+        Some(())
+    }
+
+    /// The driver is ready.
+    pub fn finish(self) {
+        self.write(reg::STATUS, READY | DRIVER_OK);
+    }
+
+    /// Whether it has given up.
+    pub fn is_broken(self) -> bool {
+        self.read(reg::STATUS) & NEEDS_RESET != 0
+    }
+
+    /// Tells it to look at a queue.
+    pub fn notify(self, queue: u32) {
+        self.write(reg::QUEUE_NOTIFY, queue);
+    }
+
+    /// Number of queues it has.
+    pub fn queues(self) -> u32 {
+        (0..QUEUES)
+            .take_while(|queue| {
+                self.write(reg::QUEUE_SEL, *queue);
+                self.read(reg::QUEUE_NUM_MAX) != 0
+            })
+            .count() as u32
+    }
+}
