@@ -19,6 +19,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOCKET = "unix:///run/containerd/containerd.sock"
+# Plugins of containerd's that watch and change pods; some specs are such a plugin.
+NRI = Path("/var/run/nri/nri.sock")
 # Where the suite looks for images; all are the same registry here.
 HOSTS = ["registry.k8s.io", "k8s.gcr.io", "gcr.io"]
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -141,6 +143,8 @@ def main():
     command = [args.critest, "-runtime-endpoint", SOCKET, "-image-endpoint", SOCKET,
                "-ginkgo.no-color", "-ginkgo.v", f"-ginkgo.timeout={TIMEOUT}",
                f"-ginkgo.json-report={report}"]
+    if NRI.exists():
+        command += ["-nri-socket", NRI]
     command += map(skip, excluded())
     if args.focus:
         command.append(f"-ginkgo.focus={args.focus}")
