@@ -88,7 +88,7 @@ fixtures:
 lint:
     cargo fmt --all --check
     cargo clippy --workspace --all-targets -- -D warnings
-    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build tests/deb/build tests/deb/check
+    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build tests/deb/build tests/deb/check tests/critest/critest
 
 # Before any compiler runs: is the disk large enough?
 _disk:
@@ -117,6 +117,10 @@ bench NAME *PARTS: _disk build guest appkernel fixtures
 # Make and remove COUNT sandboxes (KIND: pods, wasm) and count what is left
 soak KIND COUNT: _disk build guest fixtures
     tests/run soak {{KIND}} {{COUNT}}
+
+# The CRI validation suite of Kubernetes SIG-Node on pods of ours (or only what matches FOCUS)
+critest FOCUS="": _disk build guest fixtures
+    tests/run critest "{{FOCUS}}"
 
 # Fuzz one target for some seconds; without arguments, list the targets
 fuzz NAME="" SECONDS="60":

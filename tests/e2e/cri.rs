@@ -4,12 +4,14 @@
 //!
 //! usage: cri [--handler HANDLER] [--io fifo|streaming|both] [FILTER...]
 //!        cri --soak PODS     (makes and removes that many, and counts what is left)
+//!        cri [--handler HANDLER] [--io fifo|streaming] --run COMMAND...
+//!                            (runs a suite of others' on a node whose pods all have that runtime)
 
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::Instant;
 
-use anyhow::{Result, bail};
-use bulkhead_tests::cri::containerd::{IoType, Node, OURS};
+use anyhow::{Context, Result, bail};
+use bulkhead_tests::cri::containerd::{IoType, Node, OURS, Purpose};
 
 #[path = "cri/app.rs"]
 mod app;
@@ -72,6 +74,7 @@ fn run() -> Result<bool> {
                 Some("both") => ios = vec![IoType::Fifo, IoType::Streaming],
                 other => bail!("--io {other:?}: fifo, streaming or both"),
             },
+            "--run" => return run_suite(&handler, &ios, &args.collect::<Vec<_>>()),
             "--soak" => {
                 let count: usize = args.next().unwrap_or_default().parse()?;
                 soak = Some(count);
@@ -143,4 +146,25 @@ fn run() -> Result<bool> {
         failed.len()
     );
     Ok(failed.is_empty())
+}
+
+/// Runs a command beside a node of ours: containerd is at its usual place, what else there is in the
+/// directory that [`Node::DIRECTORY`] names. At the end its logs are shown, where anything failed.
+fn run_suite(handler: &str, ios: &[IoType], command: &[String]) -> Result<bool> {
+    let [program, args @ ..] = command else {
+        bail!("--run: no command");
+    };
+    let sandboxer = bulkhead_tests::env::built("sandboxer")?;
+    let io = ios.first().copied().unwrap_or(IoType::Fifo);
+    let node = Node::start_for(Purpose::Suite(handler), &sandboxer, &[], io)?;
+    let (variable, directory) = Node::DIRECTORY;
+    let status = Command::new(program)
+        .args(args)
+        .env(variable, directory)
+        .status()
+        .with_context(|| program.clone())?;
+    if !status.success() {
+        println!("{}", node.logs());
+    }
+    Ok(status.success())
 }

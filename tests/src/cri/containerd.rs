@@ -37,6 +37,16 @@ pub enum IoType {
     Streaming,
 }
 
+/// Who the pods of a node are for.
+#[derive(Debug, Clone, Copy)]
+pub enum Purpose<'a> {
+    /// Tests that name the runtime of each pod.
+    Tests,
+    /// A suite that names none, so that all its pods have this one; it also wants ports of the host
+    /// mapped, and pulls images from the registries in `certs.d`.
+    Suite(&'a str),
+}
+
 /// A node.
 #[derive(Debug)]
 pub struct Node {
@@ -53,9 +63,22 @@ impl Node {
     /// # Errors
     /// Something does not start; the logs say why.
     pub fn start(sandboxer: &Path, images: &[&str], io: IoType) -> Result<Self> {
+        Self::start_for(Purpose::Tests, sandboxer, images, io)
+    }
+
+    /// The same for another purpose.
+    ///
+    /// # Errors
+    /// Something does not start; the logs say why.
+    pub fn start_for(
+        purpose: Purpose<'_>,
+        sandboxer: &Path,
+        images: &[&str],
+        io: IoType,
+    ) -> Result<Self> {
         // Logs are appended to: those of an earlier node would be taken for this one's.
         let _ = fs::remove_dir_all(at("logs"));
-        for dir in ["", "logs", "cni", "cni-bin", "bin"] {
+        for dir in ["", "logs", "cni", "cni-bin", "bin", "certs.d"] {
             fs::create_dir_all(Path::new(DIR).join(dir))?;
         }
         // One program for all our runtimes, as the package has it.
@@ -65,8 +88,21 @@ impl Node {
             let _ = fs::remove_file(&link);
             std::os::unix::fs::symlink(&shim, link)?;
         }
-        fs::write(at("config.toml"), config(io))?;
-        fs::write(at("cni/10-bridge.conflist"), serde_json::to_string(&cni())?)?;
+        let (mut config, mut cni) = (config(io), cni());
+        if let Purpose::Suite(handler) = purpose {
+            config.push_str(&format!(
+                "[plugins.'io.containerd.cri.v1.runtime'.containerd]\n\
+                 default_runtime_name = \"{handler}\"\n\
+                 [plugins.'io.containerd.cri.v1.images'.registry]\n\
+                 config_path = \"{}\"\n",
+                at("certs.d")
+            ));
+            let ports = json!({"type": "portmap", "capabilities": {"portMappings": true}});
+            let plugins = cni["plugins"].as_array_mut().context("plugins")?;
+            plugins.push(ports);
+        }
+        fs::write(at("config.toml"), config)?;
+        fs::write(at("cni/10-bridge.conflist"), serde_json::to_string(&cni)?)?;
         fs::write(
             at("sandboxer.toml"),
             format!(
@@ -171,6 +207,9 @@ impl Node {
     pub fn cri(&self, handler: &str) -> Result<Cri> {
         Cri::connect(Path::new(SOCKET), handler)
     }
+
+    /// Where its files are, and what runs on it finds its directory by.
+    pub const DIRECTORY: (&str, &str) = ("BULKHEAD_NODE", DIR);
 
     /// Process of the sandboxer.
     pub fn sandboxer_pid(&self) -> u32 {
