@@ -1,6 +1,6 @@
 //! A guest for the tests of devices: memory, rings, and ways to misuse them.
 
-use event_manager::{EventManager, EventOps, EventSubscriber, Events, SubscriberOps};
+use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use proptest::prelude::*;
 use virtio_queue::Queue;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
@@ -202,9 +202,9 @@ pub fn noise() -> impl Strategy<Value = Noise> {
 
 struct Idle;
 
-impl EventSubscriber for Idle {
-    fn process(&self, _events: Events, _ops: &mut EventOps<'_>) {}
-    fn init(&self, _ops: &mut EventOps<'_>) {}
+impl MutEventSubscriber for Idle {
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {}
+    fn init(&mut self, _ops: &mut EventOps<'_>) {}
 }
 
 /// Runs `f` as if on an event loop that watches nothing.
