@@ -102,6 +102,10 @@ demo: _disk build guest appkernel fixtures
 test: _disk
     tests/run test
 
+# The hostile guest beside a neighbour, FACTOR times as long as in `test`; SEED chooses its moves
+test-walls FACTOR="20" SEED="1": _disk build guest hostile
+    tests/run walls {{FACTOR}} {{SEED}}
+
 # Everything `test` does, and the long parts: soak, fuzz, big suites
 test-full: _disk
     tests/run test-full
