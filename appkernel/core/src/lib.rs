@@ -18,6 +18,7 @@ pub mod netlink;
 pub mod packet;
 pub mod syscalls;
 pub mod terminal;
+pub mod virtio_mmio;
 pub mod vma;
 pub mod vsock;
 pub mod watch;

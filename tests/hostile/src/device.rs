@@ -1,33 +1,13 @@
 //! A virtio-mmio device (virtio 1.2, 4.2.2), to be used against its rules or by them.
 
 use appkernel_core::cmdline::Device;
+pub use appkernel_core::virtio_mmio::reg;
+use appkernel_core::virtio_mmio::{MAGIC, status};
 use appkernel_hal::direct;
 
 use crate::access;
 use crate::chance::Chance;
 use crate::ring::Ring;
-
-/// Registers.
-pub mod reg {
-    pub const MAGIC: u64 = 0x000;
-    pub const DEVICE_ID: u64 = 0x008;
-    pub const DEVICE_FEATURES: u64 = 0x010;
-    pub const DEVICE_FEATURES_SEL: u64 = 0x014;
-    pub const DRIVER_FEATURES: u64 = 0x020;
-    pub const DRIVER_FEATURES_SEL: u64 = 0x024;
-    pub const QUEUE_SEL: u64 = 0x030;
-    pub const QUEUE_NUM_MAX: u64 = 0x034;
-    pub const QUEUE_NUM: u64 = 0x038;
-    pub const QUEUE_READY: u64 = 0x044;
-    pub const QUEUE_NOTIFY: u64 = 0x050;
-    pub const INTERRUPT_STATUS: u64 = 0x060;
-    pub const INTERRUPT_ACK: u64 = 0x064;
-    pub const STATUS: u64 = 0x070;
-    pub const DESCRIPTORS: u64 = 0x080;
-    pub const DRIVER_AREA: u64 = 0x090;
-    pub const DEVICE_AREA: u64 = 0x0a0;
-    pub const CONFIG: u64 = 0x100;
-}
 
 /// Device types (virtio 1.2, 5).
 pub mod id {
@@ -39,10 +19,7 @@ pub mod id {
     pub const FS: u32 = 26;
 }
 
-const MAGIC: u32 = 0x7472_6976;
-const READY: u32 = 1 | 2 | 8;
-const DRIVER_OK: u32 = 4;
-const NEEDS_RESET: u32 = 64;
+const READY: u32 = status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK;
 /// Most queues any device is asked for.
 pub const QUEUES: u32 = 8;
 
@@ -133,12 +110,12 @@ impl Target {
 
     /// The driver is ready.
     pub fn finish(self) {
-        self.write(reg::STATUS, READY | DRIVER_OK);
+        self.write(reg::STATUS, READY | status::DRIVER_OK);
     }
 
     /// Whether it has given up.
     pub fn is_broken(self) -> bool {
-        self.read(reg::STATUS) & NEEDS_RESET != 0
+        self.read(reg::STATUS) & status::NEEDS_RESET != 0
     }
 
     /// Tells it to look at a queue.
