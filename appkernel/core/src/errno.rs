@@ -58,6 +58,8 @@ errnos! {
     ENOSYS = 38, "function not implemented";
     ENOTEMPTY = 39, "directory not empty";
     ELOOP = 40, "too many levels of symbolic links";
+    ENOMSG = 42, "no message of desired type";
+    EIDRM = 43, "identifier removed";
     ENODATA = 61, "no data available";
     EOVERFLOW = 75, "value too large for defined data type";
     ENOTSOCK = 88, "not a socket";

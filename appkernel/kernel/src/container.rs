@@ -51,6 +51,8 @@ pub struct Container {
     pub pids_max: AtomicU64,
     /// Programs that were ended for lack of memory.
     pub oom_kills: AtomicU64,
+    /// Its System V objects.
+    pub ipc: Mutex<crate::syscall::sysv::Ipc>,
 }
 
 impl Container {
@@ -77,6 +79,7 @@ impl Container {
             pages: AtomicU64::new(0),
             pids_max: AtomicU64::new(u64::MAX),
             oom_kills: AtomicU64::new(0),
+            ipc: Mutex::default(),
         }
     }
 

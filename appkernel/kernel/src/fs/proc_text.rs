@@ -1,5 +1,6 @@
 //! The texts of /proc and /sys.
 
+use appkernel_core::sysv;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -86,6 +87,21 @@ pub fn of_machine(at: &str) -> Option<Vec<u8>> {
         "sys/kernel/randomize_va_space" | "sys/kernel/sched_autogroup_enabled" => {
             String::from("0\n")
         }
+        "sys/kernel/msgmax" => format!("{}\n", sysv::MESSAGE_MAX),
+        "sys/kernel/msgmnb" => format!("{}\n", sysv::QUEUE_BYTES),
+        "sys/kernel/msgmni" | "sys/kernel/shmmni" => format!("{}\n", sysv::MAX_OBJECTS),
+        "sys/kernel/sem" => format!(
+            "{}\t{}\t{}\t{}\n",
+            sysv::SEMAPHORES_MAX,
+            sysv::SEMAPHORES_MAX * sysv::MAX_OBJECTS,
+            sysv::OPERATIONS_MAX,
+            sysv::MAX_OBJECTS
+        ),
+        "sys/kernel/shmall" | "sys/kernel/shmmax" => format!("{}\n", u64::MAX - (1 << 24)),
+        "sys/kernel/tainted" => String::from("0\n"),
+        "sysvipc/msg" => crate::syscall::sysv::text("msg"),
+        "sysvipc/sem" => crate::syscall::sysv::text("sem"),
+        "sysvipc/shm" => crate::syscall::sysv::text("shm"),
         "sys/kernel/threads-max" => String::from("4096\n"),
         "sys/kernel/version" => format!("{VERSION}\n"),
         "sys/net/core/somaxconn" | "sys/net/ipv4/tcp_max_syn_backlog" => String::from("4096\n"),
@@ -209,7 +225,8 @@ pub fn of_task(name: &str, task: &Task, thread: bool) -> Option<Vec<u8>> {
                 20 + i
             )
         }),
-        "oom_adj" | "oom_score" | "oom_score_adj" => String::from("0\n"),
+        "oom_score_adj" => format!("{}\n", task.place.lock().oom_score_adj),
+        "oom_adj" | "oom_score" => String::from("0\n"),
         "stat" => stat(task, thread),
         "statm" => {
             let (size, resident) = memory(task);

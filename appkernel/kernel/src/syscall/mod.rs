@@ -14,6 +14,7 @@ mod processes;
 mod signals;
 mod socket_options;
 mod sockets;
+pub mod sysv;
 mod users;
 mod watches;
 
@@ -165,6 +166,7 @@ fn one(call: &Call<'_>) -> Result {
         events::call,
         more::call,
         watches::call,
+        sysv::call,
     ] {
         if let Some(result) = family(call) {
             return result;

@@ -102,19 +102,24 @@ fn out_of_memory() {
 
 /// Tells the process that has most memory to end.
 fn end_worst(candidates: Vec<Arc<Task>>) {
-    let mut worst: Option<((bool, usize), Arc<Task>)> = None;
+    let mut worst: Option<((bool, bool, usize), Arc<Task>)> = None;
     for task in candidates {
         let Some(mm) = task.mm.lock().clone() else {
             continue;
         };
         let pages = mm.lock().resident();
         // A container's first process only when there is no other: its end is the container's.
-        let weight = (visible(task.process) != 1, pages);
+        let adjusted = task.place.lock().oom_score_adj;
+        let (total, _) = appkernel_hal::frames::statistics();
+        let more = (total as i64).saturating_mul(adjusted.into()) / 1000;
+        let score = (pages as i64).saturating_add(more).max(0).unsigned_abs() as usize;
+        let weight = (visible(task.process) != 1, adjusted > -1000, score);
         if worst.as_ref().is_none_or(|(most, _)| weight > *most) {
             worst = Some((weight, task));
         }
     }
-    if let Some(((_, pages), task)) = worst {
+    if let Some((_, task)) = worst {
+        let pages = task.memory().map_or(0, |mm| mm.lock().resident());
         crate::log!(
             "out of memory: ending process {} ({} KiB)",
             visible(task.process),
@@ -199,6 +204,7 @@ fn leave(status: i32) {
         return;
     }
     crate::alarms::forget(process);
+    crate::syscall::sysv::ended(&container, process);
     // Nobody's namespace outlives its first process.
     if first {
         for task in living() {

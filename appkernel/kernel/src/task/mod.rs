@@ -48,6 +48,8 @@ pub const FILES: Channel = 0x3_0000_0000;
 pub const AGENT: Channel = 0x4_0000_0000;
 /// Packets come or are to go.
 pub const NETWORK: Channel = 0x5_0000_0000;
+/// Semaphores, messages and their like change.
+pub const OBJECTS: Channel = 0x6_0000_0000;
 /// Of tasks that wait for nothing: not started yet, or ended.
 const NEVER: Channel = usize::MAX;
 
@@ -84,6 +86,8 @@ pub struct Place {
     pub umask: u32,
     /// The program.
     pub exe: Vec<u8>,
+    /// How gladly it is ended when there is no memory: -1000 (not) to 1000.
+    pub oom_score_adj: i32,
 }
 
 /// A thread; a process is the threads of the same `process`.
@@ -261,6 +265,7 @@ impl Task {
                 cwd: new.cwd,
                 umask: new.umask,
                 exe: new.image.path,
+                oom_score_adj: 0,
             })),
             links: Arc::new(Mutex::new(Links {
                 group: id,
