@@ -35,11 +35,13 @@ impl Locks {
     pub fn conflict(&self, wanted: &Lock) -> Option<Lock> {
         self.0
             .iter()
-            .find(|l| {
+            .filter(|l| {
                 l.owner != wanted.owner
                     && l.overlaps(wanted.start, wanted.end)
                     && (l.exclusive || wanted.exclusive)
             })
+            // The first in the file, as Linux tells it.
+            .min_by_key(|l| l.start)
             .copied()
     }
 
@@ -55,7 +57,18 @@ impl Locks {
             return Err(Errno::ENOLCK);
         }
         self.release(wanted.owner, wanted.start, wanted.end);
-        self.0.push(wanted);
+        // Neighbours of the same kind become one.
+        let mut joined = wanted;
+        self.0.retain(|l| {
+            let same = l.owner == joined.owner && l.exclusive == joined.exclusive;
+            let touches = l.start <= joined.end && joined.start <= l.end;
+            if same && touches {
+                joined.start = joined.start.min(l.start);
+                joined.end = joined.end.max(l.end);
+            }
+            !(same && touches)
+        });
+        self.0.push(joined);
         Ok(())
     }
 

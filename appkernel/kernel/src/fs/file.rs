@@ -235,7 +235,7 @@ impl File {
             },
             Kind::Pipe(_, End::Write) => Err(Errno::EBADF),
             Kind::Pipe(..) if at.is_some() => Err(Errno::ESPIPE),
-            Kind::Pipe(pipe, End::Read) => pipe.read(to, self.waits()),
+            Kind::Pipe(pipe, _) => pipe.read(to, self.waits()),
             Kind::Regular(node, _) => {
                 let offset = at.unwrap_or(*self.offset.lock());
                 let count = node.read(offset, to)?;
@@ -287,7 +287,7 @@ impl File {
             Kind::Device(_) => Ok(from.len()),
             Kind::Pipe(_, End::Read) | Kind::Regular(_, None) => Err(Errno::EBADF),
             Kind::Pipe(..) if at.is_some() => Err(Errno::ESPIPE),
-            Kind::Pipe(pipe, End::Write) => pipe.write(from, self.waits()),
+            Kind::Pipe(pipe, _) => pipe.write(from, self.waits()),
             Kind::Regular(node, Some(handle)) => {
                 let offset = match at {
                     Some(at) => at,

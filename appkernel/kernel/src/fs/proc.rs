@@ -430,7 +430,10 @@ impl Entry {
             }
             "mounts" => b"self/mounts".to_vec(),
             "net" => b"self/net".to_vec(),
-            "#/root" => b"/".to_vec(),
+            "#/root" => self.place(|p| match &p.root[..] {
+                b"" => b"/".to_vec(),
+                root => root.to_vec(),
+            })?,
             "#/exe" => self.place(|p| p.exe.clone())?,
             "#/cwd" => self.place(|p| p.cwd.clone())?,
             "#/fd/$" => self.open_file().ok_or(Errno::ENOENT)?.name(),

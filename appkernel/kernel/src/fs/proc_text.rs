@@ -70,7 +70,7 @@ pub fn of_machine(at: &str) -> Option<Vec<u8>> {
         "vmstat" => format!("nr_free_pages {}\n", m.free_kib / 4),
         "sys/fs/file-max" | "sys/fs/nr_open" => String::from("1048576\n"),
         "sys/fs/file-nr" => String::from("0\t0\t1048576\n"),
-        "sys/fs/pipe-max-size" => String::from("65536\n"),
+        "sys/fs/pipe-max-size" => format!("{}\n", super::pipe::CAPACITY_MAX),
         "sys/kernel/cap_last_cap" => String::from("40\n"),
         "sys/kernel/hostname" => {
             let hostname = task::current().container.hostname.lock().clone();

@@ -1,11 +1,13 @@
 //! Calls on open files.
 
+use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec;
 
 use appkernel_core::errno::Errno;
 use appkernel_core::fuse::DirEntry;
 use appkernel_core::locks::Lock;
+use appkernel_hal::sync::Mutex;
 
 use super::{Call, Result, get, moves, put, sockets};
 use crate::container::visible;
@@ -45,7 +47,7 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         72 => control(c),
         74 | 75 => sync(c),
         77 => truncate(c),
-        217 => entries(c),
+        78 | 217 => entries(c),
         293 => pipe(c, c.uint(1)),
         _ => return None,
     })
@@ -169,7 +171,7 @@ fn close(c: &Call<'_>) -> Result {
 }
 
 fn seek(c: &Call<'_>) -> Result {
-    let file = c.task.file(c.int(0))?;
+    let file = c.task.used_file(c.int(0))?;
     let size = match &file.kind {
         Kind::Regular(node, _) => node.attributes()?.size,
         Kind::Directory(_, entries) => {
@@ -202,7 +204,7 @@ fn ioctl(c: &Call<'_>) -> Result {
     const FIOCLEX: u32 = 0x5451;
     const FIONCLEX: u32 = 0x5450;
     const FIOASYNC: u32 = 0x5452;
-    let file = c.task.file(c.int(0))?;
+    let file = c.task.used_file(c.int(0))?;
     match c.uint(1) {
         FIONREAD => {
             let count = match &file.kind {
@@ -213,7 +215,7 @@ fn ioctl(c: &Call<'_>) -> Result {
                     file.object::<Inotify>().map_or(0, |i| i.waiting() as u32)
                 }
                 Kind::Object(_) => return terminal_call(c, &file, FIONREAD),
-                Kind::Pipe(pipe, End::Read) => pipe.len() as u32,
+                Kind::Pipe(pipe, _) => pipe.len() as u32,
                 Kind::Regular(node, _) => {
                     let offset = *file.offset.lock();
                     node.attributes()?
@@ -348,7 +350,13 @@ fn control(c: &Call<'_>) -> Result {
         command @ 5..=7 => lock(c, &file, command),
         // Owner for signals of input, of which none are sent; pipe sizes and seals are as they are.
         8 | 9 => Ok(0),
-        1031 | 1032 if matches!(file.kind, Kind::Pipe(..)) => Ok(65536),
+        command @ (1031 | 1032) => match &file.kind {
+            Kind::Pipe(pipe, _) if command == 1031 => {
+                pipe.set_capacity(c.uint(2)).map(|bytes| bytes as u64)
+            }
+            Kind::Pipe(pipe, _) => Ok(pipe.capacity() as u64),
+            _ => Err(Errno::EBADF),
+        },
         _ => Err(Errno::EINVAL),
     }
 }
@@ -358,11 +366,14 @@ fn lock(c: &Call<'_>, file: &File, command: u32) -> Result {
     const GET: u32 = 5;
     const SET_AND_WAIT: u32 = 7;
     const UNLOCK: u16 = 2;
+    let mut raw: [u8; 32] = get(c.arg(2))?;
+    if file.flags() & flag::PATH != 0 {
+        return Err(Errno::EBADF);
+    }
     let node = match &file.kind {
         Kind::Regular(node, _) => node,
         _ => return Err(Errno::EINVAL),
     };
-    let mut raw: [u8; 32] = get(c.arg(2))?;
     let word = |at: usize| raw[at..at + 8].try_into().map_or(0, u64::from_le_bytes);
     let kind = u16::from_le_bytes([raw[0], raw[1]]);
     let base = match raw[2] {
@@ -413,18 +424,47 @@ fn lock(c: &Call<'_>, file: &File, command: u32) -> Result {
             put(c.arg(2), &raw)?;
         }
         (GET, _) | (_, 3..) => return Err(Errno::EINVAL),
+        // A file must be open for what its lock keeps others from.
+        (_, 0) if file.flags() & flag::ACCESS == flag::WRITE_ONLY => return Err(Errno::EBADF),
+        (_, 1) if file.flags() & flag::ACCESS == 0 => return Err(Errno::EBADF),
         (_, UNLOCK) => unlock(node, wanted.owner, start, end),
-        (SET_AND_WAIT, _) => task::wait_for(task::FILES, || {
-            match node.with_locks(|locks| locks.take(wanted)) {
-                Some(Err(Errno::EAGAIN)) => None,
-                other => Some(other.unwrap_or(Err(Errno::EINVAL))),
-            }
-        })??,
+        (SET_AND_WAIT, _) => {
+            let result = task::wait_for(task::FILES, || {
+                match node.with_locks(|locks| locks.take(wanted)) {
+                    Some(Err(Errno::EAGAIN)) => {
+                        let other = node.with_locks(|locks| locks.conflict(&wanted)).flatten();
+                        let other = other.map_or(0, |lock| lock.owner);
+                        would_deadlock(wanted.owner, other).then_some(Err(Errno::EDEADLK))
+                    }
+                    other => Some(other.unwrap_or(Err(Errno::EINVAL))),
+                }
+            });
+            WAITING.lock().remove(&wanted.owner);
+            result??;
+        }
         _ => node
             .with_locks(|locks| locks.take(wanted))
             .unwrap_or(Err(Errno::EINVAL))?,
     }
     Ok(0)
+}
+
+/// Processes that wait for a record lock, and for whom.
+static WAITING: Mutex<BTreeMap<u32, u32>> = Mutex::new(BTreeMap::new());
+
+/// Notes that a process waits for another; whether that one waits for it, over however many.
+fn would_deadlock(process: u32, other: u32) -> bool {
+    let mut waiting = WAITING.lock();
+    waiting.insert(process, other);
+    let mut at = other;
+    for _ in 0..waiting.len() {
+        match waiting.get(&at) {
+            Some(next) if *next == process => return true,
+            Some(next) => at = *next,
+            None => return false,
+        }
+    }
+    false
 }
 
 fn unlock(node: &Node, owner: u32, start: u64, end: u64) {
@@ -441,7 +481,7 @@ pub fn drop_locks(file: &File, process: u32) {
 }
 
 fn sync(c: &Call<'_>) -> Result {
-    let file = c.task.file(c.int(0))?;
+    let file = c.task.used_file(c.int(0))?;
     match &file.kind {
         Kind::Regular(node, handle) => node.sync(c.number == 75, *handle)?,
         Kind::Directory(..) => {}
@@ -453,7 +493,7 @@ fn sync(c: &Call<'_>) -> Result {
 fn truncate(c: &Call<'_>) -> Result {
     let size = at(c.arg(1))?;
     may_grow(c.task, size.saturating_sub(1))?;
-    match &c.task.file(c.int(0))?.kind {
+    match &c.task.used_file(c.int(0))?.kind {
         Kind::Regular(node, Some(_)) => node.change(&Change {
             size: Some(size),
             ..Change::default()
@@ -464,7 +504,7 @@ fn truncate(c: &Call<'_>) -> Result {
 }
 
 fn entries(c: &Call<'_>) -> Result {
-    let file = c.task.file(c.int(0))?;
+    let file = c.task.used_file(c.int(0))?;
     let Kind::Directory(node, cached) = &file.kind else {
         return Err(Errno::ENOTDIR);
     };
@@ -499,9 +539,17 @@ fn entries(c: &Call<'_>) -> Result {
             bytes.extend(entry.ino.to_le_bytes());
             bytes.extend(offset.to_le_bytes());
             bytes.extend((len as u16).to_le_bytes());
-            bytes.push(entry.kind);
+            if c.number == 217 {
+                bytes.push(entry.kind);
+            }
             bytes.extend(&entry.name);
             bytes.resize(end, 0);
+            // The old call has the kind in its last byte.
+            if c.number == 78
+                && let Some(last) = bytes.last_mut()
+            {
+                *last = entry.kind;
+            }
         }
         if bytes.is_empty() && (offset as usize) < all.len() {
             return Err(Errno::EINVAL);

@@ -27,12 +27,22 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         145 | 146 | 147 | 252 => Ok(0),
         157 => control(c),
         162 => Ok(0),
-        187 | 203 => Ok(0),
+        187 => match &c.task.used_file(c.int(0)) {
+            Ok(file) if file.flags() & 3 == 1 => Err(Errno::EBADF),
+            Ok(file) if matches!(file.kind, Kind::Regular(..)) => Ok(0),
+            Ok(_) => Err(Errno::EINVAL),
+            Err(e) => Err(*e),
+        },
         188..=190 => Err(Errno::EOPNOTSUPP),
         191..=193 => Err(Errno::ENODATA),
         194..=196 => Ok(0),
         197..=199 => Err(Errno::EOPNOTSUPP),
-        221 => Ok(0),
+        221 => match c.task.used_file(c.int(0)) {
+            Ok(file) if matches!(file.kind, Kind::Pipe(..)) => Err(Errno::ESPIPE),
+            Ok(_) if c.uint(3) > 5 || c.arg(2).cast_signed() < 0 => Err(Errno::EINVAL),
+            Ok(_) => Ok(0),
+            Err(e) => Err(e),
+        },
         275 => moves::splice(c),
         276 => moves::tee(c),
         285 => allocate(c),
@@ -161,21 +171,25 @@ fn control(c: &Call<'_>) -> Result {
 
 fn allocate(c: &Call<'_>) -> Result {
     const KEEP_SIZE: u32 = 1;
-    let file = c.task.file(c.int(0))?;
-    let Kind::Regular(node, Some(_)) = &file.kind else {
-        return Err(Errno::EBADF);
-    };
+    let file = c.task.used_file(c.int(0))?;
+    if c.arg(2).cast_signed() < 0 || c.arg(3).cast_signed() <= 0 {
+        return Err(Errno::EINVAL);
+    }
     if c.uint(1) & !KEEP_SIZE != 0 {
         return Err(Errno::EOPNOTSUPP);
     }
-    let end = c
-        .arg(2)
-        .checked_add(c.arg(3))
-        .filter(|e| *e <= i64::MAX.cast_unsigned());
-    let end = end.ok_or(Errno::EFBIG)?;
-    if c.arg(3) == 0 {
-        return Err(Errno::EINVAL);
+    let node = match &file.kind {
+        Kind::Regular(node, Some(_)) => node,
+        Kind::Pipe(..) => return Err(Errno::ESPIPE),
+        _ if file.flags() & 3 == 0 => return Err(Errno::EBADF),
+        Kind::Directory(..) => return Err(Errno::EISDIR),
+        _ => return Err(Errno::ENODEV),
+    };
+    let end = c.arg(2) + c.arg(3);
+    if end > i64::MAX.cast_unsigned() {
+        return Err(Errno::EFBIG);
     }
+    super::files::may_grow(c.task, end.saturating_sub(1))?;
     if c.uint(1) & KEEP_SIZE == 0 && node.attributes()?.size < end {
         node.change(&Change {
             size: Some(end),
@@ -190,6 +204,10 @@ fn close_range(c: &Call<'_>) -> Result {
     let (first, last) = (c.uint(0), c.uint(1));
     if first > last || c.uint(2) & !(CLOEXEC | 2) != 0 {
         return Err(Errno::EINVAL);
+    }
+    if c.uint(2) & 2 != 0 {
+        let copy = c.task.files().lock().duplicate();
+        *c.task.files.lock() = alloc::sync::Arc::new(appkernel_hal::sync::Mutex::new(copy));
     }
     let files = c.task.files();
     let numbers = files.lock().numbers();

@@ -106,7 +106,7 @@ fn out_of(pipe: &Pipe, wait: bool, to: &File, len: usize, at: Option<u64>) -> Re
     }
     let count = match &to.kind {
         // No more than fits: the rest would wait with both.
-        Kind::Pipe(other, End::Write) => {
+        Kind::Pipe(other, End::Write | End::Both) => {
             let room = until(wait && to.waits(), || match other.room() {
                 Some(0) => None,
                 room => Some(room),
@@ -149,13 +149,13 @@ pub fn splice(c: &Call<'_>) -> Result {
     let count = match (&from.kind, &to.kind) {
         (Kind::Pipe(..), _) if from_at != 0 => return Err(Errno::ESPIPE),
         (_, Kind::Pipe(..)) if to_at != 0 => return Err(Errno::ESPIPE),
-        (Kind::Pipe(pipe, End::Read), _) => {
+        (Kind::Pipe(pipe, End::Read | End::Both), _) => {
             let at = place(to_at)?;
             let count = out_of(pipe, wait && from.waits(), &to, len, at)?;
             advance(to_at, at, count)?;
             count
         }
-        (_, Kind::Pipe(pipe, End::Write)) => {
+        (_, Kind::Pipe(pipe, End::Write | End::Both)) => {
             let at = place(from_at)?;
             let count = into(pipe, wait && to.waits(), &from, len, at)?;
             advance(from_at, at, count)?;

@@ -46,6 +46,7 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         439 => access(c, c.int(0), a(1), c.uint(2), c.uint(3)),
         79 => getcwd(c),
         80 => chdir(c),
+        161 => chroot(c),
         81 => fchdir(c),
         82 => rename(c, (CWD, a(0)), (CWD, a(1)), 0),
         264 => rename(c, (c.int(0), a(1)), (c.int(2), a(3)), 0),
@@ -82,6 +83,8 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         260 => chown(c, c.int(0), a(1), (c.uint(2), c.uint(3)), c.uint(4)),
         76 => truncate(c),
         280 => utimens(c),
+        132 | 235 => old_times(c, CWD, a(0), a(1)),
+        261 => old_times(c, c.int(0), a(1), a(2)),
         95 => {
             let mut place = c.task.place.lock();
             Ok(core::mem::replace(&mut place.umask, c.uint(0) & 0o777).into())
@@ -93,6 +96,9 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
 
 /// The directory that a relative path starts from.
 fn base(c: &Call<'_>, dir: i32, path: &[u8]) -> Result<Vec<u8>> {
+    if path.is_empty() {
+        return Err(Errno::ENOENT);
+    }
     if dir == CWD || path.starts_with(b"/") {
         return Ok(c.task.place.lock().cwd.clone());
     }
@@ -257,7 +263,8 @@ fn open_found(c: &Call<'_>, place: &Place, found: &Found, flags: u32) -> Result<
 fn open_again(file: &Arc<File>, flags: u32) -> Result<Kind> {
     let end = match flags & flag::ACCESS {
         0 => End::Read,
-        _ => End::Write,
+        flag::WRITE_ONLY => End::Write,
+        _ => End::Both,
     };
     Ok(match &file.kind {
         Kind::Pipe(pipe, _) => {
@@ -272,7 +279,7 @@ fn open_again(file: &Arc<File>, flags: u32) -> Result<Kind> {
         Kind::Device(device) => Kind::Device(*device),
         Kind::Regular(node, handle) => {
             let handle = match handle {
-                Some(_) if end == End::Write => Some(node.open_for_writing()?),
+                Some(_) if end != End::Read => Some(node.open_for_writing()?),
                 _ => None,
             };
             Kind::Regular(node.clone(), handle)
@@ -437,15 +444,28 @@ fn access(c: &Call<'_>, dir: i32, path: u64, mode: u32, flags: u32) -> Result {
     if mode & !7 != 0 {
         return Err(Errno::EINVAL);
     }
-    let found = resolve(c, dir, path, flags & AT_SYMLINK_NOFOLLOW == 0)?;
     const EFFECTIVE: u32 = 0x200;
     const WRITE: u32 = 2;
-    if mode & WRITE != 0 && found.read_only && !found.node.is_directory() {
-        return Err(Errno::EROFS);
+    if flags & !(EFFECTIVE | AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH) != 0 {
+        return Err(Errno::EINVAL);
     }
     let mut credentials = c.task.credentials.lock().clone();
     if flags & EFFECTIVE == 0 {
         (credentials.euid, credentials.egid) = (credentials.uid, credentials.gid);
+    }
+    let text = get_path(path)?;
+    let found = if text.is_empty() && flags & AT_EMPTY_PATH != 0 {
+        let file = c.task.file(dir)?;
+        let node = file.node().ok_or(Errno::EACCES)?.clone();
+        Found { path: file.path.clone(), node, read_only: false }
+    } else {
+        let base = base(c, dir, &text)?;
+        let follow = flags & AT_SYMLINK_NOFOLLOW == 0;
+        let place = fs::walk_as(&c.task.container, &base, &text, follow, &credentials)?;
+        fs::found_at(place)?
+    };
+    if mode & WRITE != 0 && found.read_only && !found.node.is_directory() {
+        return Err(Errno::EROFS);
     }
     if mode & EXECUTE != 0 || !credentials.is_root() {
         let attributes = found.node.attributes()?;
@@ -457,7 +477,15 @@ fn access(c: &Call<'_>, dir: i32, path: u64, mode: u32, flags: u32) -> Result {
 }
 
 fn getcwd(c: &Call<'_>) -> Result {
-    let mut cwd = c.task.place.lock().cwd.clone();
+    let mut cwd = {
+        let place = c.task.place.lock();
+        let inside = place.cwd.strip_prefix(&place.root[..]);
+        match inside {
+            Some(b"") => b"/".to_vec(),
+            Some(inside) => inside.to_vec(),
+            None => [b"(unreachable)", &place.cwd[..]].concat(),
+        }
+    };
     cwd.push(0);
     if (cwd.len() as u64) > c.arg(1) {
         return Err(Errno::ERANGE);
@@ -474,7 +502,36 @@ fn chdir(c: &Call<'_>) -> Result {
     if found.path.len() >= fs::PATH_MAX {
         return Err(Errno::ENAMETOOLONG);
     }
+    searches(c, &found.node)?;
     c.task.place.lock().cwd = found.path;
+    Ok(0)
+}
+
+/// Whether the caller may go into a directory.
+fn searches(c: &Call<'_>, node: &Node) -> Result<()> {
+    let credentials = c.task.credentials.lock().clone();
+    if credentials.is_root() || credentials.may(&node.attributes()?, may::EXECUTE) {
+        return Ok(());
+    }
+    Err(Errno::EACCES)
+}
+
+/// chroot(2): paths of the process start there.
+fn chroot(c: &Call<'_>) -> Result {
+    let found = resolve(c, CWD, c.arg(0), true)?;
+    if !found.node.is_directory() {
+        return Err(Errno::ENOTDIR);
+    }
+    searches(c, &found.node)?;
+    if !c.task.credentials.lock().is_root() {
+        return Err(Errno::EPERM);
+    }
+    let root = if found.path == b"/" {
+        alloc::vec::Vec::new()
+    } else {
+        found.path
+    };
+    c.task.place.lock().root = root;
     Ok(0)
 }
 
@@ -482,6 +539,9 @@ fn fchdir(c: &Call<'_>) -> Result {
     let file = c.task.file(c.int(0))?;
     if !matches!(file.kind, Kind::Directory(..)) {
         return Err(Errno::ENOTDIR);
+    }
+    if let Some(node) = file.node() {
+        searches(c, node)?;
     }
     c.task.place.lock().cwd = file.path.clone();
     Ok(0)
@@ -746,16 +806,77 @@ fn utimens(c: &Call<'_>) -> Result {
         mtime,
         ..Change::default()
     };
+    if c.uint(3) & !(AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH) != 0 {
+        return Err(Errno::EINVAL);
+    }
+    // Nothing to do is done whoever asks.
+    let both_now = times == 0 || (get_u64(times + 8)?, get_u64(times + 24)?) == (NOW, NOW);
     if c.arg(1) == 0 {
-        return change_file(c, &change);
+        let file = c.task.file(c.int(0))?;
+        if file.flags() & flag::PATH != 0 {
+            return Err(Errno::EBADF);
+        }
+        return match file.node() {
+            Some(node) => set_times(c, (node, &file.path), false, &change, both_now),
+            None => Ok(0),
+        };
     }
     let found = resolve(c, c.int(0), c.arg(1), c.uint(3) & AT_SYMLINK_NOFOLLOW == 0)?;
-    if found.read_only {
+    set_times(c, (&found.node, &found.path), found.read_only, &change, both_now)
+}
+
+/// Owners set any time; who may write, the present one.
+fn set_times(
+    c: &Call<'_>,
+    (node, path): (&Node, &[u8]),
+    read_only: bool,
+    change: &Change,
+    both_now: bool,
+) -> Result {
+    if change.atime.is_none() && change.mtime.is_none() {
+        return Ok(0);
+    }
+    if read_only {
         return Err(Errno::EROFS);
     }
-    found.node.change(&change)?;
-    watch::tell(&found.path, event::ATTRIB, found.node.is_directory());
+    let credentials = c.task.credentials.lock().clone();
+    let attributes = node.attributes()?;
+    if !credentials.owns(&attributes) {
+        if !both_now {
+            return Err(Errno::EPERM);
+        }
+        if !credentials.may(&attributes, may::WRITE) {
+            return Err(Errno::EACCES);
+        }
+    }
+    node.change(change)?;
+    watch::tell(path, event::ATTRIB, node.is_directory());
     Ok(0)
+}
+
+/// utime, utimes and futimesat: whole seconds, or microseconds.
+fn old_times(c: &Call<'_>, dir: i32, path: u64, times: u64) -> Result {
+    const SECOND: u64 = 1_000_000_000;
+    let mut change = Change {
+        atime: Some(clock::realtime_ns()),
+        mtime: Some(clock::realtime_ns()),
+        ..Change::default()
+    };
+    if times != 0 {
+        let word = |i: u64| get_u64(times.wrapping_add(i * 8));
+        let (a, m) = if c.number == 132 {
+            ((word(0)?, 0), (word(1)?, 0))
+        } else {
+            ((word(0)?, word(1)?), (word(2)?, word(3)?))
+        };
+        if a.1 >= 1_000_000 || m.1 >= 1_000_000 {
+            return Err(Errno::EINVAL);
+        }
+        let ns = |t: (u64, u64)| t.0.saturating_mul(SECOND).saturating_add(t.1 * 1000);
+        (change.atime, change.mtime) = (Some(ns(a)), Some(ns(m)));
+    }
+    let found = resolve(c, dir, path, true)?;
+    set_times(c, (&found.node, &found.path), found.read_only, &change, times == 0)
 }
 
 fn statfs(c: &Call<'_>) -> Result {

@@ -82,6 +82,8 @@ pub struct Links {
 pub struct Place {
     /// Current directory, canonical.
     pub cwd: Vec<u8>,
+    /// Where its paths start (chroot); empty for the container's root.
+    pub root: Vec<u8>,
     /// Mode bits that new files do not get.
     pub umask: u32,
     /// The program.
@@ -263,6 +265,7 @@ impl Task {
             files: Mutex::new(Arc::new(Mutex::new(new.files))),
             place: Arc::new(Mutex::new(Place {
                 cwd: new.cwd,
+                root: Vec::new(),
                 umask: new.umask,
                 exe: new.image.path,
                 oom_score_adj: 0,
@@ -311,6 +314,15 @@ impl Task {
     /// An open file of it.
     pub fn file(&self, fd: i32) -> Result<Arc<File>, Errno> {
         self.files().lock().get(fd)
+    }
+
+    /// An open file of it that is more than a name (`O_PATH`).
+    pub fn used_file(&self, fd: i32) -> Result<Arc<File>, Errno> {
+        let file = self.file(fd)?;
+        if file.flags() & crate::fs::file::flag::PATH != 0 {
+            return Err(Errno::EBADF);
+        }
+        Ok(file)
     }
 
     /// The context of the running task.
