@@ -31,6 +31,8 @@ impl Signal {
     pub const HUP: Self = Self(1);
     pub const XFSZ: Self = Self(25);
     pub const ALRM: Self = Self(14);
+    pub const VTALRM: Self = Self(26);
+    pub const PROF: Self = Self(27);
 
     /// Its bit in a mask.
     pub fn bit(self) -> u64 {
@@ -79,6 +81,8 @@ pub mod code {
     pub const USER: i32 = 0;
     pub const KERNEL: i32 = 0x80;
     pub const TKILL: i32 = -6;
+    pub const TIMER: i32 = -2;
+    pub const QUEUE: i32 = -1;
     pub const EXITED: i32 = 1;
     pub const KILLED: i32 = 2;
     pub const STOPPED: i32 = 5;

@@ -51,7 +51,6 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
                 put_words(c.arg(0), &[now]).map(|()| now)
             }
         }
-        204 => put(c.arg(2), &1u64.to_le_bytes()).map(|()| 8),
         228 => time(c, c.arg(0))
             .and_then(|t| put_words(c.arg(1), &[t / SECOND, t % SECOND]))
             .map(|()| 0),

@@ -15,6 +15,8 @@ mod signals;
 mod socket_options;
 mod sockets;
 pub mod sysv;
+mod scheduling;
+mod timers;
 mod users;
 mod watches;
 
@@ -167,6 +169,8 @@ fn one(call: &Call<'_>) -> Result {
         more::call,
         watches::call,
         sysv::call,
+        scheduling::call,
+        timers::call,
     ] {
         if let Some(result) = family(call) {
             return result;

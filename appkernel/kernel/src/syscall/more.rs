@@ -2,29 +2,16 @@
 
 use appkernel_core::errno::Errno;
 
-use super::{Call, Result, get, get_u64, moves, put, put_words};
-use crate::alarms;
+use super::{Call, Result, get, moves, put};
 use crate::fs::file::Kind;
 use crate::fs::fuse::Change;
 use crate::task;
 
-const SECOND: u64 = 1_000_000_000;
-
 /// The calls of this family.
 pub fn call(c: &Call<'_>) -> Option<Result> {
     Some(match c.number {
-        36 => interval(c, c.arg(1)),
-        37 => {
-            let (left, _) = alarms::set(c.task.process, u64::from(c.uint(0)) * SECOND, 0);
-            Ok(left.div_ceil(SECOND))
-        }
-        38 => set_interval(c),
         73 => lock_file(c),
         135 => Ok(0),
-        140 => Ok(20),
-        141 | 144 | 142 | 251 => Ok(0),
-        143 => put(c.arg(1), &0u32.to_le_bytes()).map(|()| 0),
-        145 | 146 | 147 | 252 => Ok(0),
         157 => control(c),
         162 => Ok(0),
         187 => match &c.task.used_file(c.int(0)) {
@@ -60,44 +47,6 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         436 => close_range(c),
         _ => return None,
     })
-}
-
-fn put_interval(at: u64, (left, interval): (u64, u64)) -> Result {
-    if at == 0 {
-        return Ok(0);
-    }
-    let us = |ns: u64| ns % SECOND / 1000;
-    let words = [interval / SECOND, us(interval), left / SECOND, us(left)];
-    put_words(at, &words).map(|()| 0)
-}
-
-fn interval(c: &Call<'_>, to: u64) -> Result {
-    match c.uint(0) {
-        0 => put_interval(to, alarms::get(c.task.process)),
-        1 | 2 => put_interval(to, (0, 0)),
-        _ => Err(Errno::EINVAL),
-    }
-}
-
-fn set_interval(c: &Call<'_>) -> Result {
-    // Timers of processor time are not there: setting one has no effect but turning it off.
-    let time = |at: u64| -> Result {
-        let (seconds, us) = (get_u64(at)?, get_u64(at.wrapping_add(8))?);
-        if us >= 1_000_000 || seconds > i64::MAX.cast_unsigned() {
-            return Err(Errno::EINVAL);
-        }
-        Ok(seconds.saturating_mul(SECOND).saturating_add(us * 1000))
-    };
-    let (interval, value) = match c.arg(1) {
-        0 => (0, 0),
-        at => (time(at)?, time(at.wrapping_add(16))?),
-    };
-    match c.uint(0) {
-        0 => put_interval(c.arg(2), alarms::set(c.task.process, value, interval)),
-        1 | 2 if value == 0 => put_interval(c.arg(2), (0, 0)),
-        1 | 2 => Err(Errno::EOPNOTSUPP),
-        _ => Err(Errno::EINVAL),
-    }
 }
 
 /// flock(2), as a record lock on the whole file that belongs to the process: what programs use it

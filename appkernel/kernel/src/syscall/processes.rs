@@ -180,6 +180,7 @@ pub fn execve(c: &Call<'_>, frame: &mut Frame) -> Result<()> {
     let own = alloc::sync::Arc::new(appkernel_hal::sync::Mutex::new(handlers));
     own.lock().reset();
     *c.task.handlers.lock() = own;
+    crate::alarms::forget_made(c.task.process);
     *frame = image.frame();
     c.task.replace(image);
     Ok(())

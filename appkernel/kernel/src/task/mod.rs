@@ -8,6 +8,7 @@ mod credentials;
 mod end;
 pub mod limits;
 mod schedule;
+mod scheduling;
 
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::sync::Arc;
@@ -31,6 +32,7 @@ pub use credentials::{Credentials, may};
 pub use end::*;
 pub use limits::Limits;
 pub use schedule::*;
+pub use scheduling::{Scheduling, policy};
 
 /// Most tasks at once: what a fork bomb gets before `EAGAIN`.
 const MAX_TASKS: usize = 4096;
@@ -128,6 +130,8 @@ pub struct Task {
     pub clear_tid: AtomicU64,
     /// A parent sleeps until this task has its own memory (vfork).
     pub vfork: Mutex<bool>,
+    /// How it wants to be scheduled.
+    pub scheduling: Mutex<Scheduling>,
 }
 
 // SAFETY: the context is touched by the scheduler only, with interrupts off on the only CPU, and by
@@ -199,6 +203,7 @@ fn kernel_task(
         handlers: Mutex::default(),
         clear_tid: AtomicU64::new(0),
         vfork: Mutex::new(false),
+        scheduling: Mutex::default(),
     }))
 }
 
@@ -280,6 +285,7 @@ impl Task {
             handlers: Mutex::default(),
             clear_tid: AtomicU64::new(0),
             vfork: Mutex::new(false),
+            scheduling: Mutex::default(),
         });
         with(|s| {
             s.tasks
@@ -441,6 +447,7 @@ impl Task {
             handlers: Mutex::new(handlers),
             clear_tid: AtomicU64::new(options.clear_tid),
             vfork: Mutex::new(options.vfork),
+            scheduling: Mutex::new(self.scheduling.lock().inherited()),
         });
         with(|s| {
             s.tasks.insert(id, (task, State::Ready));
