@@ -158,7 +158,9 @@ impl<'a> Frames<'a> {
         let region = self.fresh.get_mut(at)?;
         let (first, frame) = (region.next, aligned(region));
         region.next = frame + count;
-        self.meta.get_mut(first as usize..(frame + count) as usize)?.fill(0);
+        self.meta
+            .get_mut(first as usize..(frame + count) as usize)?
+            .fill(0);
         // What was passed over for the sake of alignment is free.
         for single in first..frame {
             self.join(single, 0);

@@ -7,11 +7,16 @@ use crate::errno::Errno;
 /// Locks on one file, at most: a program that takes every other byte gets `ENOLCK`.
 const MAX_LOCKS: usize = 4096;
 
+/// The owner that stands for an open file: processes have small numbers.
+pub const fn of_file(number: u64) -> u64 {
+    1 << 63 | number
+}
+
 /// Bytes somebody has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lock {
-    /// The process.
-    pub owner: u32,
+    /// The process, or the open file ([`of_file`]).
+    pub owner: u64,
     /// Nobody else may have any of them.
     pub exclusive: bool,
     /// First byte.
@@ -73,7 +78,7 @@ impl Locks {
     }
 
     /// Gives bytes back; whether there were any.
-    pub fn release(&mut self, owner: u32, start: u64, end: u64) -> bool {
+    pub fn release(&mut self, owner: u64, start: u64, end: u64) -> bool {
         let mut rest = Vec::new();
         let before = self.0.len();
         self.0.retain(|lock| {

@@ -559,10 +559,7 @@ mod tests {
             Err(Blocked::Grow(1))
         );
         assert_eq!((set.all[0].value, set.all[1].value), (2, 1));
-        assert_eq!(
-            set.operate(&[op(0, 0, false)], &me),
-            Err(Blocked::Zero(0))
-        );
+        assert_eq!(set.operate(&[op(0, 0, false)], &me), Err(Blocked::Zero(0)));
         let failed = |set: &mut Set, op| set.operate(&[op], &me);
         assert_eq!(
             failed(&mut set, op(2, 1, false)),

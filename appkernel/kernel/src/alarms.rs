@@ -263,7 +263,9 @@ pub fn run() {
                 .next
                 .saturating_add(interval.saturating_mul(missed + 1)),
         };
-        let overrun = u32::try_from(missed).unwrap_or(u32::MAX).min(i32::MAX as u32);
+        let overrun = u32::try_from(missed)
+            .unwrap_or(u32::MAX)
+            .min(i32::MAX as u32);
         with(alarm.process, alarm.which, |a| {
             (a.next, a.overrun) = (next, overrun);
         });

@@ -23,6 +23,17 @@ pub const fn visible(id: u32) -> u32 {
     id & PID_MAX
 }
 
+/// Who made a mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// Whoever started the container: programs cannot change it.
+    Host,
+    /// A program.
+    Program,
+    /// A program, and it goes if nobody uses it until it is asked for again.
+    Expiring,
+}
+
 /// A file system at a place.
 #[derive(Clone)]
 pub struct Mount {
@@ -30,6 +41,9 @@ pub struct Mount {
     pub at: Vec<u8>,
     pub root: Node,
     pub read_only: bool,
+    pub origin: Origin,
+    /// It stays read-only, as what it shows is.
+    pub fixed_read_only: bool,
     /// For /proc/mounts: source, type, options.
     pub shown: (String, String, String),
 }
@@ -62,6 +76,8 @@ impl Container {
             at: b"/".to_vec(),
             root,
             read_only,
+            origin: Origin::Host,
+            fixed_read_only: read_only,
             shown: (
                 String::from("share"),
                 String::from("virtiofs"),
@@ -94,6 +110,60 @@ impl Container {
     /// Mounts something.
     pub fn mount(&self, mount: Mount) {
         self.mounts.lock().push(mount);
+    }
+
+    /// The last mount at a place, if a program made it.
+    fn own<T>(&self, path: &[u8], f: impl FnOnce(&mut Vec<Mount>, usize) -> T) -> Result<T, Errno> {
+        let mut mounts = self.mounts.lock();
+        let at = mounts.iter().rposition(|m| m.at == path);
+        let at = at.ok_or(Errno::EINVAL)?;
+        match mounts.get(at).map(|m| m.origin) {
+            Some(Origin::Host) => Err(Errno::EPERM),
+            _ => Ok(f(&mut mounts, at)),
+        }
+    }
+
+    /// Makes a program's mount read-only or writable.
+    ///
+    /// # Errors
+    /// `EINVAL`: nothing is mounted there; `EPERM`: no program mounted it.
+    pub fn remount(&self, path: &[u8], read_only: bool) -> Result<u64, Errno> {
+        self.own(path, |mounts, at| {
+            if let Some(mount) = mounts.get_mut(at) {
+                mount.read_only = read_only || mount.fixed_read_only;
+            }
+            0
+        })
+    }
+
+    /// Marks a program's mount; whether it was not marked before.
+    pub fn expire(&self, path: &[u8]) -> bool {
+        self.own(path, |mounts, at| {
+            mounts.get_mut(at).is_some_and(|mount| {
+                core::mem::replace(&mut mount.origin, Origin::Expiring) != Origin::Expiring
+            })
+        })
+        .unwrap_or(false)
+    }
+
+    /// Takes a program's mount away.
+    ///
+    /// # Errors
+    /// As `remount`; `EBUSY`: something is mounted in it.
+    pub fn unmount(&self, path: &[u8]) -> Result<u64, Errno> {
+        let gone = self.own(path, |mounts, at| {
+            let inside = |m: &Mount| {
+                m.at.strip_prefix(path)
+                    .is_some_and(|rest| rest.starts_with(b"/"))
+            };
+            let later = mounts.get(at + 1..).unwrap_or_default();
+            if later.iter().any(inside) {
+                return Err(Errno::EBUSY);
+            }
+            Ok(mounts.remove(at))
+        })??;
+        drop(gone);
+        Ok(0)
     }
 
     /// All mounts, for /proc/mounts.
@@ -129,6 +199,8 @@ impl Container {
                 at: at.as_bytes().to_vec(),
                 root,
                 read_only: false,
+                origin: Origin::Host,
+                fixed_read_only: false,
                 shown: (
                     String::from(kind),
                     String::from(kind),

@@ -82,7 +82,6 @@ pub mod code {
     pub const KERNEL: i32 = 0x80;
     pub const TKILL: i32 = -6;
     pub const TIMER: i32 = -2;
-    pub const QUEUE: i32 = -1;
     pub const EXITED: i32 = 1;
     pub const KILLED: i32 = 2;
     pub const STOPPED: i32 = 5;
@@ -458,7 +457,10 @@ fn restart(frame: &mut Frame, wanted: bool) {
     let interrupted =
         frame.vector == SYSCALL && frame.rax == u64::from(Errno::EINTR.0 as u32).wrapping_neg();
     // Waits that are never restarted have their own numbers: poll, select, nanosleep, pause, futex.
-    let restartable = !matches!(frame.code, 7 | 23 | 34 | 35 | 65 | 69 | 70 | 128 | 130 | 202 | 220 | 230 | 232 | 281 | 270 | 271);
+    let restartable = !matches!(
+        frame.code,
+        7 | 23 | 34 | 35 | 65 | 69 | 70 | 128 | 130 | 202 | 220 | 230 | 232 | 281 | 270 | 271
+    );
     if interrupted && wanted && restartable {
         frame.rax = frame.code;
         frame.rip -= 2;

@@ -5,6 +5,7 @@ use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::any::Any;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use appkernel_core::errno::Errno;
 use appkernel_core::fuse::DirEntry;
@@ -98,7 +99,13 @@ pub struct File {
     pub path: Vec<u8>,
     flags: Mutex<u32>,
     pub offset: Mutex<u64>,
+    /// Tells it from all others; who gets signals for it, and which.
+    pub number: u64,
+    pub owner: Mutex<(i32, i32)>,
+    pub signal: Mutex<i32>,
 }
+
+static NEXT: AtomicU64 = AtomicU64::new(1);
 
 impl File {
     /// Opens what is given, with these flags.
@@ -113,6 +120,9 @@ impl File {
             path,
             flags: Mutex::new(flags),
             offset: Mutex::new(0),
+            number: NEXT.fetch_add(1, Ordering::Relaxed),
+            owner: Mutex::default(),
+            signal: Mutex::default(),
         }
     }
 
@@ -310,6 +320,7 @@ impl File {
 
 impl Drop for File {
     fn drop(&mut self) {
+        crate::syscall::file_locks::file_closed(self);
         match &self.kind {
             Kind::Pipe(pipe, end) => pipe.close(*end),
             Kind::Regular(node, Some(handle)) => {

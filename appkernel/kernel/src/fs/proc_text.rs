@@ -1,9 +1,9 @@
 //! The texts of /proc and /sys.
 
-use appkernel_core::sysv;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
+use appkernel_core::sysv;
 
 use appkernel_core::vma::{Backing, EXECUTE, READ, WRITE};
 use appkernel_hal::PAGE;

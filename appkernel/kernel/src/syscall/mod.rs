@@ -3,19 +3,21 @@
 pub mod futex;
 
 pub mod events;
+pub mod file_locks;
 pub mod files;
 mod info;
 mod memory;
 mod more;
+mod mounts;
 mod moves;
 mod paths;
 mod polls;
 mod processes;
+mod scheduling;
 mod signals;
 mod socket_options;
 mod sockets;
 pub mod sysv;
-mod scheduling;
 mod timers;
 mod users;
 mod watches;
@@ -171,6 +173,7 @@ fn one(call: &Call<'_>) -> Result {
         sysv::call,
         scheduling::call,
         timers::call,
+        mounts::call,
     ] {
         if let Some(result) = family(call) {
             return result;

@@ -5,12 +5,11 @@ use appkernel_core::errno::Errno;
 use super::{Call, Result, get, moves, put};
 use crate::fs::file::Kind;
 use crate::fs::fuse::Change;
-use crate::task;
 
 /// The calls of this family.
 pub fn call(c: &Call<'_>) -> Option<Result> {
     Some(match c.number {
-        73 => lock_file(c),
+        73 => super::file_locks::flock(c),
         135 => Ok(0),
         157 => control(c),
         162 => Ok(0),
@@ -47,42 +46,6 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         436 => close_range(c),
         _ => return None,
     })
-}
-
-/// flock(2), as a record lock on the whole file that belongs to the process: what programs use it
-/// for is to keep a second one of them out.
-fn lock_file(c: &Call<'_>) -> Result {
-    use appkernel_core::locks::Lock;
-    const NOWAIT: u32 = 4;
-    let file = c.task.file(c.int(0))?;
-    let node = file.node().ok_or(Errno::EBADF)?;
-    let exclusive = match c.uint(1) & !NOWAIT {
-        1 => false,
-        2 => true,
-        8 => {
-            node.with_locks(|locks| locks.release(c.task.process, u64::MAX - 1, u64::MAX));
-            task::wake(task::FILES);
-            return Ok(0);
-        }
-        _ => return Err(Errno::EINVAL),
-    };
-    // A place that no record lock reaches, so that the two kinds do not meet.
-    let wanted = Lock {
-        owner: c.task.process,
-        exclusive,
-        start: u64::MAX - 1,
-        end: u64::MAX,
-    };
-    let attempt = || match node.with_locks(|locks| locks.take(wanted)) {
-        Some(Err(Errno::EAGAIN)) => None,
-        other => Some(other.unwrap_or(Ok(()))),
-    };
-    if c.uint(1) & NOWAIT != 0 {
-        attempt().unwrap_or(Err(Errno::EAGAIN))?;
-    } else {
-        task::wait_for(task::FILES, attempt)??;
-    }
-    Ok(0)
 }
 
 /// prctl(2).
@@ -168,7 +131,7 @@ fn close_range(c: &Call<'_>) -> Result {
         // Not in one expression: the file is dropped without the lock.
         let removed = files.lock().remove(fd.cast_signed());
         if let Ok(file) = removed {
-            super::files::drop_locks(&file, c.task.process);
+            super::file_locks::drop_locks(&file, c.task.process);
         }
     }
     Ok(0)

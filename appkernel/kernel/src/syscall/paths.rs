@@ -457,7 +457,11 @@ fn access(c: &Call<'_>, dir: i32, path: u64, mode: u32, flags: u32) -> Result {
     let found = if text.is_empty() && flags & AT_EMPTY_PATH != 0 {
         let file = c.task.file(dir)?;
         let node = file.node().ok_or(Errno::EACCES)?.clone();
-        Found { path: file.path.clone(), node, read_only: false }
+        Found {
+            path: file.path.clone(),
+            node,
+            read_only: false,
+        }
     } else {
         let base = base(c, dir, &text)?;
         let follow = flags & AT_SYMLINK_NOFOLLOW == 0;
@@ -822,7 +826,13 @@ fn utimens(c: &Call<'_>) -> Result {
         };
     }
     let found = resolve(c, c.int(0), c.arg(1), c.uint(3) & AT_SYMLINK_NOFOLLOW == 0)?;
-    set_times(c, (&found.node, &found.path), found.read_only, &change, both_now)
+    set_times(
+        c,
+        (&found.node, &found.path),
+        found.read_only,
+        &change,
+        both_now,
+    )
 }
 
 /// Owners set any time; who may write, the present one.
@@ -876,7 +886,13 @@ fn old_times(c: &Call<'_>, dir: i32, path: u64, times: u64) -> Result {
         (change.atime, change.mtime) = (Some(ns(a)), Some(ns(m)));
     }
     let found = resolve(c, dir, path, true)?;
-    set_times(c, (&found.node, &found.path), found.read_only, &change, times == 0)
+    set_times(
+        c,
+        (&found.node, &found.path),
+        found.read_only,
+        &change,
+        times == 0,
+    )
 }
 
 fn statfs(c: &Call<'_>) -> Result {

@@ -264,7 +264,13 @@ fn set_attributes(c: &Call<'_>) -> Result {
         return Err(Errno::EINVAL);
     }
     let other = of(c)?;
-    change(c, &other, (policy, flags & 1 != 0), priority, nice.clamp(-20, 19))
+    change(
+        c,
+        &other,
+        (policy, flags & 1 != 0),
+        priority,
+        nice.clamp(-20, 19),
+    )
 }
 
 fn attributes(c: &Call<'_>) -> Result {

@@ -9,8 +9,8 @@ use core::fmt::Write;
 
 use appkernel_core::errno::Errno;
 use appkernel_core::sysv::{
-    self, Blocked, Caller, Entry, MAX_OBJECTS, MESSAGE_MAX, NOWAIT, OPERATIONS_MAX,
-    Operation, Owner, QUEUE_BYTES, Queue, SEMAPHORES_MAX, Set, Table, VALUE_MAX, Wanted,
+    self, Blocked, Caller, Entry, MAX_OBJECTS, MESSAGE_MAX, NOWAIT, OPERATIONS_MAX, Operation,
+    Owner, QUEUE_BYTES, Queue, SEMAPHORES_MAX, Set, Table, VALUE_MAX, Wanted,
 };
 use appkernel_core::vma::{Area, Backing, EXECUTE, READ, WRITE};
 use appkernel_hal::{PAGE, clock, frames};
@@ -323,7 +323,11 @@ fn shmctl(c: &Call<'_>) -> Result {
             Ok(ipc.shared.highest() as u64)
         }
         USED => {
-            let pages: u64 = ipc.shared.iter().map(|(_, e)| e.it.bytes.div_ceil(PAGE)).sum();
+            let pages: u64 = ipc
+                .shared
+                .iter()
+                .map(|(_, e)| e.it.bytes.div_ceil(PAGE))
+                .sum();
             let there: u64 = ipc
                 .shared
                 .iter()
@@ -449,7 +453,10 @@ fn semop(c: &Call<'_>, timeout: u64) -> Result {
     let first = {
         let mut ipc = container.ipc.lock();
         let entry = ipc.sets.find(id)?;
-        if operations.iter().any(|o| usize::from(o.number) >= entry.it.all.len()) {
+        if operations
+            .iter()
+            .any(|o| usize::from(o.number) >= entry.it.all.len())
+        {
             return Err(Errno::EFBIG);
         }
         if !entry.owner.may(&caller, wanted) {
@@ -557,8 +564,13 @@ fn semctl(c: &Call<'_>) -> Result {
             Ok(ipc.sets.highest() as u64)
         }
         STAT | STAT_PLACE | STAT_ANY => {
-            let (found, entry) =
-                readable(&mut ipc.sets, id, command != STAT, command == STAT_ANY, &caller)?;
+            let (found, entry) = readable(
+                &mut ipc.sets,
+                id,
+                command != STAT,
+                command == STAT_ANY,
+                &caller,
+            )?;
             let record = Record::new(104)
                 .owner(&entry.owner, 0)
                 .long(48, entry.it.op_time)
@@ -594,7 +606,9 @@ fn semctl(c: &Call<'_>) -> Result {
             }
             if command == GETALL {
                 let values = entry.it.all.iter();
-                let bytes: Vec<u8> = values.flat_map(|s| (s.value as u16).to_le_bytes()).collect();
+                let bytes: Vec<u8> = values
+                    .flat_map(|s| (s.value as u16).to_le_bytes())
+                    .collect();
                 put(to, &bytes)?;
                 return Ok(0);
             }
@@ -658,12 +672,7 @@ fn msgget(c: &Call<'_>) -> Result {
 }
 
 /// A queue's entry that the caller may use as `wanted`; removed ones are noticed by who waits.
-fn queue<'a>(
-    ipc: &'a mut Ipc,
-    id: i32,
-    wanted: u32,
-    caller: &Caller,
-) -> Result<&'a mut Queue> {
+fn queue<'a>(ipc: &'a mut Ipc, id: i32, wanted: u32, caller: &Caller) -> Result<&'a mut Queue> {
     let entry = ipc.queues.find(id)?;
     if !entry.owner.may(caller, wanted) {
         return Err(Errno::EACCES);
@@ -768,8 +777,13 @@ fn msgctl(c: &Call<'_>) -> Result {
             Ok(ipc.queues.highest() as u64)
         }
         STAT | STAT_PLACE | STAT_ANY => {
-            let (found, entry) =
-                readable(&mut ipc.queues, id, command != STAT, command == STAT_ANY, &caller)?;
+            let (found, entry) = readable(
+                &mut ipc.queues,
+                id,
+                command != STAT,
+                command == STAT_ANY,
+                &caller,
+            )?;
             let q = &entry.it;
             let record = Record::new(120)
                 .owner(&entry.owner, 0)

@@ -164,7 +164,7 @@ fn leave(status: i32) {
     // Files are closed now, not when somebody waits for the task.
     let files = core::mem::take(&mut *me.files.lock());
     for file in files.lock().all() {
-        crate::syscall::files::drop_locks(file, me.process);
+        crate::syscall::file_locks::drop_locks(file, me.process);
     }
     drop(files);
     charge();
