@@ -80,7 +80,7 @@ fixtures:
 lint:
     cargo fmt --all --check
     cargo clippy --workspace --all-targets -- -D warnings
-    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build tests/deb/build tests/deb/check
+    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build tests/deb/build tests/deb/check tests/ltp/build tests/ltp/driver.sh
 
 # Before any compiler runs: is the disk large enough?
 _disk:
@@ -93,6 +93,10 @@ demo: _disk build guest appkernel fixtures
 # All checks and tests; last line "N passed, N failed"
 test: _disk
     tests/run test
+
+# Programs of the Linux Test Project on the app kernel: those of pass.list, or ARGS (see tests/ltp/run)
+ltp *ARGS: _disk build appkernel
+    tests/run ltp {{ARGS}}
 
 # Everything `test` does, and the long parts: soak, fuzz, big suites
 test-full: _disk

@@ -54,6 +54,7 @@ pub struct Container {
     pub number: u32,
     pub name: String,
     pub hostname: Mutex<Vec<u8>>,
+    pub domainname: Mutex<Vec<u8>>,
     mounts: Mutex<Vec<Mount>>,
     next: AtomicU32,
     /// Nanoseconds its programs had the CPU.
@@ -88,6 +89,7 @@ impl Container {
             number,
             name: String::from(name),
             hostname: Mutex::new(b"bulkhead".to_vec()),
+            domainname: Mutex::new(b"(none)".to_vec()),
             mounts: Mutex::new(alloc::vec![root]),
             next: AtomicU32::new(1),
             cpu_ns: AtomicU64::new(0),

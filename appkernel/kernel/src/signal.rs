@@ -545,7 +545,9 @@ fn enter(
     usercopy::write(vectors_at, &vectors).map_err(|_| Errno::EFAULT)?;
     usercopy::write(at, &bytes).map_err(|_| Errno::EFAULT)?;
     if action.flags & flag::RESETHAND != 0 {
-        task.handlers().lock().set(signal, Action::default());
+        // The rest of the action is kept.
+        let reset = Action { handler: 0, ..action };
+        task.handlers().lock().set(signal, reset);
     }
     let info = at + layout::INFO as u64;
     let siginfo = action.flags & flag::SIGINFO != 0;

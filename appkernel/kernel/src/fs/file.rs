@@ -181,12 +181,14 @@ impl File {
         self.flags() & flag::NONBLOCK == 0
     }
 
-    fn may_read(&self) -> bool {
+    /// Whether it is open for reading.
+    pub fn may_read(&self) -> bool {
         self.flags() & (flag::ACCESS | flag::PATH) != flag::WRITE_ONLY
             && self.flags() & flag::PATH == 0
     }
 
-    fn may_write(&self) -> bool {
+    /// Whether it is open for writing.
+    pub fn may_write(&self) -> bool {
         self.flags() & flag::ACCESS != 0
     }
 

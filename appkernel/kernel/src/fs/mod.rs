@@ -216,7 +216,7 @@ pub fn walk_as(
         }
         if trusted > 0 {
             trusted -= 1;
-        } else if !credentials.is_root()
+        } else if !credentials.files_root()
             && !credentials.may(&walk.at().0.attributes()?, may::EXECUTE)
         {
             return Err(Errno::EACCES);

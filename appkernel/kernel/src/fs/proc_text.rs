@@ -76,7 +76,10 @@ pub fn of_machine(at: &str) -> Option<Vec<u8>> {
             let hostname = task::current().container.hostname.lock().clone();
             format!("{}\n", String::from_utf8_lossy(&hostname))
         }
-        "sys/kernel/domainname" => String::from("(none)\n"),
+        "sys/kernel/domainname" => {
+            let name = task::current().container.domainname.lock().clone();
+            format!("{}\n", String::from_utf8_lossy(&name))
+        }
         "sys/kernel/ngroups_max" => String::from("65536\n"),
         "sys/kernel/osrelease" => format!("{RELEASE}\n"),
         "sys/kernel/ostype" => String::from("Linux\n"),

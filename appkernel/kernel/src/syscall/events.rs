@@ -229,6 +229,10 @@ impl TimerFd {
 
 fn set_timer(c: &Call<'_>) -> Result {
     const ABSOLUTE: u32 = 1;
+    const CANCEL_ON_SET: u32 = 2;
+    if c.uint(1) & !(ABSOLUTE | CANCEL_ON_SET) != 0 {
+        return Err(Errno::EINVAL);
+    }
     let file = c.task.file(c.int(0))?;
     let timer = file.object::<TimerFd>().ok_or(Errno::EINVAL)?;
     let interval = get_timespec(c.arg(2))?;

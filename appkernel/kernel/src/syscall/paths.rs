@@ -40,6 +40,7 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         4 => stat_path(c, CWD, a(0), a(1), 0),
         6 => stat_path(c, CWD, a(0), a(1), AT_SYMLINK_NOFOLLOW),
         5 => stat_file(c, c.int(0), a(1)),
+        262 if c.uint(3) & !(AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH | 0x800) != 0 => Err(Errno::EINVAL),
         262 => stat_path(c, c.int(0), a(1), a(2), c.uint(3)),
         21 => access(c, CWD, a(0), c.uint(1), 0),
         269 => access(c, c.int(0), a(1), c.uint(2), 0),
@@ -61,6 +62,7 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         258 => mkdir(c, c.int(0), a(1), c.uint(2)),
         84 => unlink(c, CWD, a(0), true),
         87 => unlink(c, CWD, a(0), false),
+        263 if c.uint(2) & !AT_REMOVEDIR != 0 => Err(Errno::EINVAL),
         263 => unlink(c, c.int(0), a(1), c.uint(2) & AT_REMOVEDIR != 0),
         86 => link(c, (CWD, a(0)), (CWD, a(1)), 0),
         265 => link(c, (c.int(0), a(1)), (c.int(2), a(3)), c.uint(4)),
@@ -125,7 +127,7 @@ pub(super) fn walk(c: &Call<'_>, dir: i32, address: u64) -> Result<Place> {
 pub(super) fn changes(c: &Call<'_>, place: &Place) -> Result<()> {
     let directory = place.writable()?;
     let credentials = c.task.credentials.lock().clone();
-    if !credentials.is_root()
+    if !credentials.files_root()
         && !credentials.may(&directory.attributes()?, may::WRITE | may::EXECUTE)
     {
         return Err(Errno::EACCES);
@@ -228,8 +230,12 @@ fn open_found(c: &Call<'_>, place: &Place, found: &Found, flags: u32) -> Result<
     }
     let writes = wanted & may::WRITE != 0;
     let credentials = c.task.credentials.lock().clone();
-    if !credentials.is_root() && !credentials.may(&node.attributes()?, wanted) {
+    if !credentials.files_root() && !credentials.may(&node.attributes()?, wanted) {
         return Err(Errno::EACCES);
+    }
+    const NOATIME: u32 = 0o1_000_000;
+    if flags & NOATIME != 0 && !credentials.owns(&node.attributes()?) {
+        return Err(Errno::EPERM);
     }
     match node.kind() {
         kind::DIRECTORY if writes || flags & flag::CREATE != 0 => Err(Errno::EISDIR),
@@ -452,6 +458,7 @@ fn access(c: &Call<'_>, dir: i32, path: u64, mode: u32, flags: u32) -> Result {
     let mut credentials = c.task.credentials.lock().clone();
     if flags & EFFECTIVE == 0 {
         (credentials.euid, credentials.egid) = (credentials.uid, credentials.gid);
+        (credentials.fsuid, credentials.fsgid) = (credentials.uid, credentials.gid);
     }
     let text = get_path(path)?;
     let found = if text.is_empty() && flags & AT_EMPTY_PATH != 0 {
@@ -471,7 +478,7 @@ fn access(c: &Call<'_>, dir: i32, path: u64, mode: u32, flags: u32) -> Result {
     if mode & WRITE != 0 && found.read_only && !found.node.is_directory() {
         return Err(Errno::EROFS);
     }
-    if mode & EXECUTE != 0 || !credentials.is_root() {
+    if mode & EXECUTE != 0 || !credentials.files_root() {
         let attributes = found.node.attributes()?;
         if !credentials.may(&attributes, mode) {
             return Err(Errno::EACCES);
@@ -514,7 +521,7 @@ fn chdir(c: &Call<'_>) -> Result {
 /// Whether the caller may go into a directory.
 fn searches(c: &Call<'_>, node: &Node) -> Result<()> {
     let credentials = c.task.credentials.lock().clone();
-    if credentials.is_root() || credentials.may(&node.attributes()?, may::EXECUTE) {
+    if credentials.files_root() || credentials.may(&node.attributes()?, may::EXECUTE) {
         return Ok(());
     }
     Err(Errno::EACCES)
@@ -653,6 +660,9 @@ fn unlink(c: &Call<'_>, dir: i32, path: u64, directory: bool) -> Result {
 
 fn link(c: &Call<'_>, from: (i32, u64), to: (i32, u64), flags: u32) -> Result {
     const AT_SYMLINK_FOLLOW: u32 = 0x400;
+    if flags & !(AT_SYMLINK_FOLLOW | AT_EMPTY_PATH) != 0 {
+        return Err(Errno::EINVAL);
+    }
     let node = resolve(c, from.0, from.1, flags & AT_SYMLINK_FOLLOW != 0)?.node;
     let place = walk(c, to.0, to.1)?;
     if place.found.is_some() {
@@ -719,7 +729,7 @@ fn changed(c: &Call<'_>, (node, path): (&Node, &[u8]), read_only: bool, change: 
         let gives_away = change.uid.is_some_and(|uid| uid != attributes.uid)
             || change
                 .gid
-                .is_some_and(|gid| gid != credentials.egid && !credentials.groups.contains(&gid));
+                .is_some_and(|gid| gid != credentials.fsgid && !credentials.groups.contains(&gid));
         if !credentials.owns(&attributes) || gives_away {
             return Err(Errno::EPERM);
         }
@@ -750,7 +760,7 @@ fn chown(c: &Call<'_>, dir: i32, path: u64, ids: (u32, u32), flags: u32) -> Resu
 }
 
 fn change_file(c: &Call<'_>, change: &Change) -> Result {
-    let file = c.task.file(c.int(0))?;
+    let file = c.task.used_file(c.int(0))?;
     match file.node() {
         Some(node) => changed(c, (node, &file.path), false, change),
         // Pipes and sockets have no attributes to keep.
