@@ -546,7 +546,10 @@ fn enter(
     usercopy::write(at, &bytes).map_err(|_| Errno::EFAULT)?;
     if action.flags & flag::RESETHAND != 0 {
         // The rest of the action is kept.
-        let reset = Action { handler: 0, ..action };
+        let reset = Action {
+            handler: 0,
+            ..action
+        };
         task.handlers().lock().set(signal, reset);
     }
     let info = at + layout::INFO as u64;

@@ -388,6 +388,9 @@ fn stat(task: &Task, thread: bool) -> String {
 
 fn status(task: &Task) -> String {
     let (size, resident) = memory(task);
+    let locked = task
+        .memory()
+        .map_or(0, |mm| mm.lock().locked_bytes(0, appkernel_hal::USER_END));
     let letter = task::state_letter(task.id);
     let state = match letter {
         'R' => "running",
@@ -404,14 +407,15 @@ fn status(task: &Task) -> String {
     let c = task.credentials.lock().clone();
     let groups: Vec<String> = c.groups.iter().map(|g| format!("{g}")).collect();
     let capabilities = c.capabilities();
+    let no_new = u8::from(task.asked.lock().no_new_privileges);
     format!(
         "Name:\t{}\nUmask:\t{:04o}\nState:\t{letter} ({state})\nTgid:\t{}\nNgid:\t0\nPid:\t{}\nPPid:\t{}\n\
          TracerPid:\t0\nUid:\t{}\t{}\t{}\t{}\nGid:\t{}\t{}\t{}\t{}\nFDSize:\t64\nGroups:\t{} \n\
-         VmPeak:\t{:8} kB\nVmSize:\t{:8} kB\nVmHWM:\t{:8} kB\nVmRSS:\t{:8} kB\nVmData:\t{:8} kB\n\
+         VmPeak:\t{:8} kB\nVmSize:\t{:8} kB\nVmLck:\t{:8} kB\nVmHWM:\t{:8} kB\nVmRSS:\t{:8} kB\nVmData:\t{:8} kB\n\
          VmSwap:\t       0 kB\nThreads:\t{}\nSigPnd:\t{pending:016x}\nShdPnd:\t0000000000000000\n\
          SigBlk:\t{mask:016x}\nSigIgn:\t{ignored:016x}\nSigCgt:\t{caught:016x}\n\
          CapInh:\t0000000000000000\nCapPrm:\t{capabilities:016x}\nCapEff:\t{capabilities:016x}\n\
-         CapBnd:\t{capabilities:016x}\nCapAmb:\t0000000000000000\nNoNewPrivs:\t0\nSeccomp:\t0\n\
+         CapBnd:\t{capabilities:016x}\nCapAmb:\t0000000000000000\nNoNewPrivs:\t{no_new}\nSeccomp:\t0\n\
          Cpus_allowed:\t1\nCpus_allowed_list:\t0\nMems_allowed:\t1\nMems_allowed_list:\t0\n\
          voluntary_ctxt_switches:\t0\nnonvoluntary_ctxt_switches:\t0\n",
         String::from_utf8_lossy(&task.name.lock()),
@@ -422,14 +426,15 @@ fn status(task: &Task) -> String {
         c.uid,
         c.euid,
         c.suid,
-        c.euid,
+        c.fsuid,
         c.gid,
         c.egid,
         c.sgid,
-        c.egid,
+        c.fsgid,
         groups.join(" "),
         size / 1024,
         size / 1024,
+        locked / 1024,
         resident * 4,
         resident * 4,
         size / 1024,

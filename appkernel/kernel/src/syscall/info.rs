@@ -113,7 +113,9 @@ fn uname(c: &Call<'_>) -> Result {
         RELEASE.as_bytes(),
         VERSION.as_bytes(),
         b"x86_64",
-        domainname.get(..domainname.len().min(64)).unwrap_or_default(),
+        domainname
+            .get(..domainname.len().min(64))
+            .unwrap_or_default(),
     ];
     let mut bytes = vec![0; 65 * 6];
     for (slot, field) in bytes.chunks_exact_mut(65).zip(fields) {

@@ -53,11 +53,38 @@ fn control(c: &Call<'_>) -> Result {
     match c.uint(0) {
         // Parent's death signal, dumpable, keep capabilities, timer slack, no new privileges, child
         // subreaper, names of memory: nothing here depends on them.
-        1 | 4 | 8 | 29 | 36 | 38 | 0x5356_4d41 => Ok(0),
-        2 => put(c.arg(1), &0u32.to_le_bytes()).map(|()| 0),
+        1 if c.arg(1) > 64 => Err(Errno::EINVAL),
+        4 if c.arg(1) > 1 => Err(Errno::EINVAL),
+        8 if c.arg(1) > 1 => Err(Errno::EINVAL),
+        38 if c.arg(1) != 1 || c.arg(2) | c.arg(3) | c.arg(4) != 0 => Err(Errno::EINVAL),
+        39 if c.arg(1) | c.arg(2) | c.arg(3) | c.arg(4) != 0 => Err(Errno::EINVAL),
+        4 | 8 | 36 | 0x5356_4d41 => Ok(0),
+        1 => {
+            c.task.asked.lock().death_signal = c.uint(1);
+            Ok(0)
+        }
+        2 => {
+            let signal = c.task.asked.lock().death_signal;
+            put(c.arg(1), &signal.to_le_bytes()).map(|()| 0)
+        }
         3 => Ok(1),
-        7 | 39 => Ok(0),
-        30 => Ok(50_000),
+        7 => Ok(0),
+        // No set-user-id programs are honoured: there is nothing to be denied.
+        38 => {
+            c.task.asked.lock().no_new_privileges = true;
+            Ok(0)
+        }
+        39 => Ok(c.task.asked.lock().no_new_privileges.into()),
+        29 => {
+            let mut asked = c.task.asked.lock();
+            asked.timer_slack_ns = if c.arg(1) == 0 {
+                asked.default_slack_ns
+            } else {
+                c.arg(1)
+            };
+            Ok(0)
+        }
+        30 => Ok(c.task.asked.lock().timer_slack_ns),
         37 => put(c.arg(1), &0u32.to_le_bytes()).map(|()| 0),
         15 => {
             let mut name = super::get_string(c.arg(1), 16, Errno::ERANGE).or_else(|e| match e {

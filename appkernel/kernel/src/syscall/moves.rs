@@ -158,7 +158,9 @@ pub fn splice(c: &Call<'_>) -> Result {
         return Err(Errno::EBADF);
     }
     const APPEND: u32 = crate::fs::file::flag::APPEND;
-    let directory = [&from, &to].iter().any(|f| matches!(f.kind, Kind::Directory(..)));
+    let directory = [&from, &to]
+        .iter()
+        .any(|f| matches!(f.kind, Kind::Directory(..)));
     if directory || to.flags() & APPEND != 0 {
         return Err(Errno::EINVAL);
     }

@@ -40,7 +40,9 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         4 => stat_path(c, CWD, a(0), a(1), 0),
         6 => stat_path(c, CWD, a(0), a(1), AT_SYMLINK_NOFOLLOW),
         5 => stat_file(c, c.int(0), a(1)),
-        262 if c.uint(3) & !(AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH | 0x800) != 0 => Err(Errno::EINVAL),
+        262 if c.uint(3) & !(AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH | 0x800) != 0 => {
+            Err(Errno::EINVAL)
+        }
         262 => stat_path(c, c.int(0), a(1), a(2), c.uint(3)),
         21 => access(c, CWD, a(0), c.uint(1), 0),
         269 => access(c, c.int(0), a(1), c.uint(2), 0),

@@ -237,7 +237,7 @@ fn get_io(c: &Call<'_>) -> Result {
         let own = *t.scheduling.lock();
         match own.io {
             // What follows from the nice value.
-            0 => 2 << 13 | (own.nice + 20) as u32 / 5,
+            0 => (2 << 13) | ((own.nice + 20) as u32 / 5),
             io => io,
         }
     });
@@ -275,7 +275,7 @@ fn set_attributes(c: &Call<'_>) -> Result {
 
 fn attributes(c: &Call<'_>) -> Result {
     let size = c.uint(2);
-    if c.arg(1) == 0 || size < ATTRIBUTES || size > 4096 || c.int(0) < 0 || c.uint(3) != 0 {
+    if c.arg(1) == 0 || !(ATTRIBUTES..=4096).contains(&size) || c.int(0) < 0 || c.uint(3) != 0 {
         return Err(Errno::EINVAL);
     }
     let own = *of(c)?.scheduling.lock();

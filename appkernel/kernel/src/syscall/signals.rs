@@ -135,7 +135,9 @@ fn queue(c: &Call<'_>, process: i32, thread: Option<i32>, number: u64, info: u64
     }
     let id = |id: i32| c.task.container.id(id.unsigned_abs());
     let task = task::find(id(thread.unwrap_or(process)));
-    let task = task.filter(|t| t.process == id(process)).ok_or(Errno::ESRCH)?;
+    let task = task
+        .filter(|t| t.process == id(process))
+        .ok_or(Errno::ESRCH)?;
     // Only to itself may a process say that the kernel sent it, or kill.
     if (code >= 0 || code == code::TKILL) && task.process != c.task.process || !permitted(c, &task)
     {

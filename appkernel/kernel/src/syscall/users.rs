@@ -49,7 +49,9 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
             let (ruid, euid) = (c.uint(0), c.uint(1));
             // The saved one is no choice for the real one.
             let real_ok = own.is_root() || ruid == KEEP || [own.uid, own.euid].contains(&ruid);
-            if !real_ok || !own.is_root() && euid != KEEP && ![own.uid, own.euid, own.suid].contains(&euid) {
+            if !real_ok
+                || !own.is_root() && euid != KEEP && ![own.uid, own.euid, own.suid].contains(&euid)
+            {
                 return Some(Err(Errno::EPERM));
             }
             set_users(c, [c.uint(0), c.uint(1), saved])

@@ -215,6 +215,8 @@ fn leave(status: i32) {
     }
     let orphans_parent = if first { 0 } else { container.id(1) };
     let mut gone: Vec<Arc<Task>> = Vec::new();
+    // Children that want to be told.
+    let mut left_alone = Vec::new();
     // The process' number is that of its first thread, which stays until it is waited for.
     with(|s| {
         let mut orphans = Vec::new();
@@ -225,6 +227,10 @@ fn leave(status: i32) {
             let mut links = task.links.lock();
             if links.parent == process {
                 links.parent = orphans_parent;
+                let wanted = task.asked.lock().death_signal;
+                if let Ok(signal) = crate::signal::Signal::parse(wanted.into()) {
+                    left_alone.push((task.id, signal));
+                }
                 if orphans_parent == 0 && matches!(state, State::Zombie(_)) {
                     orphans.push(task.id);
                 }
@@ -238,6 +244,13 @@ fn leave(status: i32) {
         }
     });
     drop(gone);
+    for (child, signal) in left_alone {
+        let info = crate::signal::Info {
+            id: process,
+            ..crate::signal::Info::default()
+        };
+        crate::signal::send_process(child, signal, info);
+    }
     if id != process {
         bury(id);
     }

@@ -36,6 +36,8 @@ pub const PROCESSES: usize = 6;
 pub const NICE: usize = 13;
 /// Its real-time priority.
 pub const REAL_TIME_PRIORITY: usize = 14;
+/// Bytes of memory that stay.
+pub const LOCKED: usize = 8;
 /// Numbers of open files.
 pub const FILES: usize = 7;
 

@@ -32,7 +32,7 @@ pub use credentials::{Credentials, may};
 pub use end::*;
 pub use limits::Limits;
 pub use schedule::*;
-pub use scheduling::{Scheduling, policy};
+pub use scheduling::{Asked, Scheduling, policy};
 
 /// Most tasks at once: what a fork bomb gets before `EAGAIN`.
 const MAX_TASKS: usize = 4096;
@@ -130,6 +130,8 @@ pub struct Task {
     pub clear_tid: AtomicU64,
     /// A parent sleeps until this task has its own memory (vfork).
     pub vfork: Mutex<bool>,
+    /// What it asked for by prctl.
+    pub asked: Mutex<Asked>,
     /// How it wants to be scheduled.
     pub scheduling: Mutex<Scheduling>,
 }
@@ -203,6 +205,7 @@ fn kernel_task(
         handlers: Mutex::default(),
         clear_tid: AtomicU64::new(0),
         vfork: Mutex::new(false),
+        asked: Mutex::default(),
         scheduling: Mutex::default(),
     }))
 }
@@ -285,6 +288,7 @@ impl Task {
             handlers: Mutex::default(),
             clear_tid: AtomicU64::new(0),
             vfork: Mutex::new(false),
+            asked: Mutex::default(),
             scheduling: Mutex::default(),
         });
         with(|s| {
@@ -447,6 +451,7 @@ impl Task {
             handlers: Mutex::new(handlers),
             clear_tid: AtomicU64::new(options.clear_tid),
             vfork: Mutex::new(options.vfork),
+            asked: Mutex::new(self.asked.lock().inherited()),
             scheduling: Mutex::new(self.scheduling.lock().inherited()),
         });
         with(|s| {

@@ -53,3 +53,36 @@ impl Scheduling {
         }
     }
 }
+
+/// What a program asked for by prctl and is given back.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked {
+    /// Sent when the parent ends; 0 for none.
+    pub death_signal: u32,
+    pub no_new_privileges: bool,
+    pub timer_slack_ns: u64,
+    pub default_slack_ns: u64,
+}
+
+impl Default for Asked {
+    fn default() -> Self {
+        const USUAL_NS: u64 = 50_000;
+        Self {
+            death_signal: 0,
+            no_new_privileges: false,
+            timer_slack_ns: USUAL_NS,
+            default_slack_ns: USUAL_NS,
+        }
+    }
+}
+
+impl Asked {
+    /// What a child gets.
+    pub fn inherited(&self) -> Self {
+        Self {
+            death_signal: 0,
+            default_slack_ns: self.timer_slack_ns,
+            ..*self
+        }
+    }
+}
