@@ -2,6 +2,7 @@
 
 pub mod futex;
 
+mod attributes;
 pub mod events;
 pub mod file_locks;
 pub mod files;
@@ -161,6 +162,7 @@ fn one(call: &Call<'_>) -> Result {
         files::call,
         memory::call,
         paths::call,
+        attributes::call,
         polls::call,
         processes::call,
         signals::call,
