@@ -109,7 +109,7 @@ impl Locks {
 mod tests {
     use super::*;
 
-    fn lock(owner: u32, exclusive: bool, start: u64, end: u64) -> Lock {
+    fn lock(owner: u64, exclusive: bool, start: u64, end: u64) -> Lock {
         Lock {
             owner,
             exclusive,
@@ -127,6 +127,21 @@ mod tests {
         locks.take(lock(1, true, 0, 5)).unwrap();
         assert_eq!(locks.conflict(&lock(2, false, 4, 5)).unwrap().owner, 1);
         assert_eq!(locks.conflict(&lock(3, false, 5, 20)), None);
+    }
+
+    #[test]
+    fn neighbours_of_one_kind_are_one_and_the_first_in_the_file_is_told() {
+        let mut locks = Locks::default();
+        locks.take(lock(1, false, 10, 20)).unwrap();
+        locks.take(lock(1, true, 20, 30)).unwrap();
+        locks.take(lock(1, false, 0, 10)).unwrap();
+        let first = locks.conflict(&lock(2, true, 0, 100)).unwrap();
+        assert_eq!((first.start, first.end, first.exclusive), (0, 20, false));
+        locks.take(lock(1, true, 0, 20)).unwrap();
+        let all = locks.conflict(&lock(2, true, 0, 100)).unwrap();
+        assert_eq!((all.start, all.end), (0, 30));
+        // An open file is somebody else than the process with its number.
+        assert!(locks.take(lock(of_file(1), true, 5, 6)).is_err());
     }
 
     #[test]
