@@ -88,7 +88,7 @@ fixtures:
 lint:
     cargo fmt --all --check
     cargo clippy --workspace --all-targets -- -D warnings
-    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build tests/deb/build tests/deb/check tests/critest/critest
+    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build tests/deb/build tests/deb/check tests/critest/critest tests/ltp/build tests/ltp/driver.sh
 
 # Before any compiler runs: is the disk large enough?
 _disk:
@@ -105,6 +105,10 @@ test: _disk
 # The hostile guest beside a neighbour, FACTOR times as long as in `test`; SEED chooses its moves
 test-walls FACTOR="20" SEED="1": _disk build guest hostile
     tests/run walls {{FACTOR}} {{SEED}}
+
+# Programs of the Linux Test Project on the app kernel: those of pass.list, or ARGS (see tests/ltp/run)
+ltp *ARGS: _disk build appkernel
+    tests/run ltp {{ARGS}}
 
 # Everything `test` does, and the long parts: soak, fuzz, big suites
 test-full: _disk

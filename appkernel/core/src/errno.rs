@@ -35,6 +35,7 @@ errnos! {
     ENOMEM = 12, "cannot allocate memory";
     EACCES = 13, "permission denied";
     EFAULT = 14, "bad address";
+    ENOTBLK = 15, "block device required";
     EBUSY = 16, "device or resource busy";
     EEXIST = 17, "file exists";
     EXDEV = 18, "invalid cross-device link";
@@ -53,11 +54,14 @@ errnos! {
     EPIPE = 32, "broken pipe";
     EDOM = 33, "argument out of domain";
     ERANGE = 34, "numerical result out of range";
+    EDEADLK = 35, "resource deadlock avoided";
     ENAMETOOLONG = 36, "file name too long";
     ENOLCK = 37, "no locks available";
     ENOSYS = 38, "function not implemented";
     ENOTEMPTY = 39, "directory not empty";
     ELOOP = 40, "too many levels of symbolic links";
+    ENOMSG = 42, "no message of desired type";
+    EIDRM = 43, "identifier removed";
     ENODATA = 61, "no data available";
     EOVERFLOW = 75, "value too large for defined data type";
     ENOTSOCK = 88, "not a socket";

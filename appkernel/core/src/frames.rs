@@ -2,9 +2,28 @@
 
 /// Largest block is `1 << (ORDERS - 1)` frames: 4 MiB.
 pub const ORDERS: usize = 11;
-/// In a free block's entry: the rest is the next free block of the order.
-const FREE: u32 = 1 << 31;
-const END: u32 = FREE - 1;
+/// Blocks of this order and above count as large.
+const LARGE: usize = 5;
+/// Large blocks that pages of programs are not made of: the kernel needs some memory in one piece,
+/// also when most is in single pages.
+const LARGE_KEPT: usize = 16;
+
+/// Entry of the first frame of a free block: its order, and the blocks before and after it in the
+/// list of the order.
+const FREE: u64 = 1 << 63;
+const LINK_BITS: u32 = 28;
+const END: u32 = (1 << LINK_BITS) - 1;
+
+const fn free_entry(order: usize, previous: u32, next: u32) -> u64 {
+    FREE | (order as u64) << (2 * LINK_BITS) | (previous as u64) << LINK_BITS | next as u64
+}
+
+/// Order, previous and next of a free block's entry.
+fn links(entry: u64) -> (usize, u32, u32) {
+    let link = |entry: u64| (entry & u64::from(END)) as u32;
+    let order = (entry >> (2 * LINK_BITS) & 15) as usize;
+    (order, link(entry >> LINK_BITS), link(entry))
+}
 
 /// Frames that were never used, from `next` to `end`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -17,20 +36,25 @@ pub struct Region {
 
 /// The allocator. Frames never used are handed out in order, without touching anything of the
 /// others, so that a fresh machine's memory stays with the host until it is needed. Blocks that
-/// come back are kept in a list per order; they are split when needed and not joined again.
+/// come back are kept in a list per order, are split when needed, and joined with their other half
+/// when that is free too.
 #[derive(Debug)]
 pub struct Frames<'a> {
-    /// Number of owners, or link of a free block, by frame.
-    meta: &'a mut [u32],
+    /// Number of owners, or that it is free, by the first frame of a block; zero for the others.
+    meta: &'a mut [u64],
     fresh: [Region; 8],
+    /// Where the regions began.
+    starts: [u32; 8],
     free: [u32; ORDERS],
+    /// Large blocks in lists, counted as many of the smallest.
+    large: usize,
     available: usize,
     total: usize,
 }
 
 impl<'a> Frames<'a> {
     /// All frames of `fresh`; `meta` needs an entry for each, of any value.
-    pub fn new(meta: &'a mut [u32], mut fresh: [Region; 8]) -> Self {
+    pub fn new(meta: &'a mut [u64], mut fresh: [Region; 8]) -> Self {
         let frames = u32::try_from(meta.len()).unwrap_or(END).min(END);
         let mut total = 0;
         for region in &mut fresh {
@@ -40,7 +64,9 @@ impl<'a> Frames<'a> {
         Self {
             meta,
             fresh,
+            starts: fresh.map(|region| region.next),
             free: [END; ORDERS],
+            large: 0,
             available: total,
             total,
         }
@@ -67,24 +93,78 @@ impl<'a> Frames<'a> {
         Some(frame)
     }
 
-    fn take_listed(&mut self, order: usize) -> Option<u32> {
-        let head = self.free.get_mut(order)?;
-        if *head == END {
+    /// As `allocate` of one frame, but it leaves the kernel its last large blocks.
+    pub fn allocate_page(&mut self) -> Option<u32> {
+        let small = (0..LARGE).any(|order| self.free[order] != END);
+        let fresh = self.fresh.iter().map(|r| r.end.saturating_sub(r.next));
+        let fresh: usize = fresh.map(|frames| frames as usize >> LARGE).sum();
+        if !small && self.large + fresh <= LARGE_KEPT {
             return None;
         }
-        let frame = *head;
-        *head = self.meta.get(frame as usize)? & !FREE;
-        Some(frame)
+        if let Some(order) = (0..LARGE).find(|order| self.free[*order] != END)
+            && (order == 0 || self.large + fresh <= LARGE_KEPT)
+        {
+            let frame = self.take_listed(order)?;
+            for half in (0..order).rev() {
+                self.put(frame + (1 << half), half);
+            }
+            *self.meta.get_mut(frame as usize)? = 1;
+            self.available -= 1;
+            return Some(frame);
+        }
+        self.allocate(0)
+    }
+
+    fn take_listed(&mut self, order: usize) -> Option<u32> {
+        let head = *self.free.get(order)?;
+        if head == END {
+            return None;
+        }
+        self.unlink(head);
+        Some(head)
+    }
+
+    /// Takes a free block out of its list.
+    fn unlink(&mut self, frame: u32) {
+        let Some(entry) = self.meta.get_mut(frame as usize) else {
+            return;
+        };
+        let (order, previous, next) = links(*entry);
+        *entry = 0;
+        if let Some(entry) = self.meta.get_mut(next as usize).filter(|_| next != END) {
+            let (order, _, after) = links(*entry);
+            *entry = free_entry(order, previous, after);
+        }
+        if previous != END {
+            if let Some(entry) = self.meta.get_mut(previous as usize) {
+                let (order, before, _) = links(*entry);
+                *entry = free_entry(order, before, next);
+            }
+        } else if let Some(head) = self.free.get_mut(order) {
+            *head = next;
+        }
+        if order >= LARGE {
+            self.large -= 1 << (order - LARGE);
+        }
     }
 
     fn take_fresh(&mut self, order: usize) -> Option<u32> {
         let count = 1u32 << order.min(31);
-        let region = self
+        let aligned = |r: &Region| r.next.next_multiple_of(count);
+        let at = self
             .fresh
-            .iter_mut()
-            .find(|r| r.end.saturating_sub(r.next) >= count)?;
-        let frame = region.next;
-        region.next += count;
+            .iter()
+            .position(|r| r.end.saturating_sub(aligned(r)) >= count && r.end > r.next)?;
+        let region = self.fresh.get_mut(at)?;
+        let (first, frame) = (region.next, aligned(region));
+        region.next = frame + count;
+        self.meta
+            .get_mut(first as usize..(frame + count) as usize)?
+            .fill(0);
+        // What was passed over for the sake of alignment is free.
+        for single in first..frame {
+            self.join(single, 0);
+        }
         Some(frame)
     }
 
@@ -99,18 +179,50 @@ impl<'a> Frames<'a> {
     }
 
     fn put(&mut self, frame: u32, order: usize) {
-        if let (Some(meta), Some(head)) =
-            (self.meta.get_mut(frame as usize), self.free.get_mut(order))
-        {
-            *meta = FREE | *head;
-            *head = frame;
+        let Some(head) = self.free.get_mut(order) else {
+            return;
+        };
+        let next = core::mem::replace(head, frame);
+        if let Some(meta) = self.meta.get_mut(frame as usize) {
+            *meta = free_entry(order, END, next);
         }
+        if let Some(entry) = self.meta.get_mut(next as usize).filter(|_| next != END) {
+            let (order, _, after) = links(*entry);
+            *entry = free_entry(order, frame, after);
+        }
+        if order >= LARGE {
+            self.large += 1 << (order - LARGE);
+        }
+    }
+
+    /// Makes a block free, together with its other half when that is free.
+    fn join(&mut self, mut frame: u32, mut order: usize) {
+        while order + 1 < ORDERS {
+            let other = frame ^ (1 << order);
+            let end = other + (1 << order);
+            // Entries of frames that were never given out say nothing.
+            let ours = |(start, region): (&u32, &Region)| *start <= other && end <= region.next;
+            if !self.starts.iter().zip(&self.fresh).any(ours) {
+                break;
+            }
+            match self.meta.get(other as usize) {
+                Some(entry) if entry & FREE != 0 && links(*entry).0 == order => {}
+                _ => break,
+            }
+            self.unlink(other);
+            if let Some(entry) = self.meta.get_mut(frame as usize) {
+                *entry = 0;
+            }
+            frame = frame.min(other);
+            order += 1;
+        }
+        self.put(frame, order);
     }
 
     /// How many own a frame.
     pub fn owners(&self, frame: u32) -> u32 {
         match self.meta.get(frame as usize) {
-            Some(n) if n & FREE == 0 => *n,
+            Some(n) if n & FREE == 0 => u32::try_from(*n).unwrap_or(u32::MAX),
             _ => 0,
         }
     }
@@ -136,7 +248,7 @@ impl<'a> Frames<'a> {
                 false
             }
             Some(_) => {
-                self.put(frame, order);
+                self.join(frame, order);
                 self.available += 1 << order;
                 true
             }
@@ -182,9 +294,60 @@ mod tests {
     }
 
     #[test]
+    fn halves_that_are_free_become_one_again() {
+        let mut meta = vec![FREE; 256];
+        let mut regions = [Region::default(); 8];
+        regions[0] = Region { next: 5, end: 250 };
+        let mut frames = Frames::new(&mut meta, regions);
+        let mut got = vec![];
+        while let Some(frame) = frames.allocate(0) {
+            got.push(frame);
+        }
+        assert_eq!((got.len(), frames.allocate(1)), (245, None));
+        // In any order of coming back.
+        for (i, frame) in got.iter().enumerate() {
+            if i % 2 == 0 {
+                assert!(frames.release(*frame, 0));
+            }
+        }
+        assert_eq!(frames.allocate(1), None);
+        for (i, frame) in got.iter().enumerate() {
+            if i % 2 == 1 {
+                assert!(frames.release(*frame, 0));
+            }
+        }
+        let large = frames.allocate(6).unwrap();
+        assert!(large.is_multiple_of(64) && frames.available() == 245 - 64);
+        assert!(frames.release(large, 6));
+        while frames.allocate(0).is_some() {}
+        assert_eq!(frames.available(), 0);
+    }
+
+    #[test]
+    fn pages_leave_the_last_large_blocks() {
+        let mut meta = vec![0; 4096];
+        let mut regions = [Region::default(); 8];
+        regions[0] = Region { next: 0, end: 4096 };
+        let mut frames = Frames::new(&mut meta, regions);
+        let mut got = vec![];
+        while let Some(frame) = frames.allocate_page() {
+            got.push(frame);
+        }
+        assert!(frames.available() >= LARGE_KEPT << LARGE);
+        for _ in 0..LARGE_KEPT {
+            assert!(frames.allocate(LARGE).is_some());
+        }
+        assert!(frames.allocate(LARGE).is_none());
+        frames.release(got[7], 0);
+        assert_eq!(frames.allocate_page(), Some(got[7]));
+    }
+
+    #[test]
     fn blocks_do_not_overlap_and_large_ones_are_split() {
         let mut meta = vec![0; 64];
-        let mut frames = Frames::new(&mut meta, regions());
+        let mut regions = [Region::default(); 8];
+        regions[0] = Region { next: 3, end: 64 };
+        let mut frames = Frames::new(&mut meta, regions);
         let large = frames.allocate(5).unwrap();
         assert_eq!(frames.allocate(5), None);
         while frames.allocate(0).is_some() {}

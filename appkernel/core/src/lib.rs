@@ -17,6 +17,7 @@ pub mod netconf;
 pub mod netlink;
 pub mod packet;
 pub mod syscalls;
+pub mod sysv;
 pub mod terminal;
 pub mod virtio_mmio;
 pub mod vma;

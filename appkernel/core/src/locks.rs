@@ -7,11 +7,16 @@ use crate::errno::Errno;
 /// Locks on one file, at most: a program that takes every other byte gets `ENOLCK`.
 const MAX_LOCKS: usize = 4096;
 
+/// The owner that stands for an open file: processes have small numbers.
+pub const fn of_file(number: u64) -> u64 {
+    1 << 63 | number
+}
+
 /// Bytes somebody has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lock {
-    /// The process.
-    pub owner: u32,
+    /// The process, or the open file ([`of_file`]).
+    pub owner: u64,
     /// Nobody else may have any of them.
     pub exclusive: bool,
     /// First byte.
@@ -35,11 +40,13 @@ impl Locks {
     pub fn conflict(&self, wanted: &Lock) -> Option<Lock> {
         self.0
             .iter()
-            .find(|l| {
+            .filter(|l| {
                 l.owner != wanted.owner
                     && l.overlaps(wanted.start, wanted.end)
                     && (l.exclusive || wanted.exclusive)
             })
+            // The first in the file, as Linux tells it.
+            .min_by_key(|l| l.start)
             .copied()
     }
 
@@ -55,12 +62,23 @@ impl Locks {
             return Err(Errno::ENOLCK);
         }
         self.release(wanted.owner, wanted.start, wanted.end);
-        self.0.push(wanted);
+        // Neighbours of the same kind become one.
+        let mut joined = wanted;
+        self.0.retain(|l| {
+            let same = l.owner == joined.owner && l.exclusive == joined.exclusive;
+            let touches = l.start <= joined.end && joined.start <= l.end;
+            if same && touches {
+                joined.start = joined.start.min(l.start);
+                joined.end = joined.end.max(l.end);
+            }
+            !(same && touches)
+        });
+        self.0.push(joined);
         Ok(())
     }
 
     /// Gives bytes back; whether there were any.
-    pub fn release(&mut self, owner: u32, start: u64, end: u64) -> bool {
+    pub fn release(&mut self, owner: u64, start: u64, end: u64) -> bool {
         let mut rest = Vec::new();
         let before = self.0.len();
         self.0.retain(|lock| {
@@ -91,7 +109,7 @@ impl Locks {
 mod tests {
     use super::*;
 
-    fn lock(owner: u32, exclusive: bool, start: u64, end: u64) -> Lock {
+    fn lock(owner: u64, exclusive: bool, start: u64, end: u64) -> Lock {
         Lock {
             owner,
             exclusive,
@@ -109,6 +127,21 @@ mod tests {
         locks.take(lock(1, true, 0, 5)).unwrap();
         assert_eq!(locks.conflict(&lock(2, false, 4, 5)).unwrap().owner, 1);
         assert_eq!(locks.conflict(&lock(3, false, 5, 20)), None);
+    }
+
+    #[test]
+    fn neighbours_of_one_kind_are_one_and_the_first_in_the_file_is_told() {
+        let mut locks = Locks::default();
+        locks.take(lock(1, false, 10, 20)).unwrap();
+        locks.take(lock(1, true, 20, 30)).unwrap();
+        locks.take(lock(1, false, 0, 10)).unwrap();
+        let first = locks.conflict(&lock(2, true, 0, 100)).unwrap();
+        assert_eq!((first.start, first.end, first.exclusive), (0, 20, false));
+        locks.take(lock(1, true, 0, 20)).unwrap();
+        let all = locks.conflict(&lock(2, true, 0, 100)).unwrap();
+        assert_eq!((all.start, all.end), (0, 30));
+        // An open file is somebody else than the process with its number.
+        assert!(locks.take(lock(of_file(1), true, 5, 6)).is_err());
     }
 
     #[test]

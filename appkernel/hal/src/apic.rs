@@ -1,5 +1,7 @@
 //! Local APIC (timer) and IOAPIC (device interrupts) at their usual addresses.
 
+use core::sync::atomic::{AtomicU32, Ordering};
+
 use crate::cpu;
 use crate::mmio::Mmio;
 use crate::trap::{IRQ_BASE, SPURIOUS, TIMER};
@@ -42,6 +44,24 @@ pub fn init() {
     lapic.write(LVT_TIMER, PERIODIC | u32::from(TIMER));
     lapic.write(TIMER_INITIAL, TICK_NS);
 }
+
+/// Makes the next tick come after so many nanoseconds, at most as late as usual; the one after it
+/// is then as far away. It is a write that costs little, but not nothing: only for a change.
+pub fn next_tick(ns: u64) {
+    const SHORTEST_NS: u64 = 20_000;
+    let wanted = ns.clamp(SHORTEST_NS, TICK_NS.into()) as u32;
+    // A full tick that runs already is left alone; so are all where ticks are the only clock.
+    if !crate::clock::is_precise() || wanted == TICK_NS && PERIOD.load(Ordering::Relaxed) == TICK_NS
+    {
+        return;
+    }
+    PERIOD.store(wanted, Ordering::Relaxed);
+    if let Some(lapic) = lapic() {
+        lapic.write(TIMER_INITIAL, wanted);
+    }
+}
+
+static PERIOD: AtomicU32 = AtomicU32::new(TICK_NS);
 
 /// The interrupt is handled.
 pub fn end_of_interrupt() {

@@ -39,6 +39,11 @@ pub fn init() {
     PAGE.store(page, Ordering::Relaxed);
 }
 
+/// Whether time is known between ticks: then they need not be equally long.
+pub fn is_precise() -> bool {
+    PAGE.load(Ordering::Relaxed) != 0
+}
+
 /// The timer ticked.
 pub fn tick() {
     TICKS.fetch_add(1, Ordering::Relaxed);

@@ -25,7 +25,7 @@ pub fn init(info: &Info) {
         end = end.max(range_end.min(MAPPED_END));
     }
     let frames = (end / PAGE) as usize;
-    let table_bytes = (frames * size_of::<u32>()) as u64;
+    let table_bytes = (frames * size_of::<u64>()) as u64;
     let first = (kernel_end + table_bytes).next_multiple_of(PAGE);
     let mut regions = [Region::default(); 8];
     for (slot, (from, to)) in regions.iter_mut().zip(info.ram) {
@@ -44,7 +44,7 @@ pub fn init(info: &Info) {
         }
     }
     // SAFETY: directly behind the kernel in memory nothing else uses; `first` keeps it so.
-    let meta = unsafe { core::slice::from_raw_parts_mut(direct(kernel_end).cast::<u32>(), frames) };
+    let meta = unsafe { core::slice::from_raw_parts_mut(direct(kernel_end).cast::<u64>(), frames) };
     *FRAMES.lock() = Some(Frames::new(meta, regions));
 }
 
@@ -70,7 +70,10 @@ pub fn allocate_user() -> Option<u64> {
     if is_scarce() {
         return None;
     }
-    allocate_zeroed()
+    let frame = with(Frames::allocate_page)?.map(|frame| u64::from(frame) * PAGE)?;
+    // SAFETY: nobody else has the frame yet.
+    unsafe { direct(frame).write_bytes(0, PAGE as usize) };
+    Some(frame)
 }
 
 /// Whether only the kernel's reserve is left: nothing more is started for programs then.

@@ -23,6 +23,17 @@ pub const fn visible(id: u32) -> u32 {
     id & PID_MAX
 }
 
+/// Who made a mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// Whoever started the container: programs cannot change it.
+    Host,
+    /// A program.
+    Program,
+    /// A program, and it goes if nobody uses it until it is asked for again.
+    Expiring,
+}
+
 /// A file system at a place.
 #[derive(Clone)]
 pub struct Mount {
@@ -30,6 +41,9 @@ pub struct Mount {
     pub at: Vec<u8>,
     pub root: Node,
     pub read_only: bool,
+    pub origin: Origin,
+    /// It stays read-only, as what it shows is.
+    pub fixed_read_only: bool,
     /// For /proc/mounts: source, type, options.
     pub shown: (String, String, String),
 }
@@ -40,6 +54,7 @@ pub struct Container {
     pub number: u32,
     pub name: String,
     pub hostname: Mutex<Vec<u8>>,
+    pub domainname: Mutex<Vec<u8>>,
     mounts: Mutex<Vec<Mount>>,
     next: AtomicU32,
     /// Nanoseconds its programs had the CPU.
@@ -51,6 +66,8 @@ pub struct Container {
     pub pids_max: AtomicU64,
     /// Programs that were ended for lack of memory.
     pub oom_kills: AtomicU64,
+    /// Its System V objects.
+    pub ipc: Mutex<crate::syscall::sysv::Ipc>,
 }
 
 impl Container {
@@ -60,6 +77,8 @@ impl Container {
             at: b"/".to_vec(),
             root,
             read_only,
+            origin: Origin::Host,
+            fixed_read_only: read_only,
             shown: (
                 String::from("share"),
                 String::from("virtiofs"),
@@ -70,6 +89,7 @@ impl Container {
             number,
             name: String::from(name),
             hostname: Mutex::new(b"bulkhead".to_vec()),
+            domainname: Mutex::new(b"(none)".to_vec()),
             mounts: Mutex::new(alloc::vec![root]),
             next: AtomicU32::new(1),
             cpu_ns: AtomicU64::new(0),
@@ -77,6 +97,7 @@ impl Container {
             pages: AtomicU64::new(0),
             pids_max: AtomicU64::new(u64::MAX),
             oom_kills: AtomicU64::new(0),
+            ipc: Mutex::default(),
         }
     }
 
@@ -91,6 +112,60 @@ impl Container {
     /// Mounts something.
     pub fn mount(&self, mount: Mount) {
         self.mounts.lock().push(mount);
+    }
+
+    /// The last mount at a place, if a program made it.
+    fn own<T>(&self, path: &[u8], f: impl FnOnce(&mut Vec<Mount>, usize) -> T) -> Result<T, Errno> {
+        let mut mounts = self.mounts.lock();
+        let at = mounts.iter().rposition(|m| m.at == path);
+        let at = at.ok_or(Errno::EINVAL)?;
+        match mounts.get(at).map(|m| m.origin) {
+            Some(Origin::Host) => Err(Errno::EPERM),
+            _ => Ok(f(&mut mounts, at)),
+        }
+    }
+
+    /// Makes a program's mount read-only or writable.
+    ///
+    /// # Errors
+    /// `EINVAL`: nothing is mounted there; `EPERM`: no program mounted it.
+    pub fn remount(&self, path: &[u8], read_only: bool) -> Result<u64, Errno> {
+        self.own(path, |mounts, at| {
+            if let Some(mount) = mounts.get_mut(at) {
+                mount.read_only = read_only || mount.fixed_read_only;
+            }
+            0
+        })
+    }
+
+    /// Marks a program's mount; whether it was not marked before.
+    pub fn expire(&self, path: &[u8]) -> bool {
+        self.own(path, |mounts, at| {
+            mounts.get_mut(at).is_some_and(|mount| {
+                core::mem::replace(&mut mount.origin, Origin::Expiring) != Origin::Expiring
+            })
+        })
+        .unwrap_or(false)
+    }
+
+    /// Takes a program's mount away.
+    ///
+    /// # Errors
+    /// As `remount`; `EBUSY`: something is mounted in it.
+    pub fn unmount(&self, path: &[u8]) -> Result<u64, Errno> {
+        let gone = self.own(path, |mounts, at| {
+            let inside = |m: &Mount| {
+                m.at.strip_prefix(path)
+                    .is_some_and(|rest| rest.starts_with(b"/"))
+            };
+            let later = mounts.get(at + 1..).unwrap_or_default();
+            if later.iter().any(inside) {
+                return Err(Errno::EBUSY);
+            }
+            Ok(mounts.remove(at))
+        })??;
+        drop(gone);
+        Ok(0)
     }
 
     /// All mounts, for /proc/mounts.
@@ -126,6 +201,8 @@ impl Container {
                 at: at.as_bytes().to_vec(),
                 root,
                 read_only: false,
+                origin: Origin::Host,
+                fixed_read_only: false,
                 shown: (
                     String::from(kind),
                     String::from(kind),

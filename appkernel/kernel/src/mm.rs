@@ -79,6 +79,10 @@ pub struct Mm {
     pub brk_start: u64,
     /// End of the heap.
     pub brk: u64,
+    /// What programs asked to stay (mlock): it is there, and nothing is ever swapped out.
+    locked: Areas<()>,
+    /// What is mapped from now on stays too.
+    pub lock_future: bool,
 }
 
 impl Mm {
@@ -116,6 +120,8 @@ impl Mm {
             environment: (0, 0),
             brk_start: 0,
             brk: 0,
+            locked: Areas::default(),
+            lock_future: false,
         })
     }
 
@@ -130,7 +136,12 @@ impl Mm {
             return Err(Errno::ENOMEM);
         }
         self.table.clear(area.start, area.end);
+        self.locked.remove(area.start, area.end);
+        let (start, end) = (area.start, area.end);
         self.areas.insert(area);
+        if self.lock_future {
+            self.lock(start, end);
+        }
         Ok(())
     }
 
@@ -140,8 +151,66 @@ impl Mm {
             return Err(Errno::ENOMEM);
         }
         self.areas.remove(start, end);
+        self.locked.remove(start, end);
         self.table.clear(start, end);
         Ok(())
+    }
+
+    /// Marks a range as one that stays.
+    pub fn lock(&mut self, start: u64, end: u64) {
+        if self.locked.count() < MAX_AREAS {
+            self.locked.insert(Area {
+                start,
+                end,
+                protection: 0,
+                shared: false,
+                backing: Backing::Zero,
+            });
+        }
+    }
+
+    /// Takes the mark away.
+    pub fn unlock(&mut self, start: u64, end: u64) {
+        self.locked.remove(start, end);
+    }
+
+    /// Bytes that are marked, in a range.
+    pub fn locked_bytes(&self, start: u64, end: u64) -> u64 {
+        let parts = self.locked.within(start, end);
+        parts
+            .map(|a| a.end.min(end).saturating_sub(a.start.max(start)))
+            .sum()
+    }
+
+    /// Brings all pages of a range that programs may touch; gives how many it looked at.
+    ///
+    /// # Errors
+    /// As `fault`, but for what nobody may touch.
+    pub fn populate(&mut self, start: u64, end: u64) -> Result<u64, Errno> {
+        let areas: Vec<_> = self
+            .areas
+            .within(start, end)
+            .filter(|a| a.protection != 0)
+            .map(|a| (a.start.max(start), a.end.min(end), a.protection, a.shared))
+            .collect();
+        let mut count = 0;
+        for (from, to, protection, shared) in areas {
+            let access = if protection & WRITE != 0 && !shared {
+                Access::Write
+            } else {
+                Access::Read
+            };
+            let mut page = from;
+            while page < to {
+                match self.fault(page, access) {
+                    // Past the end of a file.
+                    Ok(()) | Err(Errno::EFAULT) => count += 1,
+                    Err(e) => return Err(e),
+                }
+                page += PAGE;
+            }
+        }
+        Ok(count)
     }
 
     /// Drops the contents of private pages: zeros, or the file's, come back at the next touch.
@@ -192,6 +261,9 @@ impl Mm {
             environment: self.environment,
             brk_start: self.brk_start,
             brk: self.brk,
+            // A child has none of it.
+            locked: Areas::default(),
+            lock_future: false,
         };
         for area in self.areas.iter() {
             let shared = area.shared;

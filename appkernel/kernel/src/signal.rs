@@ -31,6 +31,8 @@ impl Signal {
     pub const HUP: Self = Self(1);
     pub const XFSZ: Self = Self(25);
     pub const ALRM: Self = Self(14);
+    pub const VTALRM: Self = Self(26);
+    pub const PROF: Self = Self(27);
 
     /// Its bit in a mask.
     pub fn bit(self) -> u64 {
@@ -79,6 +81,7 @@ pub mod code {
     pub const USER: i32 = 0;
     pub const KERNEL: i32 = 0x80;
     pub const TKILL: i32 = -6;
+    pub const TIMER: i32 = -2;
     pub const EXITED: i32 = 1;
     pub const KILLED: i32 = 2;
     pub const STOPPED: i32 = 5;
@@ -454,7 +457,10 @@ fn restart(frame: &mut Frame, wanted: bool) {
     let interrupted =
         frame.vector == SYSCALL && frame.rax == u64::from(Errno::EINTR.0 as u32).wrapping_neg();
     // Waits that are never restarted have their own numbers: poll, select, nanosleep, pause, futex.
-    let restartable = !matches!(frame.code, 7 | 23 | 34 | 35 | 130 | 202 | 230 | 270 | 271);
+    let restartable = !matches!(
+        frame.code,
+        7 | 23 | 34 | 35 | 65 | 69 | 70 | 128 | 130 | 202 | 220 | 230 | 232 | 281 | 270 | 271
+    );
     if interrupted && wanted && restartable {
         frame.rax = frame.code;
         frame.rip -= 2;
@@ -539,7 +545,12 @@ fn enter(
     usercopy::write(vectors_at, &vectors).map_err(|_| Errno::EFAULT)?;
     usercopy::write(at, &bytes).map_err(|_| Errno::EFAULT)?;
     if action.flags & flag::RESETHAND != 0 {
-        task.handlers().lock().set(signal, Action::default());
+        // The rest of the action is kept.
+        let reset = Action {
+            handler: 0,
+            ..action
+        };
+        task.handlers().lock().set(signal, reset);
     }
     let info = at + layout::INFO as u64;
     let siginfo = action.flags & flag::SIGINFO != 0;

@@ -1,12 +1,17 @@
 //! Warnings of the VMM and the devices, on stderr as `vmmctl` says everything else.
 
 use std::io::{self, IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
 struct Stderr;
 
 static STDERR: Stderr = Stderr;
+
+/// Whether stderr is a terminal. Asked once, at the start: threads of a VM, which warn too, may not
+/// make the system call that tells.
+static TERMINAL: AtomicBool = AtomicBool::new(false);
 
 impl Log for Stderr {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
@@ -23,7 +28,7 @@ impl Log for Stderr {
             Level::Debug | Level::Trace => "debug",
         };
         // The guest's terminal may be in raw mode: a bare line feed would leave stairs there.
-        let end = if io::stderr().is_terminal() {
+        let end = if TERMINAL.load(Ordering::Relaxed) {
             "\r\n"
         } else {
             "\n"
@@ -37,6 +42,7 @@ impl Log for Stderr {
 
 /// Shows warnings, and more with each `-v`.
 pub(super) fn init(verbose: u8) {
+    TERMINAL.store(io::stderr().is_terminal(), Ordering::Relaxed);
     if log::set_logger(&STDERR).is_ok() {
         log::set_max_level(match verbose {
             0 => LevelFilter::Warn,

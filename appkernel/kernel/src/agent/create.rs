@@ -16,7 +16,7 @@ use serde_json::Value;
 use super::process::{Held, Process, Stdio};
 use super::sandbox::SHM_PATH;
 use super::{Agent, failed, spec, status};
-use crate::container::{self, Container, Mount, visible};
+use crate::container::{self, Container, Mount, Origin, visible};
 use crate::fs::node::Node;
 use crate::fs::{self, memory};
 
@@ -250,6 +250,8 @@ impl Agent {
             at,
             root,
             read_only,
+            origin: Origin::Host,
+            fixed_read_only: read_only,
             shown: (
                 source.to_string(),
                 if kind == "tmpfs" { "tmpfs" } else { "virtiofs" }.to_string(),
@@ -268,6 +270,8 @@ impl Agent {
                     at,
                     root: node,
                     read_only: false,
+                    origin: Origin::Host,
+                    fixed_read_only: false,
                     shown: (
                         "sandbox".to_string(),
                         "tmpfs".to_string(),

@@ -5,6 +5,7 @@ use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::any::Any;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use appkernel_core::errno::Errno;
 use appkernel_core::fuse::DirEntry;
@@ -98,7 +99,13 @@ pub struct File {
     pub path: Vec<u8>,
     flags: Mutex<u32>,
     pub offset: Mutex<u64>,
+    /// Tells it from all others; who gets signals for it, and which.
+    pub number: u64,
+    pub owner: Mutex<(i32, i32)>,
+    pub signal: Mutex<i32>,
 }
+
+static NEXT: AtomicU64 = AtomicU64::new(1);
 
 impl File {
     /// Opens what is given, with these flags.
@@ -113,6 +120,9 @@ impl File {
             path,
             flags: Mutex::new(flags),
             offset: Mutex::new(0),
+            number: NEXT.fetch_add(1, Ordering::Relaxed),
+            owner: Mutex::default(),
+            signal: Mutex::default(),
         }
     }
 
@@ -171,12 +181,14 @@ impl File {
         self.flags() & flag::NONBLOCK == 0
     }
 
-    fn may_read(&self) -> bool {
+    /// Whether it is open for reading.
+    pub fn may_read(&self) -> bool {
         self.flags() & (flag::ACCESS | flag::PATH) != flag::WRITE_ONLY
             && self.flags() & flag::PATH == 0
     }
 
-    fn may_write(&self) -> bool {
+    /// Whether it is open for writing.
+    pub fn may_write(&self) -> bool {
         self.flags() & flag::ACCESS != 0
     }
 
@@ -235,7 +247,7 @@ impl File {
             },
             Kind::Pipe(_, End::Write) => Err(Errno::EBADF),
             Kind::Pipe(..) if at.is_some() => Err(Errno::ESPIPE),
-            Kind::Pipe(pipe, End::Read) => pipe.read(to, self.waits()),
+            Kind::Pipe(pipe, _) => pipe.read(to, self.waits()),
             Kind::Regular(node, _) => {
                 let offset = at.unwrap_or(*self.offset.lock());
                 let count = node.read(offset, to)?;
@@ -287,7 +299,7 @@ impl File {
             Kind::Device(_) => Ok(from.len()),
             Kind::Pipe(_, End::Read) | Kind::Regular(_, None) => Err(Errno::EBADF),
             Kind::Pipe(..) if at.is_some() => Err(Errno::ESPIPE),
-            Kind::Pipe(pipe, End::Write) => pipe.write(from, self.waits()),
+            Kind::Pipe(pipe, _) => pipe.write(from, self.waits()),
             Kind::Regular(node, Some(handle)) => {
                 let offset = match at {
                     Some(at) => at,
@@ -310,6 +322,7 @@ impl File {
 
 impl Drop for File {
     fn drop(&mut self) {
+        crate::syscall::file_locks::file_closed(self);
         match &self.kind {
             Kind::Pipe(pipe, end) => pipe.close(*end),
             Kind::Regular(node, Some(handle)) => {

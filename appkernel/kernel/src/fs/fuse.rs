@@ -68,6 +68,8 @@ pub struct Fuse {
     nodes: Mutex<BTreeMap<u64, Arc<Node>>>,
     names: Mutex<Names>,
     handles: Mutex<usize>,
+    /// Nodes without a name: the host keeps them open until they are forgotten.
+    removed: Mutex<Vec<u64>>,
     me: Weak<Self>,
 }
 
@@ -102,6 +104,8 @@ struct NodeState {
     /// They stay so while the file is known: nobody tells when such a page is changed again.
     dirty: BTreeSet<u64>,
     write_handle: Option<u64>,
+    /// How often the host has named it to us: so often it is to be forgotten.
+    lookups: u64,
     /// Shared mappings of the file.
     mappings: usize,
     handle: Option<u64>,
@@ -131,6 +135,7 @@ impl Fuse {
             nodes: Mutex::new(BTreeMap::new()),
             names: Mutex::new(BTreeMap::new()),
             handles: Mutex::new(0),
+            removed: Mutex::default(),
             me: Weak::clone(me),
         });
         let body = Body::new().u32(7).u32(31).u32(READ_CHUNK as u32).u32(0);
@@ -240,8 +245,76 @@ impl Fuse {
             };
             Arc::clone(nodes.entry(entry.node).or_insert_with(made))
         };
-        node.state.lock().update(entry.attributes, entry.valid_ns);
+        let mut state = node.state.lock();
+        state.lookups += 1;
+        state.update(entry.attributes, entry.valid_ns);
+        drop(state);
         node
+    }
+
+    /// The node of that name in a directory, if it is known.
+    fn known(&self, directory: u64, name: &[u8]) -> Option<Arc<Node>> {
+        let key = (directory, name.to_vec());
+        let (id, _) = self.names.lock().get(&key).copied()?;
+        self.nodes.lock().get(&id).map(Arc::clone)
+    }
+
+    /// A node has lost a name; with the last one it is forgotten, as soon as nobody uses it.
+    fn lost_name(&self, node: Option<Arc<Node>>) {
+        if let Some(node) = node {
+            let last = {
+                let mut state = node.state.lock();
+                state.valid_until = 0;
+                let is_directory = state.attributes.mode & kind::MASK == kind::DIRECTORY;
+                is_directory || state.attributes.nlink <= 1
+            };
+            if last {
+                self.removed.lock().push(node.id);
+            }
+        }
+        self.forget_removed();
+    }
+
+    /// Tells the host of removed nodes that nobody uses any more: it keeps a descriptor for each,
+    /// and has a limit of these.
+    fn forget_removed(&self) {
+        let mut gone = Vec::new();
+        {
+            let (mut removed, mut nodes) = (self.removed.lock(), self.nodes.lock());
+            removed.retain(|id| match nodes.get(id) {
+                Some(node) if Arc::strong_count(node) == 1 => {
+                    gone.extend(nodes.remove(id));
+                    false
+                }
+                found => found.is_some(),
+            });
+        }
+        for node in gone {
+            let (lookups, handles) = {
+                let mut state = node.state.lock();
+                let handles = [state.handle.take(), state.write_handle.take()];
+                (state.lookups, handles)
+            };
+            if handles[0].is_some() {
+                let mut kept = self.handles.lock();
+                *kept = kept.saturating_sub(1);
+            }
+            for handle in handles.into_iter().flatten() {
+                node.release_handle(Op::Release, handle);
+            }
+            let mut names = self.names.lock();
+            let below: Vec<_> = names
+                .range((node.id, Vec::new())..(node.id.saturating_add(1), Vec::new()))
+                .map(|(key, _)| key.clone())
+                .collect();
+            for key in below {
+                names.remove(&key);
+            }
+            drop(names);
+            let body = Body::new().u64(lookups);
+            // There is no answer to this one.
+            let _ = self.call(Op::Forget, node.id, &body.0, &[], 16, |_| Ok(()));
+        }
     }
 }
 
@@ -502,19 +575,28 @@ impl Node {
     pub fn unlink(&self, name: &[u8], directory: bool) -> Result<(), Errno> {
         let op = if directory { Op::Rmdir } else { Op::Unlink };
         let body = Body::new().name(name);
-        self.fuse()?
-            .call(op, self.id, &body.0, &[], 16, |_| Ok(()))?;
+        let fuse = self.fuse()?;
+        fuse.call(op, self.id, &body.0, &[], 16, |_| Ok(()))?;
+        let node = fuse.known(self.id, name);
         self.forget_name(name);
+        fuse.lost_name(node);
         Ok(())
     }
 
     /// Gives a file another name.
     pub fn rename(&self, name: &[u8], to: &Self, new: &[u8]) -> Result<(), Errno> {
         let body = Body::new().u64(to.id).name(name).name(new);
-        self.fuse()?
-            .call(Op::Rename, self.id, &body.0, &[], 16, |_| Ok(()))?;
+        let fuse = self.fuse()?;
+        let (from, replaced) = (fuse.known(self.id, name), fuse.known(to.id, new));
+        fuse.call(Op::Rename, self.id, &body.0, &[], 16, |_| Ok(()))?;
         self.forget_name(name);
         to.forget_name(new);
+        if let Some(from) = &from {
+            from.state.lock().valid_until = 0;
+        }
+        // Two names of one file: nothing has changed then.
+        let same = |a: &Arc<Self>| from.as_ref().is_some_and(|from| from.id == a.id);
+        fuse.lost_name(replaced.filter(|node| !same(node)));
         Ok(())
     }
 

@@ -20,6 +20,7 @@ use appkernel_core::errno::Errno;
 use appkernel_core::fuse::NAME_MAX;
 
 use crate::container::Container;
+use crate::task::{self, Credentials, may};
 use node::Node;
 
 /// As Linux.
@@ -87,7 +88,11 @@ pub fn resolve(
     path: &[u8],
     follow: bool,
 ) -> Result<Found, Errno> {
-    let place = walk(container, cwd, path, follow)?;
+    found_at(walk(container, cwd, path, follow)?)
+}
+
+/// What a walk led to, which must be there.
+pub fn found_at(place: Place) -> Result<Found, Errno> {
     let found = place.found.ok_or(Errno::ENOENT)?;
     if place.slash && !found.node.is_directory() {
         return Err(Errno::ENOTDIR);
@@ -170,6 +175,23 @@ impl<'a> Walk<'a> {
 /// # Errors
 /// As `resolve`.
 pub fn walk(container: &Container, cwd: &[u8], path: &[u8], follow: bool) -> Result<Place, Errno> {
+    let me = task::current();
+    let credentials = me.credentials.lock().clone();
+    walk_as(container, cwd, path, follow, &credentials)
+}
+
+/// As `walk`, with the rights of somebody else.
+///
+/// # Errors
+/// As `resolve`; also `EACCES`: a directory on the way may not be searched.
+pub fn walk_as(
+    container: &Container,
+    cwd: &[u8],
+    path: &[u8],
+    follow: bool,
+    credentials: &Credentials,
+) -> Result<Place, Errno> {
+    let root = task::current().place.lock().root.clone();
     if path.is_empty() {
         return Err(Errno::ENOENT);
     }
@@ -177,9 +199,10 @@ pub fn walk(container: &Container, cwd: &[u8], path: &[u8], follow: bool) -> Res
         return Err(Errno::ENAMETOOLONG);
     }
     let mut todo: VecDeque<Vec<u8>> = VecDeque::new();
-    if !path.starts_with(b"/") {
-        todo.extend(components(cwd));
-    }
+    // The way to where it starts is not asked about: the caller is there already.
+    let start = if path.starts_with(b"/") { &root } else { cwd };
+    todo.extend(components(start));
+    let mut trusted = todo.len();
     todo.extend(components(path));
     let slash = path.ends_with(b"/") || path.ends_with(b"/.");
     let mut walk = Walk::new(container)?;
@@ -191,8 +214,17 @@ pub fn walk(container: &Container, cwd: &[u8], path: &[u8], follow: bool) -> Res
         if !walk.at().0.is_directory() {
             return Err(Errno::ENOTDIR);
         }
+        if trusted > 0 {
+            trusted -= 1;
+        } else if !credentials.files_root()
+            && !credentials.may(&walk.at().0.attributes()?, may::EXECUTE)
+        {
+            return Err(Errno::EACCES);
+        }
         if name == b".." {
-            walk.up();
+            if root.is_empty() || walk.path() != root {
+                walk.up();
+            }
             continue;
         }
         let last = todo.is_empty();
@@ -222,6 +254,12 @@ pub fn walk(container: &Container, cwd: &[u8], path: &[u8], follow: bool) -> Res
             }
             for component in components(&target).rev() {
                 todo.push_front(component);
+            }
+            if target.starts_with(b"/") {
+                for component in components(&root).rev() {
+                    todo.push_front(component);
+                    trusted += 1;
+                }
             }
             continue;
         }

@@ -15,6 +15,8 @@ use crate::task;
 
 /// As Linux.
 const CAPACITY: usize = 65536;
+/// As Linux' `fs.pipe-max-size`.
+pub const CAPACITY_MAX: usize = 1 << 20;
 /// Writes of so many bytes are not mixed with others (`PIPE_BUF`).
 const ATOMIC: usize = 4096;
 
@@ -26,6 +28,21 @@ struct State {
     /// Bytes that came, and that were taken.
     came: u64,
     taken: u64,
+    /// Bytes it may hold; 0 for the usual number.
+    capacity: usize,
+}
+
+impl State {
+    fn capacity(&self) -> usize {
+        match self.capacity {
+            0 => CAPACITY,
+            own => own,
+        }
+    }
+
+    fn room(&self) -> usize {
+        self.capacity().saturating_sub(self.data.len())
+    }
 }
 
 /// Bytes from writers to readers.
@@ -44,6 +61,8 @@ static NEXT: AtomicU64 = AtomicU64::new(1);
 pub enum End {
     Read,
     Write,
+    /// A fifo that is open both ways.
+    Both,
 }
 
 impl Pipe {
@@ -78,6 +97,10 @@ impl Pipe {
         match end {
             End::Read => state.readers += 1,
             End::Write => state.writers += 1,
+            End::Both => {
+                state.readers += 1;
+                state.writers += 1;
+            }
         }
     }
 
@@ -91,18 +114,19 @@ impl Pipe {
     /// Bytes that can be written without waiting; `None` when nobody reads.
     pub fn room(&self) -> Option<usize> {
         let state = self.state.lock();
-        (state.readers > 0).then(|| CAPACITY.saturating_sub(state.data.len()))
+        (state.readers > 0).then(|| state.room())
     }
 
     /// An end is closed.
     pub fn close(&self, end: End) {
         {
             let mut state = self.state.lock();
-            let count = match end {
-                End::Read => &mut state.readers,
-                End::Write => &mut state.writers,
-            };
-            *count = count.saturating_sub(1);
+            if end != End::Write {
+                state.readers = state.readers.saturating_sub(1);
+            }
+            if end != End::Read {
+                state.writers = state.writers.saturating_sub(1);
+            }
         }
         self.changed();
     }
@@ -117,8 +141,13 @@ impl Pipe {
                 ..Ready::default()
             },
             End::Write => Ready {
-                writable: CAPACITY - state.data.len() >= ATOMIC || state.readers == 0,
+                writable: state.room() >= ATOMIC || state.readers == 0,
                 error: state.readers == 0,
+                ..Ready::default()
+            },
+            End::Both => Ready {
+                readable: !state.data.is_empty(),
+                writable: state.room() >= ATOMIC,
                 ..Ready::default()
             },
         }
@@ -128,6 +157,34 @@ impl Pipe {
     pub fn progress(&self) -> (u64, u64) {
         let state = self.state.lock();
         (state.came, state.taken)
+    }
+
+    /// Bytes it may hold.
+    pub fn capacity(&self) -> usize {
+        self.state.lock().capacity()
+    }
+
+    /// Sets how many bytes it may hold: a power of two of pages.
+    ///
+    /// # Errors
+    /// `EINVAL`, `EPERM` if it is more than it may be, `EBUSY` if there are more bytes in it.
+    pub fn set_capacity(&self, wanted: u32) -> Result<usize, Errno> {
+        if wanted == 0 || wanted > 1 << 31 {
+            return Err(Errno::EINVAL);
+        }
+        let bytes = (wanted as usize).next_multiple_of(4096).next_power_of_two();
+        // For everybody: what waits in pipes is the kernel's memory.
+        if bytes > CAPACITY_MAX {
+            return Err(Errno::EPERM);
+        }
+        let mut state = self.state.lock();
+        if bytes < state.data.len() {
+            return Err(Errno::EBUSY);
+        }
+        state.capacity = bytes;
+        drop(state);
+        self.changed();
+        Ok(bytes)
     }
 
     /// Bytes in it.
@@ -196,7 +253,7 @@ impl Pipe {
                 if state.readers == 0 {
                     return Some(Err(Errno::EPIPE));
                 }
-                let room = CAPACITY - state.data.len();
+                let room = state.room();
                 let needed = if rest.len() <= ATOMIC { rest.len() } else { 1 };
                 if room < needed {
                     return None;
@@ -243,8 +300,8 @@ pub fn open_fifo(node: &Node, access: u32, wait: bool) -> Result<Kind, Errno> {
     let end = match access {
         0 => End::Read,
         flag::WRITE_ONLY => End::Write,
-        // Both ways is not for fifos by POSIX; Linux lets it be, programs use it to never wait.
-        _ => return Err(Errno::EINVAL),
+        // Not for fifos by POSIX; Linux lets it be, programs use it to never wait.
+        _ => End::Both,
     };
     pipe.open(end);
     task::wake(task::FILES);
@@ -253,6 +310,7 @@ pub fn open_fifo(node: &Node, access: u32, wait: bool) -> Result<Kind, Errno> {
         match end {
             End::Read => state.writers > 0 || !state.data.is_empty(),
             End::Write => state.readers > 0,
+            End::Both => true,
         }
     };
     if !other(&pipe) {

@@ -58,6 +58,9 @@ const PROC: &[(&str, What)] = &[
     ("sys/kernel/cap_last_cap", FILE),
     ("sys/kernel/hostname", FILE),
     ("sys/kernel/domainname", FILE),
+    ("sys/kernel/msgmax", FILE),
+    ("sys/kernel/msgmnb", FILE),
+    ("sys/kernel/msgmni", FILE),
     ("sys/kernel/ngroups_max", FILE),
     ("sys/kernel/osrelease", FILE),
     ("sys/kernel/ostype", FILE),
@@ -69,6 +72,11 @@ const PROC: &[(&str, What)] = &[
     ("sys/kernel/random/uuid", FILE),
     ("sys/kernel/randomize_va_space", FILE),
     ("sys/kernel/sched_autogroup_enabled", FILE),
+    ("sys/kernel/sem", FILE),
+    ("sys/kernel/shmall", FILE),
+    ("sys/kernel/shmmax", FILE),
+    ("sys/kernel/shmmni", FILE),
+    ("sys/kernel/tainted", FILE),
     ("sys/kernel/threads-max", FILE),
     ("sys/kernel/version", FILE),
     ("sys/net/core/somaxconn", FILE),
@@ -79,6 +87,9 @@ const PROC: &[(&str, What)] = &[
     ("sys/vm/overcommit_memory", FILE),
     ("sys/vm/overcommit_ratio", FILE),
     ("sys/vm/swappiness", FILE),
+    ("sysvipc/msg", FILE),
+    ("sysvipc/sem", FILE),
+    ("sysvipc/shm", FILE),
     ("#/cgroup", FILE),
     ("#/cmdline", FILE),
     ("#/comm", Writable),
@@ -419,7 +430,10 @@ impl Entry {
             }
             "mounts" => b"self/mounts".to_vec(),
             "net" => b"self/net".to_vec(),
-            "#/root" => b"/".to_vec(),
+            "#/root" => self.place(|p| match &p.root[..] {
+                b"" => b"/".to_vec(),
+                root => root.to_vec(),
+            })?,
             "#/exe" => self.place(|p| p.exe.clone())?,
             "#/cwd" => self.place(|p| p.cwd.clone())?,
             "#/fd/$" => self.open_file().ok_or(Errno::ENOENT)?.name(),
@@ -480,7 +494,20 @@ impl Entry {
             let name = from.strip_suffix(b"\n").unwrap_or(from);
             *task.name.lock() = name.iter().copied().take(15).collect();
         }
-        // The others change nothing here: who is ended for lack of memory is not to be chosen.
+        if self.at.ends_with("oom_score_adj") {
+            let text = core::str::from_utf8(from).map_err(|_| Errno::EINVAL)?;
+            let wanted: i32 = text.trim().parse().map_err(|_| Errno::EINVAL)?;
+            if !(-1000..=1000).contains(&wanted) {
+                return Err(Errno::EINVAL);
+            }
+            let root = task::current().credentials.lock().is_root();
+            let mut place = task.place.lock();
+            if wanted < place.oom_score_adj && !root {
+                return Err(Errno::EACCES);
+            }
+            place.oom_score_adj = wanted;
+        }
+        // The others change nothing here.
         Ok(from.len())
     }
 }

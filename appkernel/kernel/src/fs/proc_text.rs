@@ -3,6 +3,7 @@
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
+use appkernel_core::sysv;
 
 use appkernel_core::vma::{Backing, EXECUTE, READ, WRITE};
 use appkernel_hal::PAGE;
@@ -69,13 +70,16 @@ pub fn of_machine(at: &str) -> Option<Vec<u8>> {
         "vmstat" => format!("nr_free_pages {}\n", m.free_kib / 4),
         "sys/fs/file-max" | "sys/fs/nr_open" => String::from("1048576\n"),
         "sys/fs/file-nr" => String::from("0\t0\t1048576\n"),
-        "sys/fs/pipe-max-size" => String::from("65536\n"),
+        "sys/fs/pipe-max-size" => format!("{}\n", super::pipe::CAPACITY_MAX),
         "sys/kernel/cap_last_cap" => String::from("40\n"),
         "sys/kernel/hostname" => {
             let hostname = task::current().container.hostname.lock().clone();
             format!("{}\n", String::from_utf8_lossy(&hostname))
         }
-        "sys/kernel/domainname" => String::from("(none)\n"),
+        "sys/kernel/domainname" => {
+            let name = task::current().container.domainname.lock().clone();
+            format!("{}\n", String::from_utf8_lossy(&name))
+        }
         "sys/kernel/ngroups_max" => String::from("65536\n"),
         "sys/kernel/osrelease" => format!("{RELEASE}\n"),
         "sys/kernel/ostype" => String::from("Linux\n"),
@@ -86,6 +90,21 @@ pub fn of_machine(at: &str) -> Option<Vec<u8>> {
         "sys/kernel/randomize_va_space" | "sys/kernel/sched_autogroup_enabled" => {
             String::from("0\n")
         }
+        "sys/kernel/msgmax" => format!("{}\n", sysv::MESSAGE_MAX),
+        "sys/kernel/msgmnb" => format!("{}\n", sysv::QUEUE_BYTES),
+        "sys/kernel/msgmni" | "sys/kernel/shmmni" => format!("{}\n", sysv::MAX_OBJECTS),
+        "sys/kernel/sem" => format!(
+            "{}\t{}\t{}\t{}\n",
+            sysv::SEMAPHORES_MAX,
+            sysv::SEMAPHORES_MAX * sysv::MAX_OBJECTS,
+            sysv::OPERATIONS_MAX,
+            sysv::MAX_OBJECTS
+        ),
+        "sys/kernel/shmall" | "sys/kernel/shmmax" => format!("{}\n", u64::MAX - (1 << 24)),
+        "sys/kernel/tainted" => String::from("0\n"),
+        "sysvipc/msg" => crate::syscall::sysv::text("msg"),
+        "sysvipc/sem" => crate::syscall::sysv::text("sem"),
+        "sysvipc/shm" => crate::syscall::sysv::text("shm"),
         "sys/kernel/threads-max" => String::from("4096\n"),
         "sys/kernel/version" => format!("{VERSION}\n"),
         "sys/net/core/somaxconn" | "sys/net/ipv4/tcp_max_syn_backlog" => String::from("4096\n"),
@@ -209,7 +228,8 @@ pub fn of_task(name: &str, task: &Task, thread: bool) -> Option<Vec<u8>> {
                 20 + i
             )
         }),
-        "oom_adj" | "oom_score" | "oom_score_adj" => String::from("0\n"),
+        "oom_score_adj" => format!("{}\n", task.place.lock().oom_score_adj),
+        "oom_adj" | "oom_score" => String::from("0\n"),
         "stat" => stat(task, thread),
         "statm" => {
             let (size, resident) = memory(task);
@@ -368,6 +388,9 @@ fn stat(task: &Task, thread: bool) -> String {
 
 fn status(task: &Task) -> String {
     let (size, resident) = memory(task);
+    let locked = task
+        .memory()
+        .map_or(0, |mm| mm.lock().locked_bytes(0, appkernel_hal::USER_END));
     let letter = task::state_letter(task.id);
     let state = match letter {
         'R' => "running",
@@ -384,14 +407,15 @@ fn status(task: &Task) -> String {
     let c = task.credentials.lock().clone();
     let groups: Vec<String> = c.groups.iter().map(|g| format!("{g}")).collect();
     let capabilities = c.capabilities();
+    let no_new = u8::from(task.asked.lock().no_new_privileges);
     format!(
         "Name:\t{}\nUmask:\t{:04o}\nState:\t{letter} ({state})\nTgid:\t{}\nNgid:\t0\nPid:\t{}\nPPid:\t{}\n\
          TracerPid:\t0\nUid:\t{}\t{}\t{}\t{}\nGid:\t{}\t{}\t{}\t{}\nFDSize:\t64\nGroups:\t{} \n\
-         VmPeak:\t{:8} kB\nVmSize:\t{:8} kB\nVmHWM:\t{:8} kB\nVmRSS:\t{:8} kB\nVmData:\t{:8} kB\n\
+         VmPeak:\t{:8} kB\nVmSize:\t{:8} kB\nVmLck:\t{:8} kB\nVmHWM:\t{:8} kB\nVmRSS:\t{:8} kB\nVmData:\t{:8} kB\n\
          VmSwap:\t       0 kB\nThreads:\t{}\nSigPnd:\t{pending:016x}\nShdPnd:\t0000000000000000\n\
          SigBlk:\t{mask:016x}\nSigIgn:\t{ignored:016x}\nSigCgt:\t{caught:016x}\n\
          CapInh:\t0000000000000000\nCapPrm:\t{capabilities:016x}\nCapEff:\t{capabilities:016x}\n\
-         CapBnd:\t{capabilities:016x}\nCapAmb:\t0000000000000000\nNoNewPrivs:\t0\nSeccomp:\t0\n\
+         CapBnd:\t{capabilities:016x}\nCapAmb:\t0000000000000000\nNoNewPrivs:\t{no_new}\nSeccomp:\t0\n\
          Cpus_allowed:\t1\nCpus_allowed_list:\t0\nMems_allowed:\t1\nMems_allowed_list:\t0\n\
          voluntary_ctxt_switches:\t0\nnonvoluntary_ctxt_switches:\t0\n",
         String::from_utf8_lossy(&task.name.lock()),
@@ -402,14 +426,15 @@ fn status(task: &Task) -> String {
         c.uid,
         c.euid,
         c.suid,
-        c.euid,
+        c.fsuid,
         c.gid,
         c.egid,
         c.sgid,
-        c.egid,
+        c.fsgid,
         groups.join(" "),
         size / 1024,
         size / 1024,
+        locked / 1024,
         resident * 4,
         resident * 4,
         size / 1024,

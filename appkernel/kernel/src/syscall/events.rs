@@ -5,7 +5,7 @@ use alloc::string::String;
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use core::any::Any;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use appkernel_core::errno::Errno;
 use appkernel_hal::clock;
@@ -27,7 +27,9 @@ const MAX_EVENTS: usize = 1024;
 /// The calls of this family.
 pub fn call(c: &Call<'_>) -> Option<Result> {
     Some(match c.number {
+        213 if c.int(0) <= 0 => Err(Errno::EINVAL),
         213 => insert(c, Arc::new(Epoll::default()), 0),
+        291 if c.uint(0) & !CLOEXEC != 0 => Err(Errno::EINVAL),
         291 => insert(c, Arc::new(Epoll::default()), c.uint(0)),
         233 => control(c),
         232 => wait(c, ms(c.int(3)), 0),
@@ -227,6 +229,10 @@ impl TimerFd {
 
 fn set_timer(c: &Call<'_>) -> Result {
     const ABSOLUTE: u32 = 1;
+    const CANCEL_ON_SET: u32 = 2;
+    if c.uint(1) & !(ABSOLUTE | CANCEL_ON_SET) != 0 {
+        return Err(Errno::EINVAL);
+    }
     let file = c.task.file(c.int(0))?;
     let timer = file.object::<TimerFd>().ok_or(Errno::EINVAL)?;
     let interval = get_timespec(c.arg(2))?;
@@ -396,10 +402,13 @@ struct Watch {
     off: bool,
 }
 
-/// Watches files. One that another watches holds no further ones: rings and deep chains would end in
-/// the kernel's stack.
+/// Watches files, with the number of epolls that may be above it. Chains have an end: they are
+/// followed on the kernel's stack.
 #[derive(Default)]
-struct Epoll(Mutex<BTreeMap<(i32, usize), Watch>>, AtomicBool);
+struct Epoll(Mutex<BTreeMap<(i32, usize), Watch>>, AtomicUsize);
+
+/// Epolls within epolls, as Linux.
+const MAX_NESTED: usize = 4;
 
 const READABLE: u32 = 0x41;
 const WRITABLE: u32 = 0x104;
@@ -417,13 +426,29 @@ fn control(c: &Call<'_>) -> Result {
     let watched = c.task.file(c.int(2))?;
     let own = file.object::<Epoll>().ok_or(Errno::EINVAL)?;
     if let Some(inner) = watched.object::<Epoll>() {
-        let is_inner = own.1.load(Ordering::Relaxed);
-        if Arc::ptr_eq(&file, &watched) || is_inner || inner.holds_epoll() {
+        if Arc::ptr_eq(&file, &watched) {
             return Err(Errno::EINVAL);
         }
-        inner.1.store(true, Ordering::Relaxed);
+        if c.uint(1) == 1 {
+            let me = core::ptr::from_ref(own);
+            let Some(below) = inner.depth(me, 0) else {
+                return Err(Errno::ELOOP);
+            };
+            let above = own.1.load(Ordering::Relaxed);
+            if below + 1 + above > MAX_NESTED {
+                return Err(Errno::EINVAL);
+            }
+            inner.1.fetch_max(above + 1, Ordering::Relaxed);
+            inner.push_down(above + 1);
+        }
     }
-    if matches!(watched.kind, Kind::Regular(..) | Kind::Directory(..)) {
+    if watched.flags() & flag::PATH != 0 {
+        return Err(Errno::EBADF);
+    }
+    if matches!(
+        watched.kind,
+        Kind::Regular(..) | Kind::Directory(..) | Kind::Device(_)
+    ) {
         return Err(Errno::EPERM);
     }
     let (events, data) = if c.uint(1) == 2 {
@@ -465,8 +490,32 @@ fn control(c: &Call<'_>) -> Result {
 }
 
 impl Epoll {
-    fn holds_epoll(&self) -> bool {
-        self.files().iter().any(|f| f.object::<Self>().is_some())
+    /// How many levels of epolls are below it; `None` if `top` is one of them, or there are more
+    /// than may be.
+    fn depth(&self, top: *const Self, level: usize) -> Option<usize> {
+        if core::ptr::eq(self, top) || level > MAX_NESTED {
+            return None;
+        }
+        let mut deepest = 0;
+        for file in self.files() {
+            if let Some(inner) = file.object::<Self>() {
+                deepest = deepest.max(inner.depth(top, level + 1)? + 1);
+            }
+        }
+        Some(deepest)
+    }
+
+    /// Tells those below how many are above them.
+    fn push_down(&self, above: usize) {
+        // The depth was checked: there are no rings.
+        for file in self.files() {
+            if let Some(inner) = file.object::<Self>()
+                && above < MAX_NESTED
+            {
+                inner.1.fetch_max(above + 1, Ordering::Relaxed);
+                inner.push_down(above + 1);
+            }
+        }
     }
 
     fn files(&self) -> Vec<Arc<File>> {

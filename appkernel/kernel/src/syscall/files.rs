@@ -5,10 +5,9 @@ use alloc::vec;
 
 use appkernel_core::errno::Errno;
 use appkernel_core::fuse::DirEntry;
-use appkernel_core::locks::Lock;
+use appkernel_hal::USER_END;
 
-use super::{Call, Result, get, moves, put, sockets};
-use crate::container::visible;
+use super::{Call, Result, file_locks, get, moves, put, sockets};
 use crate::fs::file::{File, Kind, flag};
 use crate::fs::fuse::Change;
 use crate::fs::node::Node;
@@ -17,7 +16,7 @@ use crate::fs::pty::{Master, Slave};
 use crate::fs::watch::Inotify;
 use crate::net::Socket;
 use crate::signal::{self, Info, Signal};
-use crate::task::{self, Task, limits};
+use crate::task::{Task, limits};
 
 /// Bytes copied at once between program and kernel.
 pub const CHUNK: usize = 64 << 10;
@@ -36,8 +35,12 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         16 => ioctl(c),
         17 => at(c.arg(3)).and_then(|at| read(c, c.arg(1), c.arg(2), Some(at))),
         18 => at(c.arg(3)).and_then(|at| write(c, c.arg(1), c.arg(2), Some(at))),
-        19 => parts(c, read),
-        20 => parts(c, write),
+        19 => parts(c, read, None),
+        20 => parts(c, write, None),
+        295 => at(c.arg(3)).and_then(|at| parts(c, read, Some(at))),
+        296 => at(c.arg(3)).and_then(|at| parts(c, write, Some(at))),
+        327 => flagged(c, read),
+        328 => flagged(c, write),
         22 => pipe(c, 0),
         32 => duplicate(c, 0, false),
         33 | 292 => duplicate_to(c),
@@ -45,7 +48,7 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         72 => control(c),
         74 | 75 => sync(c),
         77 => truncate(c),
-        217 => entries(c),
+        78 | 217 => entries(c),
         293 => pipe(c, c.uint(1)),
         _ => return None,
     })
@@ -130,21 +133,80 @@ fn write(c: &Call<'_>, address: u64, count: u64, at: Option<u64>) -> Result {
     Ok(done)
 }
 
-fn parts(c: &Call<'_>, f: fn(&Call<'_>, u64, u64, Option<u64>) -> Result) -> Result {
+/// preadv2 and pwritev2.
+fn flagged(c: &Call<'_>, f: fn(&Call<'_>, u64, u64, Option<u64>) -> Result) -> Result {
+    // How urgent it is, that it is to be written through, that it must not wait, to the end.
+    const KNOWN: u32 = 0x1f;
+    const APPEND: u32 = 0x10;
+    const NOWAIT: u32 = 8;
+    if c.uint(5) & !KNOWN != 0 {
+        return Err(Errno::EOPNOTSUPP);
+    }
+    let file = c.task.file(c.int(0))?;
+    // Files of the share are read by waiting for the host.
+    if c.uint(5) & NOWAIT != 0 && !matches!(file.kind, Kind::Regular(Node::Memory(_), _)) {
+        return Err(Errno::EOPNOTSUPP);
+    }
+    if c.arg(3) == u64::MAX {
+        return parts(c, f, None);
+    }
+    let mut start = at(c.arg(3))?;
+    if let (Kind::Regular(node, _), true) = (&file.kind, c.uint(5) & APPEND != 0) {
+        start = node.attributes()?.size;
+    }
+    parts(c, f, Some(start))
+}
+
+/// readv, writev and the like: all parts are looked at before the first is moved.
+fn parts(
+    c: &Call<'_>,
+    f: fn(&Call<'_>, u64, u64, Option<u64>) -> Result,
+    at: Option<u64>,
+) -> Result {
     let count = c.arg(2);
     if count > MAX_PARTS {
         return Err(Errno::EINVAL);
     }
-    let mut done = 0;
+    // What is wrong with the file is said first.
+    let file = c.task.used_file(c.int(0))?;
+    if at.is_some()
+        && !matches!(
+            file.kind,
+            Kind::Regular(..) | Kind::Directory(..) | Kind::Device(_)
+        )
+    {
+        return Err(Errno::ESPIPE);
+    }
+    let mut all = alloc::vec::Vec::with_capacity(count as usize);
+    let mut total = 0u64;
     for i in 0..count {
         let entry: [u8; 16] = get(c.arg(1).wrapping_add(i * 16))?;
         let (address, len) = entry.split_at(8);
         let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
         let (address, len) = (number(address), number(len));
+        if len > i64::MAX.cast_unsigned() {
+            return Err(Errno::EINVAL);
+        }
+        if len > 0
+            && address
+                .checked_add(len.min(MAX_COUNT))
+                .is_none_or(|end| end > USER_END)
+        {
+            return Err(Errno::EFAULT);
+        }
+        total = total.saturating_add(len);
+        all.push((address, len));
+    }
+    if total == 0 {
+        // The file has to fit the call all the same.
+        return f(c, 0, 0, at);
+    }
+    let mut done = 0;
+    for (address, len) in all {
         if len == 0 {
             continue;
         }
-        match f(c, address, len, None) {
+        match f(c, address, len, at.map(|at| at.saturating_add(done))) {
             Ok(count) => {
                 done += count;
                 if count < len {
@@ -155,21 +217,18 @@ fn parts(c: &Call<'_>, f: fn(&Call<'_>, u64, u64, Option<u64>) -> Result) -> Res
             Err(e) => return Err(e),
         }
     }
-    if done == 0 && count == 0 {
-        c.task.file(c.int(0))?;
-    }
     Ok(done)
 }
 
 fn close(c: &Call<'_>) -> Result {
     let file = c.task.files().lock().remove(c.int(0))?;
-    drop_locks(&file, c.task.process);
+    file_locks::drop_locks(&file, c.task.process);
     drop(file);
     Ok(0)
 }
 
 fn seek(c: &Call<'_>) -> Result {
-    let file = c.task.file(c.int(0))?;
+    let file = c.task.used_file(c.int(0))?;
     let size = match &file.kind {
         Kind::Regular(node, _) => node.attributes()?.size,
         Kind::Directory(_, entries) => {
@@ -202,7 +261,7 @@ fn ioctl(c: &Call<'_>) -> Result {
     const FIOCLEX: u32 = 0x5451;
     const FIONCLEX: u32 = 0x5450;
     const FIOASYNC: u32 = 0x5452;
-    let file = c.task.file(c.int(0))?;
+    let file = c.task.used_file(c.int(0))?;
     match c.uint(1) {
         FIONREAD => {
             let count = match &file.kind {
@@ -213,7 +272,7 @@ fn ioctl(c: &Call<'_>) -> Result {
                     file.object::<Inotify>().map_or(0, |i| i.waiting() as u32)
                 }
                 Kind::Object(_) => return terminal_call(c, &file, FIONREAD),
-                Kind::Pipe(pipe, End::Read) => pipe.len() as u32,
+                Kind::Pipe(pipe, _) => pipe.len() as u32,
                 Kind::Regular(node, _) => {
                     let offset = *file.offset.lock();
                     node.attributes()?
@@ -345,103 +404,22 @@ fn control(c: &Call<'_>) -> Result {
             file.set_flags(c.uint(2));
             Ok(0)
         }
-        command @ 5..=7 => lock(c, &file, command),
-        // Owner for signals of input, of which none are sent; pipe sizes and seals are as they are.
-        8 | 9 => Ok(0),
-        1031 | 1032 if matches!(file.kind, Kind::Pipe(..)) => Ok(65536),
+        command @ (5..=7 | 36..=38) => file_locks::lock(c, &file, command),
+        command @ (8..=11 | 15 | 16) => file_locks::owner(c, &file, command),
+        command @ (1024 | 1025) => file_locks::lease(c, &file, command),
+        command @ (1031 | 1032) => match &file.kind {
+            Kind::Pipe(pipe, _) if command == 1031 => {
+                pipe.set_capacity(c.uint(2)).map(|bytes| bytes as u64)
+            }
+            Kind::Pipe(pipe, _) => Ok(pipe.capacity() as u64),
+            _ => Err(Errno::EBADF),
+        },
         _ => Err(Errno::EINVAL),
     }
 }
 
-/// Record locks: known to the programs of this kernel, not to the host.
-fn lock(c: &Call<'_>, file: &File, command: u32) -> Result {
-    const GET: u32 = 5;
-    const SET_AND_WAIT: u32 = 7;
-    const UNLOCK: u16 = 2;
-    let node = match &file.kind {
-        Kind::Regular(node, _) => node,
-        _ => return Err(Errno::EINVAL),
-    };
-    let mut raw: [u8; 32] = get(c.arg(2))?;
-    let word = |at: usize| raw[at..at + 8].try_into().map_or(0, u64::from_le_bytes);
-    let kind = u16::from_le_bytes([raw[0], raw[1]]);
-    let base = match raw[2] {
-        0 => 0,
-        1 => *file.offset.lock(),
-        2 => node.attributes()?.size,
-        _ => return Err(Errno::EINVAL),
-    };
-    let first = base
-        .checked_add_signed(word(8).cast_signed())
-        .ok_or(Errno::EINVAL)?;
-    let (start, end) = match word(16).cast_signed() {
-        0 => (first, u64::MAX),
-        len @ 1.. => (
-            first,
-            first
-                .checked_add(len.unsigned_abs())
-                .ok_or(Errno::EOVERFLOW)?,
-        ),
-        len => (
-            first.checked_sub(len.unsigned_abs()).ok_or(Errno::EINVAL)?,
-            first,
-        ),
-    };
-    let wanted = Lock {
-        owner: c.task.process,
-        exclusive: kind == 1,
-        start,
-        end,
-    };
-    match (command, kind) {
-        (GET, 0 | 1) => {
-            match node.with_locks(|locks| locks.conflict(&wanted)).flatten() {
-                None => raw[..2].copy_from_slice(&UNLOCK.to_le_bytes()),
-                Some(other) => {
-                    let len = if other.end == u64::MAX {
-                        0
-                    } else {
-                        other.end - other.start
-                    };
-                    raw[..2].copy_from_slice(&u16::from(other.exclusive).to_le_bytes());
-                    raw[2..4].fill(0);
-                    raw[8..16].copy_from_slice(&other.start.to_le_bytes());
-                    raw[16..24].copy_from_slice(&len.to_le_bytes());
-                    raw[24..28].copy_from_slice(&visible(other.owner).to_le_bytes());
-                }
-            }
-            put(c.arg(2), &raw)?;
-        }
-        (GET, _) | (_, 3..) => return Err(Errno::EINVAL),
-        (_, UNLOCK) => unlock(node, wanted.owner, start, end),
-        (SET_AND_WAIT, _) => task::wait_for(task::FILES, || {
-            match node.with_locks(|locks| locks.take(wanted)) {
-                Some(Err(Errno::EAGAIN)) => None,
-                other => Some(other.unwrap_or(Err(Errno::EINVAL))),
-            }
-        })??,
-        _ => node
-            .with_locks(|locks| locks.take(wanted))
-            .unwrap_or(Err(Errno::EINVAL))?,
-    }
-    Ok(0)
-}
-
-fn unlock(node: &Node, owner: u32, start: u64, end: u64) {
-    if node.with_locks(|locks| locks.release(owner, start, end)) == Some(true) {
-        task::wake(task::FILES);
-    }
-}
-
-/// A process that closes any of its descriptors of a file loses all its locks on it (POSIX).
-pub fn drop_locks(file: &File, process: u32) {
-    if let Kind::Regular(node, _) = &file.kind {
-        unlock(node, process, 0, u64::MAX);
-    }
-}
-
 fn sync(c: &Call<'_>) -> Result {
-    let file = c.task.file(c.int(0))?;
+    let file = c.task.used_file(c.int(0))?;
     match &file.kind {
         Kind::Regular(node, handle) => node.sync(c.number == 75, *handle)?,
         Kind::Directory(..) => {}
@@ -453,7 +431,7 @@ fn sync(c: &Call<'_>) -> Result {
 fn truncate(c: &Call<'_>) -> Result {
     let size = at(c.arg(1))?;
     may_grow(c.task, size.saturating_sub(1))?;
-    match &c.task.file(c.int(0))?.kind {
+    match &c.task.used_file(c.int(0))?.kind {
         Kind::Regular(node, Some(_)) => node.change(&Change {
             size: Some(size),
             ..Change::default()
@@ -464,7 +442,7 @@ fn truncate(c: &Call<'_>) -> Result {
 }
 
 fn entries(c: &Call<'_>) -> Result {
-    let file = c.task.file(c.int(0))?;
+    let file = c.task.used_file(c.int(0))?;
     let Kind::Directory(node, cached) = &file.kind else {
         return Err(Errno::ENOTDIR);
     };
@@ -499,9 +477,17 @@ fn entries(c: &Call<'_>) -> Result {
             bytes.extend(entry.ino.to_le_bytes());
             bytes.extend(offset.to_le_bytes());
             bytes.extend((len as u16).to_le_bytes());
-            bytes.push(entry.kind);
+            if c.number == 217 {
+                bytes.push(entry.kind);
+            }
             bytes.extend(&entry.name);
             bytes.resize(end, 0);
+            // The old call has the kind in its last byte.
+            if c.number == 78
+                && let Some(last) = bytes.last_mut()
+            {
+                *last = entry.kind;
+            }
         }
         if bytes.is_empty() && (offset as usize) < all.len() {
             return Err(Errno::EINVAL);

@@ -1,9 +1,11 @@
 //! Calls that tell something: machine, time, users, limits.
 
 use alloc::vec;
+use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
 
 use appkernel_core::errno::Errno;
+use appkernel_hal::sync::Mutex;
 use appkernel_hal::{clock, cpu, frames, usercopy};
 
 use super::{Call, Result, put, put_words};
@@ -19,12 +21,19 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         96 => {
             let now = clock::realtime_ns();
             let time = [now / SECOND, now % SECOND / 1000];
+            // The time zone is always that of the day's time itself.
+            if c.arg(1) != 0
+                && let Err(e) = put_words(c.arg(1), &[0])
+            {
+                return Some(Err(e));
+            }
             if c.arg(0) == 0 {
                 Ok(0)
             } else {
                 put_words(c.arg(0), &time).map(|()| 0)
             }
         }
+        98 if !(-1..=1).contains(&c.int(0)) => Err(Errno::EINVAL),
         98 => {
             let us = cpu_ns(c) / 1000;
             let mut words = [0; 18];
@@ -51,7 +60,6 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
                 put_words(c.arg(0), &[now]).map(|()| now)
             }
         }
-        204 => put(c.arg(2), &1u64.to_le_bytes()).map(|()| 8),
         228 => time(c, c.arg(0))
             .and_then(|t| put_words(c.arg(1), &[t / SECOND, t % SECOND]))
             .map(|()| 0),
@@ -71,6 +79,8 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         160 => limits(c, c.task, c.uint(0), c.arg(1), 0),
         302 => prlimit(c),
         318 => random(c),
+        170 => set_name(c, &c.task.container.hostname),
+        171 => set_name(c, &c.task.container.domainname),
         _ => return None,
     })
 }
@@ -81,16 +91,31 @@ fn cpu_ns(c: &Call<'_>) -> u64 {
     task::process_cpu_ns(c.task.process)
 }
 
+/// sethostname and setdomainname: of the container.
+fn set_name(c: &Call<'_>, name: &Mutex<Vec<u8>>) -> Result {
+    if !c.task.credentials.lock().is_root() {
+        return Err(Errno::EPERM);
+    }
+    let len = usize::try_from(c.int(1)).ok().filter(|len| *len <= 64);
+    let mut bytes = vec![0; len.ok_or(Errno::EINVAL)?];
+    usercopy::read(&mut bytes, c.arg(0)).map_err(|_| Errno::EFAULT)?;
+    *name.lock() = bytes;
+    Ok(0)
+}
+
 fn uname(c: &Call<'_>) -> Result {
     let hostname = c.task.container.hostname.lock().clone();
     let hostname = hostname.get(..hostname.len().min(64)).unwrap_or_default();
+    let domainname = c.task.container.domainname.lock().clone();
     let fields: [&[u8]; 6] = [
         b"Linux",
         hostname,
         RELEASE.as_bytes(),
         VERSION.as_bytes(),
         b"x86_64",
-        b"(none)",
+        domainname
+            .get(..domainname.len().min(64))
+            .unwrap_or_default(),
     ];
     let mut bytes = vec![0; 65 * 6];
     for (slot, field) in bytes.chunks_exact_mut(65).zip(fields) {

@@ -1,5 +1,7 @@
 //! Calls on memory.
 
+use core::sync::atomic::Ordering;
+
 use appkernel_core::errno::Errno;
 use appkernel_core::vma::{Area, Backing, EXECUTE, READ, WRITE};
 use appkernel_hal::{PAGE, USER_END};
@@ -11,12 +13,14 @@ use crate::fs::fuse::Change;
 use crate::fs::memory;
 use crate::fs::node::Node;
 use crate::mm::{LOWEST, MMAP_TOP, Mapping};
+use crate::task::limits::LOCKED;
 
 const SHARED: u32 = 1;
 const PRIVATE: u32 = 2;
 const FIXED: u32 = 0x10;
 const ANONYMOUS: u32 = 0x20;
 const FIXED_NOREPLACE: u32 = 0x10_0000;
+const LOCKED_NOW: u32 = 0x2000;
 
 /// The calls of this family.
 pub fn call(c: &Call<'_>) -> Option<Result> {
@@ -29,6 +33,17 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         26 => sync(c),
         27 => resident(c),
         28 => advise(c),
+        149 => lock(c, 0),
+        325 => lock(c, c.uint(2)),
+        150 => unlock(c),
+        151 => lock_all(c),
+        152 => {
+            let mm = c.task.mm();
+            let mut mm = mm.lock();
+            mm.unlock(0, USER_END);
+            mm.lock_future = false;
+            Ok(0)
+        }
         _ => return None,
     })
 }
@@ -44,6 +59,91 @@ fn range(start: u64, len: u64) -> Result<(u64, u64)> {
         return Err(Errno::EINVAL);
     }
     Ok((start, end))
+}
+
+/// The pages that a range touches.
+fn pages(start: u64, len: u64) -> Result<(u64, u64)> {
+    let end = start.checked_add(len).ok_or(Errno::EINVAL)?;
+    let end = end.checked_next_multiple_of(PAGE).ok_or(Errno::EINVAL)?;
+    if end > USER_END {
+        return Err(Errno::ENOMEM);
+    }
+    Ok((start & !(PAGE - 1), end))
+}
+
+/// Whether the caller may have so many bytes stay.
+fn may_lock(c: &Call<'_>, bytes: u64) -> Result<()> {
+    let limit = c.task.limits.lock().soft(LOCKED);
+    if c.task.credentials.lock().is_root() || bytes <= limit {
+        return Ok(());
+    }
+    Err(if limit == 0 {
+        Errno::EPERM
+    } else {
+        Errno::ENOMEM
+    })
+}
+
+/// mlock(2) and mlock2(2).
+fn lock(c: &Call<'_>, flags: u32) -> Result {
+    const ON_FAULT: u32 = 1;
+    if flags & !ON_FAULT != 0 {
+        return Err(Errno::EINVAL);
+    }
+    let (start, end) = pages(c.arg(0), c.arg(1))?;
+    let mm = c.task.mm();
+    let mut mm = mm.lock();
+    let more = (end - start).saturating_sub(mm.locked_bytes(start, end));
+    may_lock(c, mm.locked_bytes(0, USER_END).saturating_add(more))?;
+    if !mm.areas.covers(start, end) {
+        return Err(Errno::ENOMEM);
+    }
+    mm.lock(start, end);
+    if flags & ON_FAULT == 0 {
+        let count = mm.populate(start, end)?;
+        count_pages(c, count);
+    }
+    Ok(0)
+}
+
+/// Pages that came otherwise than by being touched count for the container's limit all the same:
+/// the next one that is touched finds them.
+fn count_pages(c: &Call<'_>, count: u64) {
+    c.task.container.pages.fetch_add(count, Ordering::Relaxed);
+}
+
+fn unlock(c: &Call<'_>) -> Result {
+    let (start, end) = pages(c.arg(0), c.arg(1))?;
+    let mm = c.task.mm();
+    let mut mm = mm.lock();
+    if !mm.areas.covers(start, end) {
+        return Err(Errno::ENOMEM);
+    }
+    mm.unlock(start, end);
+    Ok(0)
+}
+
+/// mlockall(2).
+fn lock_all(c: &Call<'_>) -> Result {
+    const CURRENT: u32 = 1;
+    const FUTURE: u32 = 2;
+    const ON_FAULT: u32 = 4;
+    let flags = c.uint(0);
+    if flags & !(CURRENT | FUTURE | ON_FAULT) != 0 || flags & (CURRENT | FUTURE) == 0 {
+        return Err(Errno::EINVAL);
+    }
+    let mm = c.task.mm();
+    let mut mm = mm.lock();
+    let all: alloc::vec::Vec<_> = mm.areas.iter().map(|a| (a.start, a.end)).collect();
+    may_lock(c, all.iter().map(|(start, end)| end - start).sum())?;
+    mm.lock_future = flags & FUTURE != 0;
+    if flags & CURRENT != 0 {
+        for (start, end) in all {
+            mm.lock(start, end);
+            // The stack and the heap come as they are touched: all of them now would be too much.
+        }
+    }
+    Ok(0)
 }
 
 fn protection(bits: u32) -> u8 {
@@ -131,6 +231,10 @@ fn map(c: &Call<'_>) -> Result {
             }
         }
     };
+    if flags & LOCKED_NOW != 0 {
+        let more = mm.locked_bytes(0, USER_END).saturating_add(end - start);
+        may_lock(c, more).map_err(|_| Errno::EAGAIN)?;
+    }
     mm.map(Area {
         start,
         end,
@@ -138,6 +242,11 @@ fn map(c: &Call<'_>) -> Result {
         shared,
         backing,
     })?;
+    if flags & LOCKED_NOW != 0 {
+        mm.lock(start, end);
+        // What cannot come now comes when it is touched.
+        count_pages(c, mm.populate(start, end).unwrap_or(0));
+    }
     Ok(start)
 }
 
@@ -247,11 +356,21 @@ fn remap(c: &Call<'_>) -> Result {
 
 /// msync(2): files that are mapped shared are written now.
 fn sync(c: &Call<'_>) -> Result {
+    const ASYNC: u32 = 1;
+    const INVALIDATE: u32 = 2;
+    const SYNC: u32 = 4;
+    let flags = c.uint(2);
+    if flags & !(ASYNC | INVALIDATE | SYNC) != 0 || flags & (ASYNC | SYNC) == ASYNC | SYNC {
+        return Err(Errno::EINVAL);
+    }
     let (start, end) = range(c.arg(0), c.arg(1))?;
     let mm = c.task.mm();
     let mut mm = mm.lock();
     if !mm.areas.covers(start, end) {
         return Err(Errno::ENOMEM);
+    }
+    if flags & INVALIDATE != 0 && mm.locked_bytes(start, end) > 0 {
+        return Err(Errno::EBUSY);
     }
     mm.write_back(start, end)?;
     Ok(0)
@@ -303,6 +422,7 @@ fn advise(c: &Call<'_>) -> Result {
     const DONTNEED: u32 = 4;
     let (start, end) = range(c.arg(0), c.arg(1))?;
     match c.uint(2) {
+        DONTNEED if c.task.mm().lock().locked_bytes(start, end) > 0 => Err(Errno::EINVAL),
         DONTNEED => {
             c.task.mm().lock().discard(start, end);
             Ok(0)

@@ -2,18 +2,24 @@
 
 pub mod futex;
 
+mod attributes;
 pub mod events;
+pub mod file_locks;
 pub mod files;
 mod info;
 mod memory;
 mod more;
+mod mounts;
 mod moves;
 mod paths;
 mod polls;
 mod processes;
+mod scheduling;
 mod signals;
 mod socket_options;
 mod sockets;
+pub mod sysv;
+mod timers;
 mod users;
 mod watches;
 
@@ -156,6 +162,7 @@ fn one(call: &Call<'_>) -> Result {
         files::call,
         memory::call,
         paths::call,
+        attributes::call,
         polls::call,
         processes::call,
         signals::call,
@@ -165,6 +172,10 @@ fn one(call: &Call<'_>) -> Result {
         events::call,
         more::call,
         watches::call,
+        sysv::call,
+        scheduling::call,
+        timers::call,
+        mounts::call,
     ] {
         if let Some(result) = family(call) {
             return result;

@@ -2,37 +2,33 @@
 
 use appkernel_core::errno::Errno;
 
-use super::{Call, Result, get, get_u64, moves, put, put_words};
-use crate::alarms;
+use super::{Call, Result, get, moves, put};
 use crate::fs::file::Kind;
 use crate::fs::fuse::Change;
-use crate::task;
-
-const SECOND: u64 = 1_000_000_000;
 
 /// The calls of this family.
 pub fn call(c: &Call<'_>) -> Option<Result> {
     Some(match c.number {
-        36 => interval(c, c.arg(1)),
-        37 => {
-            let (left, _) = alarms::set(c.task.process, u64::from(c.uint(0)) * SECOND, 0);
-            Ok(left.div_ceil(SECOND))
-        }
-        38 => set_interval(c),
-        73 => lock_file(c),
+        73 => super::file_locks::flock(c),
         135 => Ok(0),
-        140 => Ok(20),
-        141 | 144 | 142 | 251 => Ok(0),
-        143 => put(c.arg(1), &0u32.to_le_bytes()).map(|()| 0),
-        145 | 146 | 147 | 252 => Ok(0),
         157 => control(c),
         162 => Ok(0),
-        187 | 203 => Ok(0),
+        187 => match &c.task.used_file(c.int(0)) {
+            Ok(file) if file.flags() & 3 == 1 => Err(Errno::EBADF),
+            Ok(file) if matches!(file.kind, Kind::Regular(..)) => Ok(0),
+            Ok(_) => Err(Errno::EINVAL),
+            Err(e) => Err(*e),
+        },
         188..=190 => Err(Errno::EOPNOTSUPP),
         191..=193 => Err(Errno::ENODATA),
         194..=196 => Ok(0),
         197..=199 => Err(Errno::EOPNOTSUPP),
-        221 => Ok(0),
+        221 => match c.task.used_file(c.int(0)) {
+            Ok(file) if matches!(file.kind, Kind::Pipe(..)) => Err(Errno::ESPIPE),
+            Ok(_) if c.uint(3) > 5 || c.arg(2).cast_signed() < 0 => Err(Errno::EINVAL),
+            Ok(_) => Ok(0),
+            Err(e) => Err(e),
+        },
         275 => moves::splice(c),
         276 => moves::tee(c),
         285 => allocate(c),
@@ -52,90 +48,43 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
     })
 }
 
-fn put_interval(at: u64, (left, interval): (u64, u64)) -> Result {
-    if at == 0 {
-        return Ok(0);
-    }
-    let us = |ns: u64| ns % SECOND / 1000;
-    let words = [interval / SECOND, us(interval), left / SECOND, us(left)];
-    put_words(at, &words).map(|()| 0)
-}
-
-fn interval(c: &Call<'_>, to: u64) -> Result {
-    match c.uint(0) {
-        0 => put_interval(to, alarms::get(c.task.process)),
-        1 | 2 => put_interval(to, (0, 0)),
-        _ => Err(Errno::EINVAL),
-    }
-}
-
-fn set_interval(c: &Call<'_>) -> Result {
-    // Timers of processor time are not there: setting one has no effect but turning it off.
-    let time = |at: u64| -> Result {
-        let (seconds, us) = (get_u64(at)?, get_u64(at.wrapping_add(8))?);
-        if us >= 1_000_000 || seconds > i64::MAX.cast_unsigned() {
-            return Err(Errno::EINVAL);
-        }
-        Ok(seconds.saturating_mul(SECOND).saturating_add(us * 1000))
-    };
-    let (interval, value) = match c.arg(1) {
-        0 => (0, 0),
-        at => (time(at)?, time(at.wrapping_add(16))?),
-    };
-    match c.uint(0) {
-        0 => put_interval(c.arg(2), alarms::set(c.task.process, value, interval)),
-        1 | 2 if value == 0 => put_interval(c.arg(2), (0, 0)),
-        1 | 2 => Err(Errno::EOPNOTSUPP),
-        _ => Err(Errno::EINVAL),
-    }
-}
-
-/// flock(2), as a record lock on the whole file that belongs to the process: what programs use it
-/// for is to keep a second one of them out.
-fn lock_file(c: &Call<'_>) -> Result {
-    use appkernel_core::locks::Lock;
-    const NOWAIT: u32 = 4;
-    let file = c.task.file(c.int(0))?;
-    let node = file.node().ok_or(Errno::EBADF)?;
-    let exclusive = match c.uint(1) & !NOWAIT {
-        1 => false,
-        2 => true,
-        8 => {
-            node.with_locks(|locks| locks.release(c.task.process, u64::MAX - 1, u64::MAX));
-            task::wake(task::FILES);
-            return Ok(0);
-        }
-        _ => return Err(Errno::EINVAL),
-    };
-    // A place that no record lock reaches, so that the two kinds do not meet.
-    let wanted = Lock {
-        owner: c.task.process,
-        exclusive,
-        start: u64::MAX - 1,
-        end: u64::MAX,
-    };
-    let attempt = || match node.with_locks(|locks| locks.take(wanted)) {
-        Some(Err(Errno::EAGAIN)) => None,
-        other => Some(other.unwrap_or(Ok(()))),
-    };
-    if c.uint(1) & NOWAIT != 0 {
-        attempt().unwrap_or(Err(Errno::EAGAIN))?;
-    } else {
-        task::wait_for(task::FILES, attempt)??;
-    }
-    Ok(0)
-}
-
 /// prctl(2).
 fn control(c: &Call<'_>) -> Result {
     match c.uint(0) {
         // Parent's death signal, dumpable, keep capabilities, timer slack, no new privileges, child
         // subreaper, names of memory: nothing here depends on them.
-        1 | 4 | 8 | 29 | 36 | 38 | 0x5356_4d41 => Ok(0),
-        2 => put(c.arg(1), &0u32.to_le_bytes()).map(|()| 0),
+        1 if c.arg(1) > 64 => Err(Errno::EINVAL),
+        4 if c.arg(1) > 1 => Err(Errno::EINVAL),
+        8 if c.arg(1) > 1 => Err(Errno::EINVAL),
+        38 if c.arg(1) != 1 || c.arg(2) | c.arg(3) | c.arg(4) != 0 => Err(Errno::EINVAL),
+        39 if c.arg(1) | c.arg(2) | c.arg(3) | c.arg(4) != 0 => Err(Errno::EINVAL),
+        4 | 8 | 36 | 0x5356_4d41 => Ok(0),
+        1 => {
+            c.task.asked.lock().death_signal = c.uint(1);
+            Ok(0)
+        }
+        2 => {
+            let signal = c.task.asked.lock().death_signal;
+            put(c.arg(1), &signal.to_le_bytes()).map(|()| 0)
+        }
         3 => Ok(1),
-        7 | 39 => Ok(0),
-        30 => Ok(50_000),
+        7 => Ok(0),
+        // No set-user-id programs are honoured: there is nothing to be denied.
+        38 => {
+            c.task.asked.lock().no_new_privileges = true;
+            Ok(0)
+        }
+        39 => Ok(c.task.asked.lock().no_new_privileges.into()),
+        29 => {
+            let mut asked = c.task.asked.lock();
+            asked.timer_slack_ns = if c.arg(1) == 0 {
+                asked.default_slack_ns
+            } else {
+                c.arg(1)
+            };
+            Ok(0)
+        }
+        30 => Ok(c.task.asked.lock().timer_slack_ns),
         37 => put(c.arg(1), &0u32.to_le_bytes()).map(|()| 0),
         15 => {
             let mut name = super::get_string(c.arg(1), 16, Errno::ERANGE).or_else(|e| match e {
@@ -161,21 +110,25 @@ fn control(c: &Call<'_>) -> Result {
 
 fn allocate(c: &Call<'_>) -> Result {
     const KEEP_SIZE: u32 = 1;
-    let file = c.task.file(c.int(0))?;
-    let Kind::Regular(node, Some(_)) = &file.kind else {
-        return Err(Errno::EBADF);
-    };
+    let file = c.task.used_file(c.int(0))?;
+    if c.arg(2).cast_signed() < 0 || c.arg(3).cast_signed() <= 0 {
+        return Err(Errno::EINVAL);
+    }
     if c.uint(1) & !KEEP_SIZE != 0 {
         return Err(Errno::EOPNOTSUPP);
     }
-    let end = c
-        .arg(2)
-        .checked_add(c.arg(3))
-        .filter(|e| *e <= i64::MAX.cast_unsigned());
-    let end = end.ok_or(Errno::EFBIG)?;
-    if c.arg(3) == 0 {
-        return Err(Errno::EINVAL);
+    let node = match &file.kind {
+        Kind::Regular(node, Some(_)) => node,
+        Kind::Pipe(..) => return Err(Errno::ESPIPE),
+        _ if file.flags() & 3 == 0 => return Err(Errno::EBADF),
+        Kind::Directory(..) => return Err(Errno::EISDIR),
+        _ => return Err(Errno::ENODEV),
+    };
+    let end = c.arg(2) + c.arg(3);
+    if end > i64::MAX.cast_unsigned() {
+        return Err(Errno::EFBIG);
     }
+    super::files::may_grow(c.task, end.saturating_sub(1))?;
     if c.uint(1) & KEEP_SIZE == 0 && node.attributes()?.size < end {
         node.change(&Change {
             size: Some(end),
@@ -191,6 +144,10 @@ fn close_range(c: &Call<'_>) -> Result {
     if first > last || c.uint(2) & !(CLOEXEC | 2) != 0 {
         return Err(Errno::EINVAL);
     }
+    if c.uint(2) & 2 != 0 {
+        let copy = c.task.files().lock().duplicate();
+        *c.task.files.lock() = alloc::sync::Arc::new(appkernel_hal::sync::Mutex::new(copy));
+    }
     let files = c.task.files();
     let numbers = files.lock().numbers();
     for fd in numbers.into_iter().filter(|n| (first..=last).contains(n)) {
@@ -201,7 +158,7 @@ fn close_range(c: &Call<'_>) -> Result {
         // Not in one expression: the file is dropped without the lock.
         let removed = files.lock().remove(fd.cast_signed());
         if let Ok(file) = removed {
-            super::files::drop_locks(&file, c.task.process);
+            super::file_locks::drop_locks(&file, c.task.process);
         }
     }
     Ok(0)

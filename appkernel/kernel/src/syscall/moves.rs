@@ -22,6 +22,9 @@ fn offset(at: u64) -> Result {
 pub fn sendfile(c: &Call<'_>) -> Result {
     let to = c.task.file(c.int(0))?;
     let from = c.task.file(c.int(1))?;
+    if !from.may_read() || !to.may_write() {
+        return Err(Errno::EBADF);
+    }
     if !matches!(from.kind, Kind::Regular(..)) {
         return Err(Errno::EINVAL);
     }
@@ -106,7 +109,7 @@ fn out_of(pipe: &Pipe, wait: bool, to: &File, len: usize, at: Option<u64>) -> Re
     }
     let count = match &to.kind {
         // No more than fits: the rest would wait with both.
-        Kind::Pipe(other, End::Write) => {
+        Kind::Pipe(other, End::Write | End::Both) => {
             let room = until(wait && to.waits(), || match other.room() {
                 Some(0) => None,
                 room => Some(room),
@@ -146,16 +149,31 @@ pub fn splice(c: &Call<'_>) -> Result {
         return Ok(0);
     }
     let wait = c.uint(5) & NONBLOCK == 0;
+    if let (Kind::Pipe(a, _), Kind::Pipe(b, _)) = (&from.kind, &to.kind)
+        && a.number() == b.number()
+    {
+        return Err(Errno::EINVAL);
+    }
+    if !from.may_read() || !to.may_write() {
+        return Err(Errno::EBADF);
+    }
+    const APPEND: u32 = crate::fs::file::flag::APPEND;
+    let directory = [&from, &to]
+        .iter()
+        .any(|f| matches!(f.kind, Kind::Directory(..)));
+    if directory || to.flags() & APPEND != 0 {
+        return Err(Errno::EINVAL);
+    }
     let count = match (&from.kind, &to.kind) {
         (Kind::Pipe(..), _) if from_at != 0 => return Err(Errno::ESPIPE),
         (_, Kind::Pipe(..)) if to_at != 0 => return Err(Errno::ESPIPE),
-        (Kind::Pipe(pipe, End::Read), _) => {
+        (Kind::Pipe(pipe, End::Read | End::Both), _) => {
             let at = place(to_at)?;
             let count = out_of(pipe, wait && from.waits(), &to, len, at)?;
             advance(to_at, at, count)?;
             count
         }
-        (_, Kind::Pipe(pipe, End::Write)) => {
+        (_, Kind::Pipe(pipe, End::Write | End::Both)) => {
             let at = place(from_at)?;
             let count = into(pipe, wait && to.waits(), &from, len, at)?;
             advance(from_at, at, count)?;
@@ -176,6 +194,9 @@ pub fn tee(c: &Call<'_>) -> Result {
         return Err(Errno::EINVAL);
     };
     let wait = c.uint(3) & NONBLOCK == 0;
+    if source.number() == pipe.number() {
+        return Err(Errno::EINVAL);
+    }
     let len = c.arg(2).min(CHUNK as u64) as usize;
     let bytes = until(wait && from.waits(), || {
         let bytes = source.peek(len);

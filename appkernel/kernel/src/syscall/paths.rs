@@ -8,7 +8,7 @@ use appkernel_core::fuse::Attributes;
 use appkernel_hal::clock;
 use appkernel_hal::sync::Mutex;
 
-use super::{Call, Result, get_path, get_u64, put};
+use super::{Call, Result, get_path, put};
 use crate::fs::dev::Special;
 use crate::fs::file::{File, Kind, flag};
 use crate::fs::fuse::Change;
@@ -20,9 +20,9 @@ use crate::fs::{self, Found, Place};
 use crate::task::may;
 
 pub(super) const CWD: i32 = -100;
-const AT_SYMLINK_NOFOLLOW: u32 = 0x100;
+pub(super) const AT_SYMLINK_NOFOLLOW: u32 = 0x100;
 const AT_REMOVEDIR: u32 = 0x200;
-const AT_EMPTY_PATH: u32 = 0x1000;
+pub(super) const AT_EMPTY_PATH: u32 = 0x1000;
 
 /// The calls of this family.
 pub fn call(c: &Call<'_>) -> Option<Result> {
@@ -40,12 +40,16 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         4 => stat_path(c, CWD, a(0), a(1), 0),
         6 => stat_path(c, CWD, a(0), a(1), AT_SYMLINK_NOFOLLOW),
         5 => stat_file(c, c.int(0), a(1)),
+        262 if c.uint(3) & !(AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH | 0x800) != 0 => {
+            Err(Errno::EINVAL)
+        }
         262 => stat_path(c, c.int(0), a(1), a(2), c.uint(3)),
         21 => access(c, CWD, a(0), c.uint(1), 0),
         269 => access(c, c.int(0), a(1), c.uint(2), 0),
         439 => access(c, c.int(0), a(1), c.uint(2), c.uint(3)),
         79 => getcwd(c),
         80 => chdir(c),
+        161 => chroot(c),
         81 => fchdir(c),
         82 => rename(c, (CWD, a(0)), (CWD, a(1)), 0),
         264 => rename(c, (c.int(0), a(1)), (c.int(2), a(3)), 0),
@@ -60,6 +64,7 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         258 => mkdir(c, c.int(0), a(1), c.uint(2)),
         84 => unlink(c, CWD, a(0), true),
         87 => unlink(c, CWD, a(0), false),
+        263 if c.uint(2) & !AT_REMOVEDIR != 0 => Err(Errno::EINVAL),
         263 => unlink(c, c.int(0), a(1), c.uint(2) & AT_REMOVEDIR != 0),
         86 => link(c, (CWD, a(0)), (CWD, a(1)), 0),
         265 => link(c, (c.int(0), a(1)), (c.int(2), a(3)), c.uint(4)),
@@ -67,21 +72,7 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         266 => symlink(c, a(0), c.int(1), a(2)),
         89 => readlink(c, CWD, a(0), a(1), a(2)),
         267 => readlink(c, c.int(0), a(1), a(2), a(3)),
-        90 => chmod(c, CWD, a(0), c.uint(1)),
-        268 => chmod(c, c.int(0), a(1), c.uint(2)),
-        91 => change_file(
-            c,
-            &Change {
-                mode: Some(c.uint(1) & 0o7777),
-                ..Change::default()
-            },
-        ),
-        92 => chown(c, CWD, a(0), (c.uint(1), c.uint(2)), 0),
-        94 => chown(c, CWD, a(0), (c.uint(1), c.uint(2)), AT_SYMLINK_NOFOLLOW),
-        93 => change_file(c, &owner(c.uint(1), c.uint(2))),
-        260 => chown(c, c.int(0), a(1), (c.uint(2), c.uint(3)), c.uint(4)),
         76 => truncate(c),
-        280 => utimens(c),
         95 => {
             let mut place = c.task.place.lock();
             Ok(core::mem::replace(&mut place.umask, c.uint(0) & 0o777).into())
@@ -93,6 +84,9 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
 
 /// The directory that a relative path starts from.
 fn base(c: &Call<'_>, dir: i32, path: &[u8]) -> Result<Vec<u8>> {
+    if path.is_empty() {
+        return Err(Errno::ENOENT);
+    }
     if dir == CWD || path.starts_with(b"/") {
         return Ok(c.task.place.lock().cwd.clone());
     }
@@ -119,7 +113,7 @@ pub(super) fn walk(c: &Call<'_>, dir: i32, address: u64) -> Result<Place> {
 pub(super) fn changes(c: &Call<'_>, place: &Place) -> Result<()> {
     let directory = place.writable()?;
     let credentials = c.task.credentials.lock().clone();
-    if !credentials.is_root()
+    if !credentials.files_root()
         && !credentials.may(&directory.attributes()?, may::WRITE | may::EXECUTE)
     {
         return Err(Errno::EACCES);
@@ -222,8 +216,12 @@ fn open_found(c: &Call<'_>, place: &Place, found: &Found, flags: u32) -> Result<
     }
     let writes = wanted & may::WRITE != 0;
     let credentials = c.task.credentials.lock().clone();
-    if !credentials.is_root() && !credentials.may(&node.attributes()?, wanted) {
+    if !credentials.files_root() && !credentials.may(&node.attributes()?, wanted) {
         return Err(Errno::EACCES);
+    }
+    const NOATIME: u32 = 0o1_000_000;
+    if flags & NOATIME != 0 && !credentials.owns(&node.attributes()?) {
+        return Err(Errno::EPERM);
     }
     match node.kind() {
         kind::DIRECTORY if writes || flags & flag::CREATE != 0 => Err(Errno::EISDIR),
@@ -257,7 +255,8 @@ fn open_found(c: &Call<'_>, place: &Place, found: &Found, flags: u32) -> Result<
 fn open_again(file: &Arc<File>, flags: u32) -> Result<Kind> {
     let end = match flags & flag::ACCESS {
         0 => End::Read,
-        _ => End::Write,
+        flag::WRITE_ONLY => End::Write,
+        _ => End::Both,
     };
     Ok(match &file.kind {
         Kind::Pipe(pipe, _) => {
@@ -272,7 +271,7 @@ fn open_again(file: &Arc<File>, flags: u32) -> Result<Kind> {
         Kind::Device(device) => Kind::Device(*device),
         Kind::Regular(node, handle) => {
             let handle = match handle {
-                Some(_) if end == End::Write => Some(node.open_for_writing()?),
+                Some(_) if end != End::Read => Some(node.open_for_writing()?),
                 _ => None,
             };
             Kind::Regular(node.clone(), handle)
@@ -437,17 +436,35 @@ fn access(c: &Call<'_>, dir: i32, path: u64, mode: u32, flags: u32) -> Result {
     if mode & !7 != 0 {
         return Err(Errno::EINVAL);
     }
-    let found = resolve(c, dir, path, flags & AT_SYMLINK_NOFOLLOW == 0)?;
     const EFFECTIVE: u32 = 0x200;
     const WRITE: u32 = 2;
-    if mode & WRITE != 0 && found.read_only && !found.node.is_directory() {
-        return Err(Errno::EROFS);
+    if flags & !(EFFECTIVE | AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH) != 0 {
+        return Err(Errno::EINVAL);
     }
     let mut credentials = c.task.credentials.lock().clone();
     if flags & EFFECTIVE == 0 {
         (credentials.euid, credentials.egid) = (credentials.uid, credentials.gid);
+        (credentials.fsuid, credentials.fsgid) = (credentials.uid, credentials.gid);
     }
-    if mode & EXECUTE != 0 || !credentials.is_root() {
+    let text = get_path(path)?;
+    let found = if text.is_empty() && flags & AT_EMPTY_PATH != 0 {
+        let file = c.task.file(dir)?;
+        let node = file.node().ok_or(Errno::EACCES)?.clone();
+        Found {
+            path: file.path.clone(),
+            node,
+            read_only: false,
+        }
+    } else {
+        let base = base(c, dir, &text)?;
+        let follow = flags & AT_SYMLINK_NOFOLLOW == 0;
+        let place = fs::walk_as(&c.task.container, &base, &text, follow, &credentials)?;
+        fs::found_at(place)?
+    };
+    if mode & WRITE != 0 && found.read_only && !found.node.is_directory() {
+        return Err(Errno::EROFS);
+    }
+    if mode & EXECUTE != 0 || !credentials.files_root() {
         let attributes = found.node.attributes()?;
         if !credentials.may(&attributes, mode) {
             return Err(Errno::EACCES);
@@ -457,7 +474,15 @@ fn access(c: &Call<'_>, dir: i32, path: u64, mode: u32, flags: u32) -> Result {
 }
 
 fn getcwd(c: &Call<'_>) -> Result {
-    let mut cwd = c.task.place.lock().cwd.clone();
+    let mut cwd = {
+        let place = c.task.place.lock();
+        let inside = place.cwd.strip_prefix(&place.root[..]);
+        match inside {
+            Some(b"") => b"/".to_vec(),
+            Some(inside) => inside.to_vec(),
+            None => [b"(unreachable)", &place.cwd[..]].concat(),
+        }
+    };
     cwd.push(0);
     if (cwd.len() as u64) > c.arg(1) {
         return Err(Errno::ERANGE);
@@ -474,7 +499,36 @@ fn chdir(c: &Call<'_>) -> Result {
     if found.path.len() >= fs::PATH_MAX {
         return Err(Errno::ENAMETOOLONG);
     }
+    searches(c, &found.node)?;
     c.task.place.lock().cwd = found.path;
+    Ok(0)
+}
+
+/// Whether the caller may go into a directory.
+fn searches(c: &Call<'_>, node: &Node) -> Result<()> {
+    let credentials = c.task.credentials.lock().clone();
+    if credentials.files_root() || credentials.may(&node.attributes()?, may::EXECUTE) {
+        return Ok(());
+    }
+    Err(Errno::EACCES)
+}
+
+/// chroot(2): paths of the process start there.
+fn chroot(c: &Call<'_>) -> Result {
+    let found = resolve(c, CWD, c.arg(0), true)?;
+    if !found.node.is_directory() {
+        return Err(Errno::ENOTDIR);
+    }
+    searches(c, &found.node)?;
+    if !c.task.credentials.lock().is_root() {
+        return Err(Errno::EPERM);
+    }
+    let root = if found.path == b"/" {
+        alloc::vec::Vec::new()
+    } else {
+        found.path
+    };
+    c.task.place.lock().root = root;
     Ok(0)
 }
 
@@ -482,6 +536,9 @@ fn fchdir(c: &Call<'_>) -> Result {
     let file = c.task.file(c.int(0))?;
     if !matches!(file.kind, Kind::Directory(..)) {
         return Err(Errno::ENOTDIR);
+    }
+    if let Some(node) = file.node() {
+        searches(c, node)?;
     }
     c.task.place.lock().cwd = file.path.clone();
     Ok(0)
@@ -589,6 +646,9 @@ fn unlink(c: &Call<'_>, dir: i32, path: u64, directory: bool) -> Result {
 
 fn link(c: &Call<'_>, from: (i32, u64), to: (i32, u64), flags: u32) -> Result {
     const AT_SYMLINK_FOLLOW: u32 = 0x400;
+    if flags & !(AT_SYMLINK_FOLLOW | AT_EMPTY_PATH) != 0 {
+        return Err(Errno::EINVAL);
+    }
     let node = resolve(c, from.0, from.1, flags & AT_SYMLINK_FOLLOW != 0)?.node;
     let place = walk(c, to.0, to.1)?;
     if place.found.is_some() {
@@ -635,65 +695,6 @@ fn readlink(c: &Call<'_>, dir: i32, path: u64, to: u64, room: u64) -> Result {
     Ok(len as u64)
 }
 
-fn chmod(c: &Call<'_>, dir: i32, path: u64, mode: u32) -> Result {
-    let found = resolve(c, dir, path, true)?;
-    let change = Change {
-        mode: Some(mode & 0o7777),
-        ..Change::default()
-    };
-    changed(c, (&found.node, &found.path), found.read_only, &change)
-}
-
-/// Changes attributes, if the caller may.
-fn changed(c: &Call<'_>, (node, path): (&Node, &[u8]), read_only: bool, change: &Change) -> Result {
-    if read_only {
-        return Err(Errno::EROFS);
-    }
-    let credentials = c.task.credentials.lock().clone();
-    if !credentials.is_root() {
-        let attributes = node.attributes()?;
-        let gives_away = change.uid.is_some_and(|uid| uid != attributes.uid)
-            || change
-                .gid
-                .is_some_and(|gid| gid != credentials.egid && !credentials.groups.contains(&gid));
-        if !credentials.owns(&attributes) || gives_away {
-            return Err(Errno::EPERM);
-        }
-    }
-    node.change(change)?;
-    watch::tell(path, event::ATTRIB, node.is_directory());
-    Ok(0)
-}
-
-fn owner(uid: u32, gid: u32) -> Change {
-    let given = |id| (id != u32::MAX).then_some(id);
-    Change {
-        uid: given(uid),
-        gid: given(gid),
-        ..Change::default()
-    }
-}
-
-fn chown(c: &Call<'_>, dir: i32, path: u64, ids: (u32, u32), flags: u32) -> Result {
-    let change = owner(ids.0, ids.1);
-    if flags & AT_EMPTY_PATH != 0 && super::get::<1>(path) == Ok([0]) {
-        let file = c.task.file(dir)?;
-        let node = file.node().ok_or(Errno::EINVAL)?;
-        return changed(c, (node, &file.path), false, &change);
-    }
-    let found = resolve(c, dir, path, flags & AT_SYMLINK_NOFOLLOW == 0)?;
-    changed(c, (&found.node, &found.path), found.read_only, &change)
-}
-
-fn change_file(c: &Call<'_>, change: &Change) -> Result {
-    let file = c.task.file(c.int(0))?;
-    match file.node() {
-        Some(node) => changed(c, (node, &file.path), false, change),
-        // Pipes and sockets have no attributes to keep.
-        None => Ok(0),
-    }
-}
-
 fn truncate(c: &Call<'_>) -> Result {
     let size = c.arg(1);
     if size > i64::MAX.cast_unsigned() {
@@ -715,46 +716,6 @@ fn truncate(c: &Call<'_>) -> Result {
         size: Some(size),
         ..Change::default()
     })?;
-    Ok(0)
-}
-
-fn utimens(c: &Call<'_>) -> Result {
-    const NOW: u64 = (1 << 30) - 1;
-    const OMIT: u64 = (1 << 30) - 2;
-    let now = Some(clock::realtime_ns());
-    let time = |at: u64| -> Result<Option<u64>> {
-        let ns = get_u64(at + 8)?;
-        match ns {
-            NOW => Ok(now),
-            OMIT => Ok(None),
-            0..1_000_000_000 => Ok(Some(
-                get_u64(at)?
-                    .saturating_mul(1_000_000_000)
-                    .saturating_add(ns),
-            )),
-            _ => Err(Errno::EINVAL),
-        }
-    };
-    let times = c.arg(2);
-    let (atime, mtime) = if times == 0 {
-        (now, now)
-    } else {
-        (time(times)?, time(times.wrapping_add(16))?)
-    };
-    let change = Change {
-        atime,
-        mtime,
-        ..Change::default()
-    };
-    if c.arg(1) == 0 {
-        return change_file(c, &change);
-    }
-    let found = resolve(c, c.int(0), c.arg(1), c.uint(3) & AT_SYMLINK_NOFOLLOW == 0)?;
-    if found.read_only {
-        return Err(Errno::EROFS);
-    }
-    found.node.change(&change)?;
-    watch::tell(&found.path, event::ATTRIB, found.node.is_directory());
     Ok(0)
 }
 

@@ -79,7 +79,9 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
             task::end_process(c.task.process, task::exited(c.int(0)));
             Ok(0)
         }
+        273 if c.arg(1) != 24 => Err(Errno::EINVAL),
         273 => Ok(0),
+        272 => unshare(c),
         _ => return None,
     })
 }
@@ -131,6 +133,28 @@ fn clone(
     Ok(shown.into())
 }
 
+/// unshare(2): there are no namespaces to make.
+fn unshare(c: &Call<'_>) -> Result {
+    const NAMESPACES: u64 = 0x7e02_0080;
+    let known = flag::FS | flag::FILES | flag::SYSVSEM | flag::VM | flag::SIGHAND | flag::THREAD;
+    let flags = c.arg(0);
+    if flags & !(known | NAMESPACES) != 0 {
+        return Err(Errno::EINVAL);
+    }
+    if flags & NAMESPACES != 0 {
+        return Err(Errno::EPERM);
+    }
+    let shared = flags & (flag::VM | flag::SIGHAND | flag::THREAD) != 0;
+    if shared && task::threads(c.task.process) > 1 {
+        return Err(Errno::EINVAL);
+    }
+    if flags & flag::FILES != 0 {
+        let copy = c.task.files().lock().duplicate();
+        *c.task.files.lock() = alloc::sync::Arc::new(appkernel_hal::sync::Mutex::new(copy));
+    }
+    Ok(0)
+}
+
 fn strings(at: u64, total: &mut usize) -> Result<Vec<Vec<u8>>> {
     let mut all = Vec::new();
     if at == 0 {
@@ -180,6 +204,7 @@ pub fn execve(c: &Call<'_>, frame: &mut Frame) -> Result<()> {
     let own = alloc::sync::Arc::new(appkernel_hal::sync::Mutex::new(handlers));
     own.lock().reset();
     *c.task.handlers.lock() = own;
+    crate::alarms::forget_made(c.task.process);
     *frame = image.frame();
     c.task.replace(image);
     Ok(())
@@ -263,6 +288,9 @@ fn wait4(c: &Call<'_>) -> Result {
     if options & !(NOHANG | UNTRACED | CONTINUED | 0xe000_0000) != 0 {
         return Err(Errno::EINVAL);
     }
+    if c.int(0) == i32::MIN {
+        return Err(Errno::ESRCH);
+    }
     let Some((id, event)) = wait(c, c.int(0), options | EXITED)? else {
         return Ok(0);
     };
@@ -330,13 +358,25 @@ fn set_group(c: &Call<'_>) -> Result {
         group => c.task.container.id(group.unsigned_abs()),
     };
     let session = c.task.links.lock().session;
-    let mut links = task.links.lock();
+    let links = task.links.lock();
     if task.process != c.task.process && links.parent != c.task.process {
         return Err(Errno::ESRCH);
     }
     if links.session != session || links.session == task.id {
         return Err(Errno::EPERM);
     }
+    drop(links);
+    // A group that is there, in the same session, or a new one of its own.
+    let is_there = || {
+        task::living().iter().any(|t| {
+            let links = t.links.lock();
+            links.group == group && links.session == session
+        })
+    };
+    if group != task.id && !is_there() {
+        return Err(Errno::EPERM);
+    }
+    let mut links = task.links.lock();
     links.group = group;
     Ok(0)
 }

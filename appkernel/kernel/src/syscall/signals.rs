@@ -19,8 +19,10 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         130 => suspend(c),
         128 => timed_wait(c),
         131 => alternate_stack(c),
-        200 => one(c, c.int(0), c.arg(1)),
-        234 => one(c, c.int(1), c.arg(2)),
+        200 => one(c, None, c.int(0), c.arg(1)),
+        234 => one(c, Some(c.int(0)), c.int(1), c.arg(2)),
+        129 => queue(c, c.int(0), None, c.arg(1), c.arg(2)),
+        297 => queue(c, c.int(0), Some(c.int(1)), c.arg(2), c.arg(3)),
         _ => return None,
     })
 }
@@ -120,11 +122,53 @@ fn permitted(c: &Call<'_>, to: &task::Task) -> bool {
         .any(|id| *id == other.uid || *id == other.suid)
 }
 
-fn one(c: &Call<'_>, id: i32, number: u64) -> Result {
-    let task = u32::try_from(id)
-        .ok()
-        .filter(|id| *id > 0)
-        .and_then(|id| task::find(c.task.container.id(id)))
+/// rt_sigqueueinfo and rt_tgsigqueueinfo: a signal with what the caller says of it.
+fn queue(c: &Call<'_>, process: i32, thread: Option<i32>, number: u64, info: u64) -> Result {
+    let raw: [u8; 32] = get(info)?;
+    let int = |at: usize| {
+        let bytes = raw.get(at..at + 4).and_then(|b| b.try_into().ok());
+        bytes.map_or(0, i32::from_le_bytes)
+    };
+    let code = int(8);
+    if process <= 0 || thread.is_some_and(|id| id <= 0) {
+        return Err(Errno::EINVAL);
+    }
+    let id = |id: i32| c.task.container.id(id.unsigned_abs());
+    let task = task::find(id(thread.unwrap_or(process)));
+    let task = task
+        .filter(|t| t.process == id(process))
+        .ok_or(Errno::ESRCH)?;
+    // Only to itself may a process say that the kernel sent it, or kill.
+    if (code >= 0 || code == code::TKILL) && task.process != c.task.process || !permitted(c, &task)
+    {
+        return Err(Errno::EPERM);
+    }
+    let info = Info {
+        code,
+        id: c.task.container.id(int(16).cast_unsigned()),
+        uid: int(20).cast_unsigned(),
+        value: get_u64(info.wrapping_add(24))?,
+        address: 0,
+    };
+    if number != 0 {
+        let signal = Signal::parse(number)?;
+        match thread {
+            Some(_) => signal::send(&task, signal, info),
+            None => {
+                signal::send_process(task.process, signal, info);
+            }
+        }
+    }
+    Ok(0)
+}
+
+fn one(c: &Call<'_>, process: Option<i32>, id: i32, number: u64) -> Result {
+    if id <= 0 || process.is_some_and(|id| id <= 0) {
+        return Err(Errno::EINVAL);
+    }
+    let own = |id: i32| c.task.container.id(id.unsigned_abs());
+    let task = task::find(own(id))
+        .filter(|t| process.is_none_or(|process| t.process == own(process)))
         .ok_or(Errno::ESRCH)?;
     if !permitted(c, &task) {
         return Err(Errno::EPERM);
@@ -212,6 +256,10 @@ fn alternate_stack(c: &Call<'_>) -> Result {
             get_u64(c.arg(0).wrapping_add(8))? & 0xffff_ffff,
             get_u64(c.arg(0).wrapping_add(16))?,
         );
+        const KNOWN: u64 = DISABLE | 1 | 1 << 31;
+        if flags & !KNOWN != 0 {
+            return Err(Errno::EINVAL);
+        }
         if signal::stack_flags(old, rsp) == 1 {
             return Err(Errno::EPERM);
         }

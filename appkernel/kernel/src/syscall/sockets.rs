@@ -60,7 +60,7 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
 }
 
 pub fn socket(c: &Call<'_>, i: usize) -> Result<Arc<File>> {
-    let file = c.task.file(c.int(i))?;
+    let file = c.task.used_file(c.int(i))?;
     with(&file)?;
     Ok(file)
 }
@@ -81,6 +81,11 @@ fn insert(c: &Call<'_>, socket: Arc<Socket>, flags: u32) -> Result<i32> {
 
 fn kinds(c: &Call<'_>) -> Result<(u16, Kind)> {
     let of = u16::try_from(c.uint(0)).map_err(|_| Errno::EAFNOSUPPORT)?;
+    const RAW: u32 = 3;
+    const LARGEST: u32 = 10;
+    if c.uint(1) & !(NONBLOCK | CLOEXEC) > LARGEST {
+        return Err(Errno::EINVAL);
+    }
     let kind = match (of, c.uint(1) & 0xf) {
         (family::UNIX | family::INET | family::INET6, 1) => Kind::Stream,
         (family::UNIX | family::INET | family::INET6, 2) => Kind::Datagram,
@@ -94,6 +99,9 @@ fn kinds(c: &Call<'_>) -> Result<(u16, Kind)> {
             };
         }
         (family::NETLINK, _) => return Err(Errno::ESOCKTNOSUPPORT),
+        (family::INET | family::INET6, RAW) if c.uint(2) == 0 => {
+            return Err(Errno::EPROTONOSUPPORT);
+        }
         (family::UNIX | family::INET | family::INET6, _) => return Err(Errno::ESOCKTNOSUPPORT),
         _ => return Err(Errno::EAFNOSUPPORT),
     };
@@ -240,7 +248,8 @@ fn put_address(address: &Address, of: u16, to: u64, len_at: u64) -> Result<()> {
         return Ok(());
     }
     let bytes = address.encode(of);
-    let room = u32::from_le_bytes(get(len_at)?) as usize;
+    let room = i32::from_le_bytes(get(len_at)?);
+    let room = usize::try_from(room).map_err(|_| Errno::EINVAL)?;
     put(to, bytes.get(..bytes.len().min(room)).unwrap_or_default())?;
     put(len_at, &(bytes.len() as u32).to_le_bytes())
 }
@@ -249,6 +258,12 @@ fn accept(c: &Call<'_>, flags: u32) -> Result {
     let file = socket(c, 0)?;
     let listener = with(&file)?;
     if flags & !(NONBLOCK | CLOEXEC) != 0 {
+        return Err(Errno::EINVAL);
+    }
+    if listener.kind == Kind::Datagram {
+        return Err(Errno::EOPNOTSUPP);
+    }
+    if c.arg(1) != 0 && i32::from_le_bytes(get(c.arg(2))?) < 0 {
         return Err(Errno::EINVAL);
     }
     let socket = listener.accept(file.waits())?;
@@ -272,6 +287,10 @@ fn name(c: &Call<'_>, other: bool) -> Result {
         Address::None if socket.family != family::UNIX => Address::any(socket.family),
         address => address,
     };
+    if c.arg(1) == 0 {
+        get::<4>(c.arg(2))?;
+        return Err(Errno::EFAULT);
+    }
     put_address(&address, socket.family, c.arg(1), c.arg(2))?;
     Ok(0)
 }
@@ -287,6 +306,7 @@ fn send_to(c: &Call<'_>) -> Result {
     let file = socket(c, 0)?;
     let socket = with(&file)?;
     let flags = c.uint(3);
+    check_send(socket, flags)?;
     let mut bytes = vec![0; (c.arg(2) as usize).min(MAX_BYTES)];
     usercopy::read(&mut bytes, c.arg(1)).map_err(|_| Errno::EFAULT)?;
     let to = target(c, socket, c.arg(4), c.arg(5) & 0xffff_ffff)?;
@@ -309,10 +329,34 @@ fn target(c: &Call<'_>, socket: &Socket, at: u64, len: u64) -> Result<Target> {
     Ok(Some((address, node)))
 }
 
+/// There is no urgent data, and no queue of errors.
+fn check_receive(flags: u32) -> Result<()> {
+    const OOB: u32 = 1;
+    const ERROR_QUEUE: u32 = 0x2000;
+    match flags {
+        _ if flags & OOB != 0 => Err(Errno::EINVAL),
+        _ if flags & ERROR_QUEUE != 0 => Err(Errno::EAGAIN),
+        _ => Ok(()),
+    }
+}
+
+/// Urgent data is for streams.
+fn check_send(socket: &Socket, flags: u32) -> Result<()> {
+    const OOB: u32 = 1;
+    if flags & OOB != 0 && (socket.kind != Kind::Stream || socket.family == family::UNIX) {
+        return Err(Errno::EOPNOTSUPP);
+    }
+    Ok(())
+}
+
 fn receive_from(c: &Call<'_>) -> Result {
     let file = socket(c, 0)?;
     let socket = with(&file)?;
     let flags = c.uint(3);
+    check_receive(flags)?;
+    if c.arg(4) != 0 && i32::from_le_bytes(get(c.arg(5))?) < 0 {
+        return Err(Errno::EINVAL);
+    }
     let room = (c.arg(2) as usize).min(MAX_BYTES);
     let wait = file.waits() && flags & message::DONTWAIT == 0;
     let mut packet = socket.receive(room, flags & message::PEEK != 0, wait)?;
@@ -362,6 +406,7 @@ fn parts(at: u64, count: u64) -> Result<Vec<(u64, usize)>> {
 fn send_message(c: &Call<'_>, at: u64, flags: u32) -> Result {
     let file = socket(c, 0)?;
     let socket = with(&file)?;
+    check_send(socket, flags)?;
     let (name, name_len) = (get_u64(at)?, get_u64(at.wrapping_add(8))? & 0xffff_ffff);
     let mut bytes = Vec::new();
     for (base, len) in parts(get_u64(at.wrapping_add(16))?, get_u64(at.wrapping_add(24))?)? {

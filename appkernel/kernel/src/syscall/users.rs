@@ -37,15 +37,32 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         }
         113 => {
             let saved = if c.uint(0) != KEEP || c.uint(1) != KEEP && c.uint(1) != own().uid {
-                c.uint(1)
+                if c.uint(1) == KEEP {
+                    own().euid
+                } else {
+                    c.uint(1)
+                }
             } else {
                 KEEP
             };
+            let own = own();
+            let (ruid, euid) = (c.uint(0), c.uint(1));
+            // The saved one is no choice for the real one.
+            let real_ok = own.is_root() || ruid == KEEP || [own.uid, own.euid].contains(&ruid);
+            if !real_ok
+                || !own.is_root() && euid != KEEP && ![own.uid, own.euid, own.suid].contains(&euid)
+            {
+                return Some(Err(Errno::EPERM));
+            }
             set_users(c, [c.uint(0), c.uint(1), saved])
         }
         114 => {
             let saved = if c.uint(0) != KEEP || c.uint(1) != KEEP && c.uint(1) != own().gid {
-                c.uint(1)
+                if c.uint(1) == KEEP {
+                    own().egid
+                } else {
+                    c.uint(1)
+                }
             } else {
                 KEEP
             };
@@ -63,9 +80,23 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
             let own = own();
             put_ids(c, [own.gid, own.egid, own.sgid])
         }
-        // The user for files is always the effective one.
-        122 => Ok(own().euid.into()),
-        123 => Ok(own().egid.into()),
+        122 => {
+            let mut own = c.task.credentials.lock();
+            let (old, id) = (own.fsuid, c.uint(0));
+            if own.is_root() || [own.uid, own.euid, own.suid, own.fsuid].contains(&id) {
+                // It is no user at all: only asked for.
+                own.fsuid = if id == KEEP { old } else { id };
+            }
+            Ok(old.into())
+        }
+        123 => {
+            let mut own = c.task.credentials.lock();
+            let (old, id) = (own.fsgid, c.uint(0));
+            if own.is_root() || [own.gid, own.egid, own.sgid, own.fsgid].contains(&id) {
+                own.fsgid = if id == KEEP { old } else { id };
+            }
+            Ok(old.into())
+        }
         125 => capabilities(c),
         126 => Ok(0),
         _ => return None,
@@ -98,6 +129,7 @@ fn set_users(c: &Call<'_>, wanted: [u32; 3]) -> Result {
     let mut own = c.task.credentials.lock();
     let now = [own.uid, own.euid, own.suid];
     [own.uid, own.euid, own.suid] = chosen(wanted, now, own.is_root())?;
+    own.fsuid = own.euid;
     Ok(0)
 }
 
@@ -105,6 +137,7 @@ fn set_groups_of(c: &Call<'_>, wanted: [u32; 3]) -> Result {
     let mut own = c.task.credentials.lock();
     let now = [own.gid, own.egid, own.sgid];
     [own.gid, own.egid, own.sgid] = chosen(wanted, now, own.is_root())?;
+    own.fsgid = own.egid;
     Ok(0)
 }
 

@@ -16,6 +16,9 @@ pub struct Credentials {
     pub egid: u32,
     pub sgid: u32,
     pub groups: Vec<u32>,
+    /// Who it is for files: the effective ones unless it says otherwise (setfsuid).
+    pub fsuid: u32,
+    pub fsgid: u32,
 }
 
 /// Permission bits, as in a mode.
@@ -36,6 +39,8 @@ impl Credentials {
             egid: gid,
             sgid: gid,
             groups,
+            fsuid: uid,
+            fsgid: gid,
         }
     }
 
@@ -44,11 +49,16 @@ impl Credentials {
         self.euid == 0
     }
 
+    /// Whether it is root where files are concerned.
+    pub fn files_root(&self) -> bool {
+        self.is_root() && self.fsuid == 0
+    }
+
     /// Who owns what it makes.
     pub fn owner(&self) -> Owner {
         Owner {
-            uid: self.euid,
-            gid: self.egid,
+            uid: self.fsuid,
+            gid: self.fsgid,
         }
     }
 
@@ -58,18 +68,18 @@ impl Credentials {
     }
 
     fn in_group(&self, gid: u32) -> bool {
-        self.egid == gid || self.groups.contains(&gid)
+        self.fsgid == gid || self.groups.contains(&gid)
     }
 
     /// Whether the permission bits of a file let it do what is `wanted`.
     pub fn may(&self, file: &Attributes, wanted: u32) -> bool {
-        if self.is_root() {
+        if self.files_root() {
             // Root may all, but executes only what somebody may.
             return wanted & may::EXECUTE == 0
                 || file.mode & kind::MASK == kind::DIRECTORY
                 || file.mode & 0o111 != 0;
         }
-        let shift = if self.euid == file.uid {
+        let shift = if self.fsuid == file.uid {
             6
         } else if self.in_group(file.gid) {
             3
@@ -81,6 +91,6 @@ impl Credentials {
 
     /// Whether it may change mode and owner of a file.
     pub fn owns(&self, file: &Attributes) -> bool {
-        self.is_root() || self.euid == file.uid
+        self.files_root() || self.fsuid == file.uid
     }
 }

@@ -102,19 +102,24 @@ fn out_of_memory() {
 
 /// Tells the process that has most memory to end.
 fn end_worst(candidates: Vec<Arc<Task>>) {
-    let mut worst: Option<((bool, usize), Arc<Task>)> = None;
+    let mut worst: Option<((bool, bool, usize), Arc<Task>)> = None;
     for task in candidates {
         let Some(mm) = task.mm.lock().clone() else {
             continue;
         };
         let pages = mm.lock().resident();
         // A container's first process only when there is no other: its end is the container's.
-        let weight = (visible(task.process) != 1, pages);
+        let adjusted = task.place.lock().oom_score_adj;
+        let (total, _) = appkernel_hal::frames::statistics();
+        let more = (total as i64).saturating_mul(adjusted.into()) / 1000;
+        let score = (pages as i64).saturating_add(more).max(0).unsigned_abs() as usize;
+        let weight = (visible(task.process) != 1, adjusted > -1000, score);
         if worst.as_ref().is_none_or(|(most, _)| weight > *most) {
             worst = Some((weight, task));
         }
     }
-    if let Some(((_, pages), task)) = worst {
+    if let Some((_, task)) = worst {
+        let pages = task.memory().map_or(0, |mm| mm.lock().resident());
         crate::log!(
             "out of memory: ending process {} ({} KiB)",
             visible(task.process),
@@ -159,7 +164,7 @@ fn leave(status: i32) {
     // Files are closed now, not when somebody waits for the task.
     let files = core::mem::take(&mut *me.files.lock());
     for file in files.lock().all() {
-        crate::syscall::files::drop_locks(file, me.process);
+        crate::syscall::file_locks::drop_locks(file, me.process);
     }
     drop(files);
     charge();
@@ -199,6 +204,7 @@ fn leave(status: i32) {
         return;
     }
     crate::alarms::forget(process);
+    crate::syscall::sysv::ended(&container, process);
     // Nobody's namespace outlives its first process.
     if first {
         for task in living() {
@@ -209,6 +215,8 @@ fn leave(status: i32) {
     }
     let orphans_parent = if first { 0 } else { container.id(1) };
     let mut gone: Vec<Arc<Task>> = Vec::new();
+    // Children that want to be told.
+    let mut left_alone = Vec::new();
     // The process' number is that of its first thread, which stays until it is waited for.
     with(|s| {
         let mut orphans = Vec::new();
@@ -219,6 +227,10 @@ fn leave(status: i32) {
             let mut links = task.links.lock();
             if links.parent == process {
                 links.parent = orphans_parent;
+                let wanted = task.asked.lock().death_signal;
+                if let Ok(signal) = crate::signal::Signal::parse(wanted.into()) {
+                    left_alone.push((task.id, signal));
+                }
                 if orphans_parent == 0 && matches!(state, State::Zombie(_)) {
                     orphans.push(task.id);
                 }
@@ -232,6 +244,13 @@ fn leave(status: i32) {
         }
     });
     drop(gone);
+    for (child, signal) in left_alone {
+        let info = crate::signal::Info {
+            id: process,
+            ..crate::signal::Info::default()
+        };
+        crate::signal::send_process(child, signal, info);
+    }
     if id != process {
         bury(id);
     }

@@ -32,6 +32,12 @@ const STACK: usize = 3;
 const CORE: usize = 4;
 /// Processes of a user.
 pub const PROCESSES: usize = 6;
+/// How important a process may make itself: 20 less its nice value.
+pub const NICE: usize = 13;
+/// Its real-time priority.
+pub const REAL_TIME_PRIORITY: usize = 14;
+/// Bytes of memory that stay.
+pub const LOCKED: usize = 8;
 /// Numbers of open files.
 pub const FILES: usize = 7;
 
@@ -44,6 +50,8 @@ impl Default for Limits {
         let mut all = [[u64::MAX; 2]; NAMES.len()];
         all[STACK] = [STACK_BYTES, u64::MAX];
         all[CORE] = [0, u64::MAX];
+        all[NICE] = [0; 2];
+        all[REAL_TIME_PRIORITY] = [0; 2];
         all[FILES] = [MAX_FILES as u64; 2];
         Self(all)
     }

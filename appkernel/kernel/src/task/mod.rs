@@ -8,6 +8,7 @@ mod credentials;
 mod end;
 pub mod limits;
 mod schedule;
+mod scheduling;
 
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::sync::Arc;
@@ -31,6 +32,7 @@ pub use credentials::{Credentials, may};
 pub use end::*;
 pub use limits::Limits;
 pub use schedule::*;
+pub use scheduling::{Asked, Scheduling, policy};
 
 /// Most tasks at once: what a fork bomb gets before `EAGAIN`.
 const MAX_TASKS: usize = 4096;
@@ -48,6 +50,8 @@ pub const FILES: Channel = 0x3_0000_0000;
 pub const AGENT: Channel = 0x4_0000_0000;
 /// Packets come or are to go.
 pub const NETWORK: Channel = 0x5_0000_0000;
+/// Semaphores, messages and their like change.
+pub const OBJECTS: Channel = 0x6_0000_0000;
 /// Of tasks that wait for nothing: not started yet, or ended.
 const NEVER: Channel = usize::MAX;
 
@@ -80,10 +84,14 @@ pub struct Links {
 pub struct Place {
     /// Current directory, canonical.
     pub cwd: Vec<u8>,
+    /// Where its paths start (chroot); empty for the container's root.
+    pub root: Vec<u8>,
     /// Mode bits that new files do not get.
     pub umask: u32,
     /// The program.
     pub exe: Vec<u8>,
+    /// How gladly it is ended when there is no memory: -1000 (not) to 1000.
+    pub oom_score_adj: i32,
 }
 
 /// A thread; a process is the threads of the same `process`.
@@ -122,6 +130,10 @@ pub struct Task {
     pub clear_tid: AtomicU64,
     /// A parent sleeps until this task has its own memory (vfork).
     pub vfork: Mutex<bool>,
+    /// What it asked for by prctl.
+    pub asked: Mutex<Asked>,
+    /// How it wants to be scheduled.
+    pub scheduling: Mutex<Scheduling>,
 }
 
 // SAFETY: the context is touched by the scheduler only, with interrupts off on the only CPU, and by
@@ -193,6 +205,8 @@ fn kernel_task(
         handlers: Mutex::default(),
         clear_tid: AtomicU64::new(0),
         vfork: Mutex::new(false),
+        asked: Mutex::default(),
+        scheduling: Mutex::default(),
     }))
 }
 
@@ -259,8 +273,10 @@ impl Task {
             files: Mutex::new(Arc::new(Mutex::new(new.files))),
             place: Arc::new(Mutex::new(Place {
                 cwd: new.cwd,
+                root: Vec::new(),
                 umask: new.umask,
                 exe: new.image.path,
+                oom_score_adj: 0,
             })),
             links: Arc::new(Mutex::new(Links {
                 group: id,
@@ -272,6 +288,8 @@ impl Task {
             handlers: Mutex::default(),
             clear_tid: AtomicU64::new(0),
             vfork: Mutex::new(false),
+            asked: Mutex::default(),
+            scheduling: Mutex::default(),
         });
         with(|s| {
             s.tasks
@@ -306,6 +324,15 @@ impl Task {
     /// An open file of it.
     pub fn file(&self, fd: i32) -> Result<Arc<File>, Errno> {
         self.files().lock().get(fd)
+    }
+
+    /// An open file of it that is more than a name (`O_PATH`).
+    pub fn used_file(&self, fd: i32) -> Result<Arc<File>, Errno> {
+        let file = self.file(fd)?;
+        if file.flags() & crate::fs::file::flag::PATH != 0 {
+            return Err(Errno::EBADF);
+        }
+        Ok(file)
     }
 
     /// The context of the running task.
@@ -424,6 +451,8 @@ impl Task {
             handlers: Mutex::new(handlers),
             clear_tid: AtomicU64::new(options.clear_tid),
             vfork: Mutex::new(options.vfork),
+            asked: Mutex::new(self.asked.lock().inherited()),
+            scheduling: Mutex::new(self.scheduling.lock().inherited()),
         });
         with(|s| {
             s.tasks.insert(id, (task, State::Ready));

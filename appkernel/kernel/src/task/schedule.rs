@@ -7,7 +7,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use appkernel_core::errno::Errno;
 use appkernel_hal::context::{self, Context};
 use appkernel_hal::sync::Mutex;
-use appkernel_hal::{clock, cpu};
+use appkernel_hal::{apic, clock, cpu};
 
 use super::{Channel, NEVER, SCHEDULER, State, Task, current, find, with};
 
@@ -134,6 +134,7 @@ pub fn wait_until<T>(
     };
     let id = current().id;
     TIMERS.lock().push((deadline, id));
+    apic::next_tick(next_timer(clock::monotonic_ns()));
     let result = wait_for(channel, || match ready() {
         Some(value) => Some(Ok(value)),
         None if clock::monotonic_ns() >= deadline => Some(Err(Errno::ETIMEDOUT)),
@@ -143,6 +144,13 @@ pub fn wait_until<T>(
         .lock()
         .retain(|(at, of)| (*at, *of) != (deadline, id));
     result?
+}
+
+/// Nanoseconds until the first timer is due.
+fn next_timer(now: u64) -> u64 {
+    let timers = TIMERS.lock();
+    let next = timers.iter().map(|(at, _)| at.saturating_sub(now)).min();
+    next.unwrap_or(u64::MAX)
 }
 
 static TIMERS: Mutex<Vec<(u64, u32)>> = Mutex::new(Vec::new());
@@ -160,6 +168,11 @@ pub fn wake_sleepers() {
     for id in due {
         wake_task(id);
     }
+    let timers = TIMERS.lock();
+    let later = timers.iter().filter(|(at, _)| *at > now);
+    let next = later.map(|(at, _)| at - now).min().unwrap_or(u64::MAX);
+    drop(timers);
+    apic::next_tick(next);
 }
 
 /// Wakes one task, whatever it waits for; it will look again.
