@@ -97,7 +97,7 @@ pub(super) const VCPU: &[Rule] = common![Rule::one_of(
     libc::SYS_ioctl,
     1,
     VCPU_IOCTLS,
-    "the guest, and its registers"
+    "the guest, its registers, the end of vhost-net"
 )];
 
 pub(super) const DEVICES: &[Rule] = common![

@@ -192,7 +192,7 @@ pub fn escape(targets: &[Target], chance: &mut Chance) {
     // Links of the guest's own making, to where the secret is.
     for target in [
         "../secret",
-        "/proc/1/root/etc/shadow",
+        "/proc/1/cwd/etc/shadow",
         "/proc/self/fd/3",
         "inside/../../secret",
     ] {
