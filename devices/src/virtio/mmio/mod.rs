@@ -527,6 +527,9 @@ impl MmioTransport {
             if inner.device.kernel_reads_queue_events() {
                 for event in &*self.queue_events {
                     let _ = ops.remove(Events::empty(event));
+                    // The loop may have taken a notification that came before: once more, for the
+                    // kernel.
+                    let _ = event.write(1);
                 }
                 inner.offloaded = true;
             } else {
