@@ -91,6 +91,10 @@ pub struct Context<'a> {
 pub fn load(request: &Request, context: Context<'_>) -> Result<Image, Errno> {
     let called = request.path.clone();
     let mut request = request.clone();
+    // Programs count on a name: since 5.18 they always get one.
+    if request.arguments.is_empty() {
+        request.arguments.push(Vec::new());
+    }
     for _ in 0..SCRIPT_DEPTH {
         let found = fs::resolve(context.container, context.cwd, &request.path, true)?;
         let node = found.node;

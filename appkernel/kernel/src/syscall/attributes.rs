@@ -11,6 +11,9 @@ use crate::fs::node::Node;
 use crate::fs::watch::{self, event};
 use crate::task::may;
 
+/// Programs run with the file's group.
+const SET_GROUP: u32 = 0o2000;
+
 /// The calls of this family.
 pub fn call(c: &Call<'_>) -> Option<Result> {
     let a = |i| c.arg(i);
@@ -60,7 +63,15 @@ fn changed(c: &Call<'_>, (node, path): (&Node, &[u8]), read_only: bool, change: 
             return Err(Errno::EPERM);
         }
     }
-    node.change(change)?;
+    let mut change = *change;
+    if let Some(mode) = change.mode
+        && !credentials.is_root()
+        && !credentials.in_group(node.attributes()?.gid)
+    {
+        // Nobody gives what they make the rights of a group that is not theirs.
+        change.mode = Some(mode & !SET_GROUP);
+    }
+    node.change(&change)?;
     watch::tell(path, event::ATTRIB, node.is_directory());
     Ok(0)
 }

@@ -161,7 +161,14 @@ fn open(c: &Call<'_>, dir: i32, address: u64, flags: u32, mode: u32) -> Result {
                 place
                     .directory
                     .create(&place.name, mode & 0o7777 & !umask, owner)?;
-            (Kind::Regular(node, Some(handle)), place.path())
+            // What is open for reading only can be changed by no call.
+            let handle = if flags & flag::ACCESS == 0 {
+                node.close(handle);
+                None
+            } else {
+                Some(handle)
+            };
+            (Kind::Regular(node, handle), place.path())
         }
         Some(_) if flags & flag::CREATE != 0 && flags & flag::EXCLUSIVE != 0 => {
             return Err(Errno::EEXIST);
@@ -461,7 +468,11 @@ fn access(c: &Call<'_>, dir: i32, path: u64, mode: u32, flags: u32) -> Result {
         let place = fs::walk_as(&c.task.container, &base, &text, follow, &credentials)?;
         fs::found_at(place)?
     };
-    if mode & WRITE != 0 && found.read_only && !found.node.is_directory() {
+    let stored = matches!(
+        found.node.kind(),
+        kind::REGULAR | kind::DIRECTORY | kind::LINK
+    );
+    if mode & WRITE != 0 && found.read_only && stored {
         return Err(Errno::EROFS);
     }
     if mode & EXECUTE != 0 || !credentials.files_root() {

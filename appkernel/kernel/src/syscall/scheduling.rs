@@ -226,7 +226,7 @@ fn set_io(c: &Call<'_>) -> Result {
         if !permitted(c, &task) {
             return Err(Errno::EPERM);
         }
-        task.scheduling.lock().io = value;
+        task.scheduling.lock().io = Some(value);
     }
     Ok(0)
 }
@@ -237,8 +237,8 @@ fn get_io(c: &Call<'_>) -> Result {
         let own = *t.scheduling.lock();
         match own.io {
             // What follows from the nice value.
-            0 => (2 << 13) | ((own.nice + 20) as u32 / 5),
-            io => io,
+            None => (2 << 13) | ((own.nice + 20) as u32 / 5),
+            Some(io) => io,
         }
     });
     Ok(values.min().unwrap_or(0).into())

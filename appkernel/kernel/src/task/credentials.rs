@@ -67,7 +67,8 @@ impl Credentials {
         if self.is_root() { 0xa804_25fb } else { 0 }
     }
 
-    fn in_group(&self, gid: u32) -> bool {
+    /// Whether it is in a group, where files are concerned.
+    pub fn in_group(&self, gid: u32) -> bool {
         self.fsgid == gid || self.groups.contains(&gid)
     }
 

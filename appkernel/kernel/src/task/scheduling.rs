@@ -20,8 +20,8 @@ pub struct Scheduling {
     pub nice: i32,
     /// Children get none of it.
     pub reset_on_fork: bool,
-    /// Of its files: class and level.
-    pub io: u32,
+    /// Of its files: class and level, if it was ever set.
+    pub io: Option<u32>,
 }
 
 impl Scheduling {
