@@ -1,7 +1,7 @@
 //! The app kernel's network: programs in it talk to the host over a tap.
 
-use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream, UdpSocket};
 use std::process::{Child, ChildStdout, Stdio};
 use std::time::{Duration, Instant};
@@ -16,20 +16,40 @@ const PATIENCE: Duration = Duration::from_secs(120);
 struct Talker {
     child: Child,
     output: BufReader<ChildStdout>,
+    errors: File,
 }
 
 impl Talker {
     fn start(app: &App, options: &[&str], program: &[&str]) -> Self {
         let mut all = vec!["--net", "tap"];
         all.extend(options);
+        let errors = tempfile::tempfile().unwrap();
         let mut child = app
             .command(&all, program)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
+            .stderr(errors.try_clone().unwrap())
             .spawn()
             .unwrap();
         let output = BufReader::new(child.stdout.take().unwrap());
-        Self { child, output }
+        Self {
+            child,
+            output,
+            errors,
+        }
+    }
+
+    /// Its exit code, and what it wrote to standard error.
+    fn end(&mut self) -> (Option<i32>, String) {
+        let code = self.child.wait().unwrap().code();
+        (code, self.errors())
+    }
+
+    fn errors(&mut self) -> String {
+        let mut text = String::new();
+        self.errors.seek(SeekFrom::Start(0)).unwrap();
+        self.errors.read_to_string(&mut text).unwrap();
+        text
     }
 
     /// The rest of the next line that starts with a word.
@@ -38,7 +58,7 @@ impl Talker {
         loop {
             let mut line = String::new();
             if self.output.read_line(&mut line).unwrap() == 0 {
-                panic!("no line with {word:?} in {seen}");
+                panic!("no line with {word:?} in {seen}{}", self.errors());
             }
             if let Some(rest) = line.strip_prefix(word) {
                 return rest.trim().to_owned();
@@ -336,7 +356,7 @@ fn a_program_talks_to_the_host_by_tcp_and_udp() {
     stream.read_to_end(&mut back).unwrap();
     assert_eq!(back.len(), 100_000);
     client.after("over");
-    assert_eq!(client.child.wait().unwrap().code(), Some(0));
+    assert_eq!(client.end(), (Some(0), String::new()));
 }
 
 #[test]

@@ -170,10 +170,19 @@ impl Guest {
     /// Asks the guest to go down, waits, and ends it if it does not heed that.
     pub async fn shut_down(&self, grace: Duration) {
         let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
+        let sandbox = self.sandbox();
+        let request = ShutdownRequest { grace_ms };
+        let asked = sandbox.shutdown(&request);
         let orderly = async {
-            let _ = self.sandbox().shutdown(&ShutdownRequest { grace_ms }).await;
-            if let Ok(ended) = ended(&self.vm) {
-                ended.await;
+            let Ok(ended) = ended(&self.vm) else {
+                let _ = asked.await;
+                return;
+            };
+            tokio::pin!(ended);
+            // Its end may be known before its answer, or instead of it.
+            tokio::select! {
+                () = &mut ended => {}
+                _ = asked => ended.await,
             }
         };
         let _ = tokio::time::timeout(timeouts::shutdown() + grace, orderly).await;

@@ -111,7 +111,6 @@ impl<'a> Surroundings<'a> {
         let mut last_interrupt: Option<Instant> = None;
         let mut force_at: Option<tokio::time::Instant> = None;
         loop {
-            let leaving = matches!(*self.phase.borrow(), Phase::Leaving);
             let deadline = async {
                 match force_at {
                     Some(at) => tokio::time::sleep_until(at).await,
@@ -125,7 +124,7 @@ impl<'a> Surroundings<'a> {
                     Err(e) if e.kind == "agent" && self.vm.vm().exit_reason().is_some() => Err(self.vm.ended(self.during()).into()),
                     result => result,
                 },
-                _ = self.vm_end.readable(), if !leaving => return Err(self.vm.ended(self.during()).into()),
+                () = unexpected(self.vm_end.readable(), || self.leaving()) => return Err(self.vm.ended(self.during()).into()),
                 guard = self.signalled.readable() => {
                     if let Ok(mut guard) = guard {
                         guard.clear_ready();
@@ -140,7 +139,7 @@ impl<'a> Surroundings<'a> {
                     if let Ok(mut guard) = guard {
                         guard.clear_ready();
                     }
-                    if let Some(grace) = self.vm.take_stop().filter(|_| !leaving) {
+                    if let Some(grace) = self.vm.take_stop().filter(|_| !self.leaving()) {
                         force_at = Some(tokio::time::Instant::now() + grace);
                         self.forward(15);
                         if matches!(*self.phase.borrow(), Phase::Booting) {
@@ -157,6 +156,10 @@ impl<'a> Surroundings<'a> {
                 () = deadline => return Ok(Outcome { exit_code: 137, boot: Duration::ZERO }),
             }
         }
+    }
+
+    fn leaving(&self) -> bool {
+        matches!(*self.phase.borrow(), Phase::Leaving)
     }
 
     fn during(&self) -> &'static str {
@@ -212,6 +215,15 @@ impl<'a> Surroundings<'a> {
     }
 }
 
+/// Completes at the VM's end if nobody has asked for it by then. What was asked for is looked at when
+/// the end comes, not before: the session gets there while this waits.
+async fn unexpected(end: impl Future, leaving: impl Fn() -> bool) {
+    end.await;
+    if leaving() {
+        std::future::pending::<()>().await;
+    }
+}
+
 /// The straight way.
 async fn session(
     args: &Args,
@@ -257,12 +269,16 @@ async fn session(
     *around.phase.borrow_mut() = Phase::Leaving;
     prepared.dir.update(|s| s.state = "stopping".into())?;
     // An answer is not needed: the VM is ended if the guest does not end itself.
+    let request = ShutdownRequest { grace_ms: 0 };
+    let sandbox = agent.sandbox();
     let shut_down = async {
-        let _ = agent
-            .sandbox()
-            .shutdown(&ShutdownRequest { grace_ms: 0 })
-            .await;
-        let _ = around.vm_end.readable().await;
+        tokio::select! {
+            // Its end may be known before its answer, or instead of it.
+            _ = around.vm_end.readable() => {}
+            _ = sandbox.shutdown(&request) => {
+                let _ = around.vm_end.readable().await;
+            }
+        }
     };
     let _ = tokio::time::timeout(timeouts::shutdown(), shut_down).await;
     Ok(Outcome { exit_code, boot })
@@ -364,4 +380,31 @@ async fn configure(agent: &Agent, prepared: &Prepared) -> Result<(), EngineError
     timed
         .map(|_| ())
         .map_err(failed("setting the guest's clock"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_end_that_was_asked_for_while_waiting_is_not_an_error() {
+        for asked in [true, false] {
+            let leaving = Cell::new(false);
+            let (send, receive) = oneshot::channel();
+            let session = async {
+                leaving.set(asked);
+                // The guest is gone before it has answered.
+                let _ = send.send(());
+                tokio::task::yield_now().await;
+            };
+            let session_won = tokio::select! {
+                biased;
+                () = session => true,
+                () = unexpected(receive, || leaving.get()) => false,
+            };
+            assert_eq!(session_won, asked);
+        }
+    }
 }
