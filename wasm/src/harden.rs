@@ -17,7 +17,7 @@ use seccompiler::{
 };
 
 /// Refused whatever their arguments.
-const REFUSED: [libc::c_long; 47] = [
+const REFUSED: [libc::c_long; 50] = [
     // Programs and processes.
     libc::SYS_execve,
     libc::SYS_execveat,
@@ -52,6 +52,9 @@ const REFUSED: [libc::c_long; 47] = [
     libc::SYS_setgid,
     libc::SYS_setresuid,
     libc::SYS_setresgid,
+    libc::SYS_setfsuid,
+    libc::SYS_setfsgid,
+    libc::SYS_setgroups,
     libc::SYS_capset,
     // The kernel itself.
     libc::SYS_bpf,
@@ -71,8 +74,8 @@ const REFUSED: [libc::c_long; 47] = [
     libc::SYS_request_key,
 ];
 
-/// Loads the filter on the calling thread; its children inherit it. Meant as a
-/// [`crate::ThreadHook`], after whatever else the hook does.
+/// Loads the filter on the calling thread; its children inherit it. A pod does it on its threads
+/// ([`crate::PodConfig::harden`]).
 ///
 /// # Errors
 /// The kernel has no seccomp filters.

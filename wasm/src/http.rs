@@ -12,6 +12,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
 use wasmtime::AsContextMut;
@@ -48,11 +49,12 @@ pub(crate) async fn serve(setup: &Arc<Setup>) -> Exit {
         };
         let (done, wait) = oneshot::channel::<()>();
         let (setup_there, requests) = (Arc::clone(setup), Arc::clone(&requests));
-        let started = setup.inner.pod.threads.run(Box::new(move |runtime| {
+        let job = Box::new(move |runtime: &Runtime| {
             let _cpu = setup_there.inner.control.cpu.attach();
             runtime.block_on(accept(&setup_there, listener, requests));
             drop(done);
-        }));
+        });
+        let started = setup.inner.pod.threads.run(setup.config.user.as_ref(), job);
         // Fewer threads serve as well.
         if started.is_err() {
             break;

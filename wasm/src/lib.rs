@@ -45,6 +45,7 @@ mod state;
 mod stdio;
 mod threads;
 mod ticker;
+mod user;
 
 pub use config::{Allocation, CacheConfig, EngineConfig};
 pub use engine::Engine;
@@ -57,6 +58,7 @@ pub use pod::{Container, ContainerConfig, HttpConfig, Mount, Pod, PodConfig, Sta
 pub use program::{Origin, Program, ProgramKind, Source};
 pub use stdio::Stdio;
 pub use threads::{Network, Spawner, ThreadHook};
+pub use user::User;
 
 /// The version of wasmtime inside.
 pub const WASMTIME_VERSION: &str = "48.0.8";

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::runtime::Runtime;
 use tokio::sync::Notify;
 use wasmtime_wasi::filesystem::WasiFilesystemCtx;
 use wasmtime_wasi::{FsPerms, WasiCtxBuilder};
@@ -21,6 +22,7 @@ use crate::program::{Program, ProgramKind};
 use crate::run;
 use crate::stdio::Stdio;
 use crate::threads::{Network, Spawner, ThreadHook, Threads};
+use crate::user::User;
 
 /// What a pod is given.
 #[derive(Default)]
@@ -35,6 +37,8 @@ pub struct PodConfig {
     pub memory_bytes: Option<u64>,
     /// Called on each of its threads before use.
     pub thread_hook: Option<ThreadHook>,
+    /// Whether each thread loads the filter of [`crate::harden_thread`], after the hook.
+    pub harden: bool,
     /// Starts its threads; plain threads of this process if left out.
     pub spawner: Option<Spawner>,
 }
@@ -75,6 +79,8 @@ pub struct ContainerConfig {
     pub env: Vec<(String, String)>,
     /// Working directory. Programs of WASI preview 1 know none: they start in `/`.
     pub cwd: Option<String>,
+    /// As whom it opens and makes files; by default as the process. Others need root.
+    pub user: Option<User>,
     /// Its whole file system.
     pub mounts: Vec<Mount>,
     /// Standard input.
@@ -132,6 +138,7 @@ impl ContainerConfig {
             function: None,
             env: Vec::new(),
             cwd: None,
+            user: None,
             mounts: Vec::new(),
             stdin: Stdio::Null,
             stdout: Stdio::Null,
@@ -167,11 +174,17 @@ impl Pod {
                 &config.id,
                 config.network,
                 config.thread_hook,
+                config.harden,
                 config.spawner,
             ),
             resolver: Arc::new(config.resolver),
             memory: Arc::new(Budget::new(config.memory_bytes.unwrap_or(u64::MAX))),
         }))
+    }
+
+    /// Nothing is going to be started any more: its threads do not wait for that.
+    pub fn close(&self) {
+        self.0.threads.close();
     }
 
     /// Memory of all its programs.
@@ -380,12 +393,14 @@ impl Container {
         };
         // Tells the end whatever happens, even if the thread panics.
         let guard = EndGuard(Arc::clone(&self.0));
-        let result = self.0.pod.threads.run(Box::new(move |runtime| {
+        let user = config.user.clone();
+        let job = Box::new(move |runtime: &Runtime| {
             let inner = Arc::clone(&guard.0);
             let exit = runtime.block_on(run::container(&inner, config, files));
             inner.finish(exit);
             drop(guard);
-        }));
+        });
+        let result = self.0.pod.threads.run(user.as_ref(), job);
         if let Err(e) = &result {
             self.0.finish(Exit::failed(e.to_string()));
         }

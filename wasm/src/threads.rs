@@ -16,6 +16,8 @@ use nix::sched::{CloneFlags, setns};
 use tokio::runtime::Runtime;
 
 use crate::error::WasmError;
+use crate::harden::harden_thread;
+use crate::user::User;
 
 /// How long an idle thread waits for work.
 const KEEP: Duration = Duration::from_secs(2);
@@ -27,7 +29,7 @@ const STACK_BYTES: usize = 1 << 20;
 pub(crate) type Job = Box<dyn FnOnce(&Runtime) + Send>;
 
 /// Called on each new thread of a pod, in the pod's network namespace, before anything of the pod
-/// runs on it: joins a cgroup, loads a seccomp filter.
+/// runs on it and before it gives its rights up: joins a cgroup.
 pub type ThreadHook = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
 /// Starts a thread by name. A daemon whose threads are filtered passes its unfiltered spawner.
 pub type Spawner = Arc<dyn Fn(String, Box<dyn FnOnce() + Send>) -> io::Result<()> + Send + Sync>;
@@ -52,10 +54,19 @@ struct Shared {
     name: String,
     network: Network,
     hook: Option<ThreadHook>,
+    harden: bool,
     spawner: Spawner,
-    idle: Mutex<Vec<(u64, mpsc::Sender<Job>)>>,
+    idle: Mutex<Vec<Idle>>,
     next: AtomicU64,
     closed: AtomicBool,
+}
+
+/// A thread that waits for its next program.
+struct Idle {
+    number: u64,
+    /// Whose it is, for good.
+    user: Option<User>,
+    sender: mpsc::Sender<Job>,
 }
 
 impl fmt::Debug for Threads {
@@ -83,6 +94,7 @@ impl Threads {
         pod: &str,
         network: Network,
         hook: Option<ThreadHook>,
+        harden: bool,
         spawner: Option<Spawner>,
     ) -> Self {
         Self {
@@ -91,6 +103,7 @@ impl Threads {
                 name: format!("wasm-{}", pod.chars().take(10).collect::<String>()),
                 network,
                 hook,
+                harden,
                 spawner: spawner.unwrap_or_else(default_spawner),
                 idle: Mutex::new(Vec::new()),
                 next: AtomicU64::new(0),
@@ -103,28 +116,30 @@ impl Threads {
         !matches!(self.shared.network, Network::None)
     }
 
-    /// Runs `job` on a thread of the pod.
-    pub(crate) fn run(&self, mut job: Job) -> Result<(), WasmError> {
+    /// Runs `job` on a thread of the pod that is `user`'s.
+    pub(crate) fn run(&self, user: Option<&User>, mut job: Job) -> Result<(), WasmError> {
         loop {
-            let idle = self.shared.idle().pop();
-            let Some((_, sender)) = idle else { break };
-            match sender.send(job) {
+            let Some(idle) = self.shared.take_idle(user) else {
+                break;
+            };
+            match idle.sender.send(job) {
                 Ok(()) => return Ok(()),
                 // It has just gone.
                 Err(mpsc::SendError(back)) => job = back,
             }
         }
         let shared = Arc::clone(&self.shared);
+        let user = user.cloned();
         let (report, ready) = mpsc::sync_channel(1);
         let fail = |e| WasmError::io(format!("thread of pod {}", self.shared.name), e);
         (self.shared.spawner)(
             self.shared.name.clone(),
             Box::new(move || {
-                let made = shared.enter().and_then(|()| shared.runtime());
+                let made = shared.enter(user.as_ref()).and_then(|()| shared.runtime());
                 match made {
                     Ok(runtime) => {
                         let _ = report.send(Ok(()));
-                        shared.work(&runtime, job);
+                        shared.work(&runtime, user, job);
                     }
                     Err(e) => {
                         let _ = report.send(Err(e));
@@ -140,26 +155,49 @@ impl Threads {
     }
 }
 
-impl Drop for Threads {
-    fn drop(&mut self) {
+impl Threads {
+    /// Lets idle threads go, and those that work when they are done.
+    pub(crate) fn close(&self) {
         self.shared.closed.store(true, Ordering::Release);
         // Their receivers disconnect.
         self.shared.idle().clear();
     }
 }
 
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
 impl Shared {
-    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<(u64, mpsc::Sender<Job>)>> {
+    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Idle>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn enter(&self) -> io::Result<()> {
+    /// The idle thread of a user that was busy last.
+    fn take_idle(&self, user: Option<&User>) -> Option<Idle> {
+        let mut idle = self.idle();
+        let at = idle.iter().rposition(|i| i.user.as_ref() == user)?;
+        Some(idle.remove(at))
+    }
+
+    fn enter(&self, user: Option<&User>) -> io::Result<()> {
         if let Network::Namespace(namespace) = &self.network {
             setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET)?;
         }
-        match &self.hook {
-            Some(hook) => hook(),
-            None => Ok(()),
+        if let Some(hook) = &self.hook {
+            hook()?;
+        }
+        if let Some(user) = user {
+            user.adopt().map_err(|e| {
+                let User { uid, gid, .. } = user;
+                io::Error::new(e.kind(), format!("becoming user {uid}:{gid}: {e}"))
+            })?;
+        }
+        match self.harden {
+            true => harden_thread(),
+            false => Ok(()),
         }
     }
 
@@ -176,17 +214,17 @@ impl Shared {
             .build()
     }
 
-    fn work(&self, runtime: &Runtime, first: Job) {
+    fn work(&self, runtime: &Runtime, user: Option<User>, first: Job) {
         let mut job = Some(first);
         while let Some(work) = job.take() {
             // A bug in a host function ends this program; the thread and the process go on. The
             // program's exit is told by a guard that is dropped on the way.
             let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(runtime)));
-            job = self.wait();
+            job = self.wait(user.clone());
         }
     }
 
-    fn wait(&self) -> Option<Job> {
+    fn wait(&self, user: Option<User>) -> Option<Job> {
         let (sender, receiver) = mpsc::channel();
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         {
@@ -195,14 +233,18 @@ impl Shared {
             if self.closed.load(Ordering::Acquire) {
                 return None;
             }
-            idle.push((number, sender));
+            idle.push(Idle {
+                number,
+                user,
+                sender,
+            });
         }
         match receiver.recv_timeout(KEEP) {
             Ok(job) => Some(job),
             Err(RecvTimeoutError::Disconnected) => None,
             Err(RecvTimeoutError::Timeout) => {
                 let mut idle = self.idle();
-                match idle.iter().position(|(n, _)| *n == number) {
+                match idle.iter().position(|i| i.number == number) {
                     Some(at) => {
                         idle.remove(at);
                         None

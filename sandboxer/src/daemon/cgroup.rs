@@ -7,9 +7,12 @@
 //! So the threads of a pod's VM are counted, and held to the pod's share of CPU, in a *threaded*
 //! cgroup below the daemon's own.
 
-use std::io;
+use std::io::{self, Read, Seek};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use super::proto::LinuxResources;
 
@@ -108,7 +111,10 @@ pub struct Used {
     pub system: Duration,
 }
 
-/// The threaded cgroup of one pod. Removed when dropped, if its threads have ended.
+/// How long threads have to end, once they were told.
+const END_TIME: Duration = Duration::from_secs(5);
+
+/// The threaded cgroup of one pod. Removed when dropped: that blocks until its threads have ended.
 #[derive(Debug)]
 pub struct Threads(PathBuf);
 
@@ -145,8 +151,14 @@ impl Threads {
     /// # Errors
     /// The kernel refuses.
     pub fn enter(&self) -> io::Result<()> {
+        self.entrance()()
+    }
+
+    /// The same as [`Self::enter`], for those who must not keep the cgroup.
+    pub fn entrance(&self) -> impl Fn() -> io::Result<()> + Send + Sync + use<> {
+        let list = self.0.join("cgroup.threads");
         // 0: the writer itself.
-        self.write("cgroup.threads", "0")
+        move || std::fs::write(&list, "0")
     }
 
     /// Sets the share.
@@ -176,8 +188,30 @@ impl Threads {
     }
 }
 
+impl Threads {
+    /// Waits until its threads have ended, which they were told; not for ever.
+    fn wait_empty(&self) -> io::Result<()> {
+        let mut events = std::fs::File::open(self.0.join("cgroup.events"))?;
+        let end = Instant::now() + END_TIME;
+        loop {
+            let mut text = String::new();
+            events.rewind()?;
+            events.read_to_string(&mut text)?;
+            let left = end.saturating_duration_since(Instant::now());
+            if text.contains("populated 0") || left.is_zero() {
+                return Ok(());
+            }
+            // The kernel tells of a change as of urgent data.
+            let mut fds = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            nix::poll::poll(&mut fds, left)?;
+        }
+    }
+}
+
 impl Drop for Threads {
     fn drop(&mut self) {
+        let _ = self.wait_empty();
         if let Err(error) = std::fs::remove_dir(&self.0) {
             tracing::warn!(%error, cgroup = %self.0.display(), "cannot be removed");
         }

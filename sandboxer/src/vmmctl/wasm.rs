@@ -4,12 +4,11 @@ use std::fs::File;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bulkhead_wasm::{
     CacheConfig, Container, ContainerConfig, Engine, EngineConfig, Exit, HttpConfig, Mount,
-    Network, Pod, PodConfig, Program, Reason, Resolver, Source, Stdio, WasmError, harden_thread,
+    Network, Pod, PodConfig, Program, Reason, Resolver, Source, Stdio, WasmError,
 };
 use serde_json::json;
 
@@ -391,7 +390,7 @@ fn pod_config(args: &RunArgs) -> Result<PodConfig, CliError> {
             Network::None
         },
         resolver,
-        thread_hook: Some(Arc::new(harden_thread)),
+        harden: true,
         ..PodConfig::default()
     })
 }

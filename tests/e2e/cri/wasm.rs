@@ -1,6 +1,7 @@
 //! Wasm pods: the image is an ordinary one, the programs come by a volume.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -10,6 +11,7 @@ use bulkhead_tests::cri::{container, log, pod};
 use bulkhead_tests::env::PATIENCE;
 
 use super::Test;
+use super::wide::pod_cgroup;
 
 pub const TESTS: &[Test] = &[("wasm_pod", false, wasm_pod)];
 
@@ -63,7 +65,12 @@ fn wasm_pod(node: &mut Node, _: &str) -> Result<()> {
     };
     // A log of its own: this runs once for each way of standard streams.
     let number = std::time::UNIX_EPOCH.elapsed()?.as_millis();
-    let config = pod(&format!("wasm-{number}"));
+    let mut config = pod(&format!("wasm-{number}"));
+    config.linux.get_or_insert_default().resources = Some(LinuxContainerResources {
+        cpu_period: 100_000,
+        cpu_quota: 80_000,
+        ..LinuxContainerResources::default()
+    });
     let id = cri.run_pod(&config)?;
     ensure!(
         cri.pod_status(&id)?.state == SANDBOX_READY,
@@ -110,6 +117,24 @@ fn wasm_pod(node: &mut Node, _: &str) -> Result<()> {
     ensure!(kept == copied, "written although read-only: {kept:?}");
     cri.remove(&c)?;
 
+    // As another user: the same file is not its own to write.
+    let mut spec = container("user", "busybox", &["/data/copy.wasm"]);
+    spec.mounts = vec![mount("/data", volume.path(), false)];
+    spec.linux = Some(LinuxContainerConfig {
+        security_context: Some(LinuxContainerSecurityContext {
+            run_as_user: Some(Int64Value { value: 1000 }),
+            ..LinuxContainerSecurityContext::default()
+        }),
+        ..LinuxContainerConfig::default()
+    });
+    fs::set_permissions(volume.path(), fs::Permissions::from_mode(0o755))?;
+    let c = cri.create(&id, &config, &spec)?;
+    cri.start(&c)?;
+    let status = cri.wait_exit(&c, PATIENCE)?;
+    // WASI's EACCES.
+    ensure!(status.exit_code == 2, "exit code {}", status.exit_code);
+    cri.remove(&c)?;
+
     let (c, spec) = make("bomb", "bomb", true, 16 << 20)?;
     let status = cri.wait_exit(&c, PATIENCE)?;
     ensure!(
@@ -128,6 +153,12 @@ fn wasm_pod(node: &mut Node, _: &str) -> Result<()> {
     let stats = cri.stats(&c)?;
     ensure!(stats.cpu.is_some(), "no statistics: {stats:?}");
     cri.pod_stats(&id)?;
+    // It computes on a thread in the pod's cgroup, which has the pod's share of CPU.
+    ensure!(pod_cgroup(&id, "cpu.max")? == "80000 100000\n");
+    ensure!(
+        !pod_cgroup(&id, "cgroup.threads")?.is_empty(),
+        "no thread is there"
+    );
     cri.stop(&c, 1)?;
     let status = cri.status(&c)?;
     ensure!(status.exit_code == 143, "exit code {}", status.exit_code);
@@ -140,5 +171,9 @@ fn wasm_pod(node: &mut Node, _: &str) -> Result<()> {
     ensure!(format!("{error:#}").contains("runtime class"), "{error:#}");
     cri.remove(&c)?;
     cri.stop_pod(&id)?;
+    ensure!(
+        pod_cgroup(&id, "cpu.max").is_err(),
+        "the cgroup outlives its pod"
+    );
     cri.remove_pod(&id)
 }

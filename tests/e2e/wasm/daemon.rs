@@ -99,6 +99,51 @@ fn a_container_has_arguments_volumes_output_and_an_exit_code() {
 }
 
 #[test]
+fn files_are_those_of_the_containers_user() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    let daemon = Daemon::start().unwrap();
+    let runtime = runtime();
+    let volume = daemon.dir().join("volume");
+    fs::create_dir(&volume).unwrap();
+    fs::set_permissions(&volume, fs::Permissions::from_mode(0o777)).unwrap();
+    for (name, mode) in [("secret", 0o600), ("team", 0o640)] {
+        fs::write(volume.join(name), format!("{name}'s\n")).unwrap();
+        fs::set_permissions(volume.join(name), fs::Permissions::from_mode(mode)).unwrap();
+    }
+    std::os::unix::fs::chown(volume.join("team"), None, Some(3000)).unwrap();
+    let program = fixtures::compile_c("user.wasm", include_str!("user.c")).unwrap();
+    let program = fs::read(program).unwrap();
+    let address = daemon.pod("p", "").unwrap();
+    let tasks = runtime.block_on(daemon::connect(&address)).unwrap();
+    let run = |id: &str, user: Value| {
+        once(&daemon, &tasks, &runtime, id, &program, |spec| {
+            spec["process"]["args"] = json!(["app.wasm", id]);
+            spec["process"]["user"] = user;
+            spec["mounts"] = json!([
+                {"destination": "/data", "type": "bind", "source": volume, "options": ["rbind"]}
+            ]);
+        })
+    };
+    // One after the other in one pod: no thread of the one serves the other.
+    let all = "secret: secret's\nteam: team's\n".to_owned();
+    let some = "secret: refused\nteam: team's\n".to_owned();
+    let user = json!({"uid": 1000, "gid": 2000, "additionalGids": [3000]});
+    for (id, user, out, owner) in [
+        ("root", json!({"uid": 0, "gid": 0}), &all, (0, 0)),
+        ("user", user, &some, (1000, 2000)),
+        ("again", json!({}), &all, (0, 0)),
+    ] {
+        assert_eq!(run(id, user), (0, out.clone(), String::new()), "{id}");
+        let made = fs::metadata(volume.join(id)).unwrap();
+        assert_eq!((made.uid(), made.gid()), owner, "{id}");
+    }
+    // The daemon itself has stayed what it was.
+    let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
+    assert!(status.contains("\nUid:\t0\t0\t0\t0\n"), "{status}");
+    daemon.remove("p").unwrap();
+}
+
+#[test]
 fn ends_are_told_apart() {
     let daemon = Daemon::start().unwrap();
     let runtime = runtime();

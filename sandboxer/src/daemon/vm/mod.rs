@@ -306,7 +306,7 @@ fn guest_setup(
 }
 
 /// What CRI says about the pod's containers together, and about its overhead.
-fn resources(wish: &PodSandboxConfig) -> [LinuxResources; 2] {
+pub(super) fn resources(wish: &PodSandboxConfig) -> [LinuxResources; 2] {
     let linux = wish.linux.as_ref();
     [
         linux.and_then(|l| l.resources).unwrap_or_default(),

@@ -13,15 +13,17 @@ use std::sync::{Arc, OnceLock};
 
 use bulkhead_protocol::rpc::{Code, Status};
 use bulkhead_wasm::{
-    Allocation, CacheConfig, Engine, EngineConfig, Network, PodConfig, Resolver, harden_thread,
+    Allocation, CacheConfig, Engine, EngineConfig, Network, PodConfig, Resolver, ThreadHook,
 };
 
+use super::cgroup::{CpuShare, Threads, clean_threads};
 use super::config::Config;
 use super::pod::blocking;
 use super::proto::{NODE, PodSandboxConfig};
 use super::sandbox::{Answer, Kind, Plan};
 use super::state::State;
 use super::storage::Storage;
+use super::vm::resources;
 pub use sandbox::WasmSandbox;
 
 /// Pods of one daemon.
@@ -71,8 +73,9 @@ impl Kind for Wasm {
         blocking(move || build(&config, &engine, plan)).await?
     }
 
-    fn clean(&self, _: &State) {
+    fn clean(&self, state: &State) {
         // Its network namespace was only looked at, its programs have ended with their process.
+        clean_threads(&state.id);
     }
 }
 
@@ -112,6 +115,15 @@ fn build(config: &Config, kept: &OnceLock<Engine>, plan: Plan) -> Answer<WasmSan
         }
     };
     let limit = plan.wish.linux.as_ref().and_then(|l| l.resources);
+    let threads = Threads::create(&plan.id);
+    if let Some(threads) = &threads
+        && let Err(error) = threads.limit(CpuShare::of(&resources(&plan.wish)))
+    {
+        tracing::warn!(sandbox = plan.id, %error, "the pod's share of CPU is not set");
+    }
+    let thread_hook = threads
+        .as_ref()
+        .map(|threads| -> ThreadHook { Arc::new(threads.entrance()) });
     let pod = bulkhead_wasm::Pod::new(
         &engine,
         PodConfig {
@@ -121,11 +133,12 @@ fn build(config: &Config, kept: &OnceLock<Engine>, plan: Plan) -> Answer<WasmSan
             memory_bytes: limit
                 .and_then(|l| u64::try_from(l.memory_limit_in_bytes).ok())
                 .filter(|bytes| *bytes > 0),
-            thread_hook: Some(Arc::new(harden_thread)),
+            thread_hook,
+            harden: true,
             ..PodConfig::default()
         },
     );
-    Ok(WasmSandbox::new(engine, pod, storage, plan))
+    Ok(WasmSandbox::new(engine, pod, storage, threads, plan))
 }
 
 fn wants_host_network(wish: &PodSandboxConfig) -> bool {

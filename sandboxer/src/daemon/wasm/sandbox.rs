@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 use super::root;
 use super::spec::{self, Wish};
 use super::stdio::{self, Held};
+use crate::daemon::cgroup::Threads;
 use crate::daemon::events::{Event, Events, now};
 use crate::daemon::pod::blocking;
 use crate::daemon::proto::TaskId;
@@ -42,6 +43,8 @@ struct Running {
     dir: PathBuf,
     /// `None`: taken down.
     storage: Mutex<Option<Storage>>,
+    /// Where its threads are counted, and held to the pod's share of CPU.
+    threads: Mutex<Option<Threads>>,
 }
 
 /// A running pod.
@@ -101,7 +104,13 @@ fn precondition(error: impl ToString) -> Status {
 
 impl WasmSandbox {
     /// Ready for containers.
-    pub(super) fn new(engine: Engine, pod: engine::Pod, storage: Storage, plan: Plan) -> Self {
+    pub(super) fn new(
+        engine: Engine,
+        pod: engine::Pod,
+        storage: Storage,
+        threads: Option<Threads>,
+        plan: Plan,
+    ) -> Self {
         Self {
             id: plan.id,
             namespace: plan.namespace,
@@ -112,6 +121,7 @@ impl WasmSandbox {
                 pod,
                 dir: plan.dir,
                 storage: Mutex::new(Some(storage)),
+                threads: Mutex::new(threads),
             }),
             programs: Mutex::default(),
         }
@@ -161,6 +171,10 @@ impl Sandbox for WasmSandbox {
         lock(&self.programs).clear();
         // Mounts go with it.
         *lock(&self.running.storage) = None;
+        self.running.pod.close();
+        let threads = lock(&self.running.threads).take();
+        // Waits for them.
+        drop(threads);
     }
 
     fn info(&self) -> Option<String> {
@@ -168,7 +182,17 @@ impl Sandbox for WasmSandbox {
     }
 
     fn figures(&self) -> Vec<Figure> {
-        Vec::new()
+        let used = lock(&self.running.threads)
+            .as_ref()
+            .and_then(Threads::usage);
+        let help = "CPU time of a wasm pod's threads.";
+        let figure = |(mode, value): (&'static str, Duration)| Figure {
+            label: Some(("mode", mode)),
+            ..Figure::counter("bulkhead_wasm_cpu_seconds_total", help, value.as_secs_f64())
+        };
+        used.map(|used| [("user", used.user), ("system", used.system)].map(figure))
+            .map(Vec::from)
+            .unwrap_or_default()
     }
 
     async fn create(&self, request: &CreateTaskRequest) -> Answer<(WasmProcess, u32)> {
@@ -333,6 +357,7 @@ fn prepare(
         args,
         env,
         cwd,
+        user,
         memory_bytes,
         cpu_milli,
         ..
@@ -341,6 +366,7 @@ fn prepare(
     config.args = args;
     config.env = env;
     config.cwd = Some(cwd);
+    config.user = user;
     config.memory_bytes = memory_bytes;
     config.cpu_milli = cpu_milli;
     config.mounts = vec![engine::Mount {

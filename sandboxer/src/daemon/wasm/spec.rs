@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::rpc::{Code, Status};
+use bulkhead_wasm::User;
 use serde_json::Value;
 
 /// Mounts a container may have.
@@ -34,6 +35,8 @@ pub struct Wish {
     pub env: Vec<(String, String)>,
     /// Working directory.
     pub cwd: String,
+    /// As whom it has files; `None`: root.
+    pub user: Option<User>,
     /// Its volumes.
     pub binds: Vec<Bind>,
     /// The image cannot be written.
@@ -98,12 +101,40 @@ pub fn read(spec: &Value) -> Result<Wish, Status> {
         function,
         env,
         cwd: cwd.to_owned(),
+        user: user(&process["user"])?,
         binds: binds(spec)?,
         read_only: spec["root"]["readonly"] == true,
         memory_bytes: memory(resources),
         cpu_milli: cpu(resources),
         args,
     })
+}
+
+/// Number of a user or group.
+fn number(value: &Value) -> Result<u32, Status> {
+    let missing = value.is_null();
+    let number = value.as_u64().and_then(|n| u32::try_from(n).ok());
+    match number.filter(|n| *n != u32::MAX) {
+        Some(number) => Ok(number),
+        None if missing => Ok(0),
+        None => Err(invalid(format!("{value} is no number of a user or group"))),
+    }
+}
+
+/// The user of an OCI process. Names were looked up by containerd, in the image.
+fn user(value: &Value) -> Result<Option<User>, Status> {
+    let groups = value["additionalGids"].as_array().map(Vec::as_slice);
+    let groups = groups.unwrap_or_default();
+    if groups.len() > MAX_STRINGS {
+        return Err(invalid(format!("more than {MAX_STRINGS} groups")));
+    }
+    let user = User {
+        uid: number(&value["uid"])?,
+        gid: number(&value["gid"])?,
+        groups: groups.iter().map(number).collect::<Result<_, _>>()?,
+    };
+    // Root has all files whatever its groups; what it makes is its main group's.
+    Ok((user.uid != 0 || user.gid != 0).then_some(user))
 }
 
 /// The memory limit of OCI resources, in bytes.
