@@ -49,6 +49,7 @@ impl Daemon {
             format!(
                 "run_dir = \"{run}\"\nsocket = \"{run}/vm.sock\"\n\
                  containerd_ttrpc = \"{run}/none\"\n\
+                 [app]\nsocket = \"{run}/app.sock\"\n\
                  [wasm]\nsocket = \"{run}/wasm.sock\"\ncache_dir = \"{run}/code\"\n"
             ),
         )?;
