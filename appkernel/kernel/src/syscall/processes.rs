@@ -224,18 +224,23 @@ fn pass_on(c: &Call<'_>, image: exec::Image) -> Result<()> {
     let first = task::find(c.task.process).filter(|t| t.memory().is_some());
     // One that ended before the others has nothing to go on with.
     let first = first.ok_or(Errno::EAGAIN)?;
-    let mask = c.task.pending.lock().mask;
-    // Another thread was faster: this one ends with the rest.
-    if c.task.pending.lock().ending.is_some() || first.pending.lock().next.is_some() {
-        return Err(Errno::EAGAIN);
-    }
+    // `first` may be the caller: one lock at a time.
+    let (mask, ends) = {
+        let pending = c.task.pending.lock();
+        (pending.mask, pending.ending.is_some())
+    };
+    let credentials = c.task.credentials.lock().clone();
     {
         let mut pending = first.pending.lock();
+        // Another thread was faster: this one ends with the rest.
+        if ends || pending.next.is_some() {
+            return Err(Errno::EAGAIN);
+        }
         pending.next = Some(alloc::boxed::Box::new(image));
         pending.mask = mask;
         pending.saved_mask = None;
     }
-    *first.credentials.lock() = c.task.credentials.lock().clone();
+    *first.credentials.lock() = credentials;
     task::end_other_threads(c.task.process);
     Ok(())
 }
