@@ -413,7 +413,11 @@ pub fn deliver(frame: &mut Frame) {
             let stopped = task.links.lock().is_stopped;
             let mut pending = task.pending.lock();
             let replaced = pending.next.is_some();
-            let wanted = if stopped || replaced { 0 } else { !pending.mask };
+            let wanted = if stopped || replaced {
+                0
+            } else {
+                !pending.mask
+            };
             let signal = pending.take(wanted);
             if signal.is_none()
                 && let Some(mask) = pending.saved_mask.take()
