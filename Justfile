@@ -88,7 +88,7 @@ fixtures:
 lint:
     cargo fmt --all --check
     cargo clippy --workspace --all-targets -- -D warnings
-    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build tests/deb/build tests/deb/check tests/critest/critest tests/ltp/build tests/ltp/driver.sh
+    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build tests/deb/build tests/deb/check tests/critest/critest tests/ltp/build tests/ltp/driver.sh tests/programs/src/git.sh tests/programs/src/compile.sh
 
 # Before any compiler runs: is the disk large enough?
 _disk:
@@ -109,6 +109,10 @@ test-walls FACTOR="20" SEED="1": _disk build guest hostile
 # Programs of the Linux Test Project on the app kernel: those of pass.list, or ARGS (see tests/ltp/run)
 ltp *ARGS: _disk build appkernel
     tests/run ltp {{ARGS}}
+
+# Debian's git, gcc, node, Go and Python on the app kernel; --all, NAME…, or --cpython for CPython's own tests
+programs *ARGS: _disk build appkernel
+    tests/run programs {{ARGS}}
 
 # Everything `test` does, and the long parts: soak, fuzz, big suites
 test-full: _disk

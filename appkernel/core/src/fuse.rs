@@ -213,11 +213,20 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// Reads the answer to a look-up.
+    /// Reads the answer to a call that makes or finds a file.
     ///
     /// # Errors
     /// `EIO` if the answer is short, `ENOENT` if it says that there is none.
     pub fn parse(reader: &mut Reader<'_>) -> Result<Self, Errno> {
+        Self::parse_found(reader)?.map_err(|_| Errno::ENOENT)
+    }
+
+    /// Reads the answer to a look-up: a file, or for how many nanoseconds it is certain that there
+    /// is none.
+    ///
+    /// # Errors
+    /// `EIO` if the answer is short.
+    pub fn parse_found(reader: &mut Reader<'_>) -> Result<Result<Self, u64>, Errno> {
         let (node, _generation) = (reader.u64()?, reader.u64()?);
         let (entry, attr) = (reader.u64()?, reader.u64()?);
         let (entry_ns, attr_ns) = (reader.u32()?, reader.u32()?);
@@ -228,13 +237,13 @@ impl Entry {
         };
         let attributes = Attributes::parse(reader)?;
         if node == 0 {
-            return Err(Errno::ENOENT);
+            return Ok(Err(ns(entry, entry_ns)));
         }
-        Ok(Self {
+        Ok(Ok(Self {
             node,
             valid_ns: ns(entry, entry_ns).min(ns(attr, attr_ns)),
             attributes,
-        })
+        }))
     }
 }
 

@@ -56,7 +56,7 @@ const PRESENT: &[(u16, Support)] = &[
     (28, Partial("MADV_DONTNEED; others are hints")), (29, Partial("no huge pages")), (30, Supported), (31, Supported), (32, Supported), (33, Supported),
     (34, Supported), (35, Supported), (36, Partial("all processor time counts as user time")), (37, Supported), (38, Partial("all processor time counts as user time")), (39, Supported),
     (40, Supported), (41, Partial("AF_UNIX, AF_INET, AF_INET6: streams, datagrams; of AF_NETLINK the questions about interfaces; no raw sockets")), (42, Supported), (43, Supported), (44, Partial("no out-of-band data")), (45, Partial("no out-of-band data")), (46, Partial("files but unix sockets are passed, credentials are not")), (47, Partial("as sendmsg")), (48, Supported), (49, Supported), (50, Supported), (51, Supported), (52, Supported), (53, Supported), (54, Partial("time limits, linger, address reuse, no-delay and v6-only have effect; others are kept and given back")), (55, Supported), (56, Partial("no namespaces; no CLONE_PARENT, CLONE_PIDFD; working directory is never shared by processes")),
-    (57, Supported), (58, Supported), (59, Partial("EAGAIN while the process has other threads")),
+    (57, Supported), (58, Supported), (59, Partial("EAGAIN when the first thread of several has ended")),
     (60, Supported), (61, Partial("no resource usage")),
     (62, Supported), (63, Supported),
     (64, Supported), (65, Supported), (66, Supported), (67, Supported), (68, Supported), (69, Supported), (70, Supported), (71, Supported), 

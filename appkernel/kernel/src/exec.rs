@@ -62,6 +62,12 @@ pub struct Image {
     stack: u64,
 }
 
+impl core::fmt::Debug for Image {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Image").finish_non_exhaustive()
+    }
+}
+
 impl Image {
     /// Registers at its first instruction.
     pub fn frame(&self) -> Frame {

@@ -1,5 +1,6 @@
 //! Signals: what waits, what they do, and the detour of a program through its handler.
 
+use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -9,6 +10,8 @@ use appkernel_hal::trap::{Frame, SYSCALL};
 use appkernel_hal::{USER_END, cpu, usercopy};
 
 use crate::container::visible;
+use crate::exec::Image;
+use crate::syscall;
 use crate::task::{self, Task};
 
 /// A signal's number.
@@ -163,6 +166,8 @@ pub struct Pending {
     pub mask: u64,
     /// The thread has to end, with this status.
     pub ending: Option<i32>,
+    /// Another program, which another thread wants to run in this one's place (execve).
+    pub next: Option<Box<Image>>,
     /// Mask to go back to after a call that changed it while it waited.
     pub saved_mask: Option<u64>,
     /// Alternate stack: start, bytes.
@@ -185,7 +190,7 @@ impl Pending {
 
     /// Whether a system call has to give way.
     pub fn deliverable(&self) -> bool {
-        self.ending.is_some() || self.set & !self.mask != 0
+        self.ending.is_some() || self.next.is_some() || self.set & !self.mask != 0
     }
 
     /// Signals that wait.
@@ -403,11 +408,16 @@ mod layout {
 pub fn deliver(frame: &mut Frame) {
     let mut was_stopped = false;
     loop {
-        let (ending, signal, stopped) = {
+        let (ending, signal, stopped, replaced) = {
             let task = task::current();
             let stopped = task.links.lock().is_stopped;
             let mut pending = task.pending.lock();
-            let wanted = if stopped { 0 } else { !pending.mask };
+            let replaced = pending.next.is_some();
+            let wanted = if stopped || replaced {
+                0
+            } else {
+                !pending.mask
+            };
             let signal = pending.take(wanted);
             if signal.is_none()
                 && let Some(mask) = pending.saved_mask.take()
@@ -418,11 +428,18 @@ pub fn deliver(frame: &mut Frame) {
                     continue;
                 }
             }
-            (pending.ending, signal, stopped)
+            (pending.ending, signal, stopped, replaced)
         };
         if let Some(status) = ending {
             // Nothing is held here: the stack is never unwound.
             task::exit_thread(status);
+        }
+        if replaced {
+            let task = task::current();
+            if syscall::take_over(&task, frame) {
+                was_stopped = false;
+            }
+            continue;
         }
         if stopped {
             was_stopped = true;

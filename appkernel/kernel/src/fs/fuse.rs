@@ -2,7 +2,7 @@
 
 mod pages;
 
-use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
 use alloc::string::String;
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
@@ -31,8 +31,19 @@ pub const WRITE_CHUNK: usize = 32 << 10;
 const KEPT_HANDLES: usize = 1024;
 /// Names remembered, at most: some 10 MiB.
 const MAX_NAMES: usize = 65536;
+/// Node number of a name that is known not to be there.
+const NOTHING: u64 = 0;
 /// Entries of one directory, at most.
 const MAX_ENTRIES: usize = 1 << 20;
+/// What is valid for so long is changed by nobody else: a list of a directory is kept then. Such a
+/// promise is made for a day, others for a second.
+const PROMISE_NS: u64 = 3600 * 1_000_000_000;
+/// Entries of a directory whose list is kept, at most.
+const KEPT_ENTRIES: usize = 256;
+/// Directories whose list is kept, at most.
+const KEPT_LISTS: usize = 128;
+/// Longest target of a link that is kept.
+const KEPT_TARGET: usize = 128;
 const O_DIRECTORY: u32 = 0o200_000;
 /// In `setattr`.
 mod valid {
@@ -70,6 +81,8 @@ pub struct Fuse {
     handles: Mutex<usize>,
     /// Nodes without a name: the host keeps them open until they are forgotten.
     removed: Mutex<Vec<u64>>,
+    /// Directories whose list is kept, the oldest first.
+    lists: Mutex<VecDeque<u64>>,
     me: Weak<Self>,
 }
 
@@ -98,6 +111,14 @@ pub struct Node {
 struct NodeState {
     attributes: Attributes,
     valid_until: u64,
+    /// The times that the host gives next are of our own writing.
+    changed_by_us: bool,
+    /// Where the link leads. A link is never changed, only replaced by another file.
+    target: Option<Vec<u8>>,
+    /// What is in the directory, where the host promised that only we change it.
+    entries: Option<Arc<Vec<DirEntry>>>,
+    /// The host said of this file that only we change it.
+    ours_alone: bool,
     /// Frames by page number.
     pages: BTreeMap<u64, u64>,
     /// Pages that programs can change through mappings, and the handle to write them back with.
@@ -136,6 +157,7 @@ impl Fuse {
             names: Mutex::new(BTreeMap::new()),
             handles: Mutex::new(0),
             removed: Mutex::default(),
+            lists: Mutex::default(),
             me: Weak::clone(me),
         });
         let body = Body::new().u32(7).u32(31).u32(READ_CHUNK as u32).u32(0);
@@ -252,11 +274,15 @@ impl Fuse {
         node
     }
 
+    fn node(&self, id: u64) -> Option<Arc<Node>> {
+        self.nodes.lock().get(&id).map(Arc::clone)
+    }
+
     /// The node of that name in a directory, if it is known.
     fn known(&self, directory: u64, name: &[u8]) -> Option<Arc<Node>> {
         let key = (directory, name.to_vec());
         let (id, _) = self.names.lock().get(&key).copied()?;
-        self.nodes.lock().get(&id).map(Arc::clone)
+        self.node(id)
     }
 
     /// A node has lost a name; with the last one it is forgotten, as soon as nobody uses it.
@@ -321,10 +347,13 @@ impl Fuse {
 impl NodeState {
     fn update(&mut self, attributes: Attributes, valid_ns: u64) {
         let same = |a: &Attributes| (a.size, a.times[1]);
-        if same(&attributes) != same(&self.attributes) {
+        let ours = core::mem::take(&mut self.changed_by_us);
+        let expected = ours && attributes.size == self.attributes.size;
+        if same(&attributes) != same(&self.attributes) && !expected {
             // Changed by the host, or by us: what is cached may be old.
             self.drop_pages(0);
         }
+        self.ours_alone = valid_ns >= PROMISE_NS;
         self.attributes = attributes;
         self.valid_until = clock::monotonic_ns().saturating_add(valid_ns);
     }
@@ -450,39 +479,59 @@ impl Node {
         let cached = fuse.names.lock().get(&key).copied();
         if let Some((id, until)) = cached
             && clock::monotonic_ns() < until
-            && let Some(node) = fuse.nodes.lock().get(&id)
         {
-            return Ok(Arc::clone(node));
+            if id == NOTHING {
+                return Err(Errno::ENOENT);
+            }
+            if let Some(node) = fuse.nodes.lock().get(&id) {
+                return Ok(Arc::clone(node));
+            }
         }
         let body = Body::new().name(name);
-        let entry = fuse.call(Op::Lookup, self.id, &body.0, &[], 128, |answer| {
-            Entry::parse(&mut Reader(answer))
+        let found = fuse.call(Op::Lookup, self.id, &body.0, &[], 128, |answer| {
+            Entry::parse_found(&mut Reader(answer))
         })?;
-        let until = clock::monotonic_ns().saturating_add(entry.valid_ns);
-        let node = fuse.enter(&entry);
+        let (number, valid_ns) = match &found {
+            Ok(entry) => (entry.node, entry.valid_ns),
+            Err(missing_ns) => (NOTHING, *missing_ns),
+        };
+        let until = clock::monotonic_ns().saturating_add(valid_ns);
         let mut names = fuse.names.lock();
         // A cache: what was asked for long ago may be asked for again.
         if names.len() >= MAX_NAMES {
             names.clear();
         }
-        names.insert(key, (entry.node, until));
+        names.insert(key, (number, until));
         drop(names);
-        Ok(node)
+        match found {
+            Ok(entry) => Ok(fuse.enter(&entry)),
+            Err(_) => Err(Errno::ENOENT),
+        }
     }
 
     fn forget_name(&self, name: &[u8]) {
         if let Ok(fuse) = self.fuse() {
             fuse.names.lock().remove(&(self.id, name.to_vec()));
         }
-        self.state.lock().valid_until = 0;
+        let mut state = self.state.lock();
+        state.valid_until = 0;
+        state.entries = None;
     }
 
     /// Where the link leads.
     pub fn read_link(&self) -> Result<Vec<u8>, Errno> {
-        self.fuse()?
-            .call(Op::Readlink, self.id, &[], &[], super::PATH_MAX, |answer| {
-                Ok(answer.to_vec())
-            })
+        if let Some(target) = self.state.lock().target.clone() {
+            return Ok(target);
+        }
+        let target =
+            self.fuse()?
+                .call(Op::Readlink, self.id, &[], &[], super::PATH_MAX, |answer| {
+                    Ok(answer.to_vec())
+                })?;
+        if target.len() <= KEPT_TARGET {
+            self.state.lock().target = Some(target.clone());
+        }
+        Ok(target)
     }
 
     fn open_handle(&self, op: Op, flags: u32) -> Result<u64, Errno> {
@@ -602,10 +651,27 @@ impl Node {
 
     /// All entries of the directory.
     pub fn entries(&self) -> Result<Vec<DirEntry>, Errno> {
+        if let Some(kept) = &self.state.lock().entries {
+            return Ok(Vec::clone(kept));
+        }
         let handle = self.open_handle(Op::Opendir, O_DIRECTORY)?;
         let result = self.read_entries(handle);
         self.release_handle(Op::Releasedir, handle);
-        result
+        let entries = result?;
+        let fuse = self.fuse()?;
+        let mut lists = fuse.lists.lock();
+        let alone = self.state.lock().ours_alone;
+        if alone && entries.len() <= KEPT_ENTRIES {
+            lists.retain(|id| *id != self.id);
+            lists.push_back(self.id);
+            self.state.lock().entries = Some(Arc::new(entries.clone()));
+            let oldest = (lists.len() > KEPT_LISTS).then(|| lists.pop_front());
+            drop(lists);
+            if let Some(node) = oldest.flatten().and_then(|id| fuse.node(id)) {
+                node.state.lock().entries = None;
+            }
+        }
+        Ok(entries)
     }
 
     fn read_entries(&self, handle: u64) -> Result<Vec<DirEntry>, Errno> {

@@ -34,6 +34,8 @@ use appkernel_hal::sync::Mutex;
 use appkernel_hal::trap::Frame;
 use appkernel_hal::usercopy;
 
+pub use processes::take_over;
+
 use crate::log;
 use crate::signal;
 use crate::task::{self, Task};

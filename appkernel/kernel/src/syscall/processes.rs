@@ -182,14 +182,6 @@ pub fn execve(c: &Call<'_>, frame: &mut Frame) -> Result<()> {
         arguments: strings(c.arg(1), &mut total)?,
         environment: strings(c.arg(2), &mut total)?,
     };
-    let threads = task::living()
-        .iter()
-        .filter(|t| t.process == c.task.process)
-        .count();
-    if threads > 1 {
-        // The other threads would have to be ended first.
-        return Err(Errno::EAGAIN);
-    }
     let cwd = c.task.place.lock().cwd.clone();
     let credentials = c.task.credentials.lock().clone();
     let context = exec::Context {
@@ -198,16 +190,77 @@ pub fn execve(c: &Call<'_>, frame: &mut Frame) -> Result<()> {
         credentials: &credentials,
     };
     let image = exec::load(&request, context)?;
-    let closing = c.task.files().lock().take_closing();
+    if task::threads(c.task.process) > 1 {
+        return pass_on(c, image);
+    }
+    begin(c.task, image, frame);
+    Ok(())
+}
+
+/// The program of a process with one thread goes on with another.
+fn begin(task: &Task, image: exec::Image, frame: &mut Frame) {
+    let files = {
+        // Others may have the same table (CLONE_FILES without CLONE_THREAD): it is its own now.
+        let copy = task.files().lock().duplicate();
+        alloc::sync::Arc::new(appkernel_hal::sync::Mutex::new(copy))
+    };
+    let closing = files.lock().take_closing();
+    let shared = core::mem::replace(&mut *task.files.lock(), files);
+    drop(shared);
     drop(closing);
-    let handlers = c.task.handlers().lock().clone();
+    let handlers = task.handlers().lock().clone();
     let own = alloc::sync::Arc::new(appkernel_hal::sync::Mutex::new(handlers));
     own.lock().reset();
-    *c.task.handlers.lock() = own;
-    crate::alarms::forget_made(c.task.process);
+    *task.handlers.lock() = own;
+    task.pending.lock().stack = (0, 0);
+    crate::alarms::forget_made(task.process);
     *frame = image.frame();
-    c.task.replace(image);
+    task.replace(image);
+}
+
+/// execve(2) of a thread among others: they end, and the process' first thread, whose number is the
+/// process', goes on with the program.
+fn pass_on(c: &Call<'_>, image: exec::Image) -> Result<()> {
+    let first = task::find(c.task.process).filter(|t| t.memory().is_some());
+    // One that ended before the others has nothing to go on with.
+    let first = first.ok_or(Errno::EAGAIN)?;
+    // `first` may be the caller: one lock at a time.
+    let (mask, ends) = {
+        let pending = c.task.pending.lock();
+        (pending.mask, pending.ending.is_some())
+    };
+    let credentials = c.task.credentials.lock().clone();
+    {
+        let mut pending = first.pending.lock();
+        // Another thread was faster: this one ends with the rest.
+        if ends || pending.next.is_some() {
+            return Err(Errno::EAGAIN);
+        }
+        pending.next = Some(alloc::boxed::Box::new(image));
+        pending.mask = mask;
+        pending.saved_mask = None;
+    }
+    *first.credentials.lock() = credentials;
+    task::end_other_threads(c.task.process);
     Ok(())
+}
+
+/// On the way back to a program: another one was passed on to this thread. Whether it is that one now
+/// that `frame` goes to.
+pub fn take_over(task: &Task, frame: &mut Frame) -> bool {
+    let next = task.pending.lock().next.take();
+    let Some(image) = next else { return false };
+    let me = task.process;
+    // The others are on their way out; they have the old memory.
+    while task::threads(me) > 1 {
+        if task.pending.lock().ending.is_some() {
+            return false;
+        }
+        task::end_other_threads(me);
+        task::sleep(task::ENDS + me as usize);
+    }
+    begin(task, *image, frame);
+    true
 }
 
 const NOHANG: u32 = 1;

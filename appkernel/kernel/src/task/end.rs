@@ -9,7 +9,7 @@ use appkernel_hal::sync::Mutex;
 use appkernel_hal::{boot, cpu, usercopy};
 
 use super::{
-    AGENT, CHILD, FILES, NEVER, SCHEDULER, State, Task, charge, current, find, go_on, living,
+    AGENT, CHILD, ENDS, FILES, NEVER, SCHEDULER, State, Task, charge, current, find, go_on, living,
     schedule, wake, wake_task, with, yield_now,
 };
 use crate::container::visible;
@@ -146,6 +146,19 @@ pub fn end_process(process: u32, status: i32) {
     }
 }
 
+/// Tells all threads of a process but its first to end.
+pub fn end_other_threads(process: u32) {
+    for task in living() {
+        if task.process == process && task.id != process {
+            task.pending.lock().ending.get_or_insert(0);
+        }
+        if task.process == process {
+            go_on(task.id);
+            wake_task(task.id);
+        }
+    }
+}
+
 /// Ends the running thread, and the process with its last one. The caller holds nothing: its stack
 /// is never unwound.
 pub fn exit_thread(status: i32) -> ! {
@@ -163,8 +176,10 @@ fn leave(status: i32) {
     me.has_own_memory();
     // Files are closed now, not when somebody waits for the task.
     let files = core::mem::take(&mut *me.files.lock());
-    for file in files.lock().all() {
-        crate::syscall::file_locks::drop_locks(file, me.process);
+    if Arc::strong_count(&files) == 1 {
+        for file in files.lock().all() {
+            crate::syscall::file_locks::drop_locks(file, me.process);
+        }
     }
     drop(files);
     charge();
@@ -191,6 +206,7 @@ fn leave(status: i32) {
     drop(mm);
     drop(me);
     if siblings > 0 {
+        wake(ENDS + process as usize);
         if id == process {
             // A first thread that ended before the others is kept, asleep for ever, as Linux does.
             with(|s| {
@@ -319,9 +335,10 @@ pub fn find_zombie(matches: impl Fn(&Task) -> bool, reap: bool) -> Option<(u32, 
 /// Whether a process has a child that matches.
 pub fn has_child(matches: impl Fn(&Task) -> bool) -> bool {
     with(|s| {
+        let buried = |id| s.dead.contains(&id);
         s.tasks
             .values()
-            .any(|(task, _)| task.id == task.process && matches(task))
+            .any(|(task, _)| task.id == task.process && !buried(task.id) && matches(task))
     })
 }
 

@@ -52,6 +52,8 @@ pub const AGENT: Channel = 0x4_0000_0000;
 pub const NETWORK: Channel = 0x5_0000_0000;
 /// Semaphores, messages and their like change.
 pub const OBJECTS: Channel = 0x6_0000_0000;
+/// A thread of a process ends; plus the process' number.
+pub const ENDS: Channel = 0x7_0000_0000;
 /// Of tasks that wait for nothing: not started yet, or ended.
 const NEVER: Channel = usize::MAX;
 

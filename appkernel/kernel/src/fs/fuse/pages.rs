@@ -131,27 +131,29 @@ impl Node {
         let count = (count as usize).min(from.len());
         let mut state = self.state.lock();
         // Pages in the cache are changed in place: they may be mapped.
-        for (i, byte) in from.iter().take(count).enumerate() {
-            let at = offset + i as u64;
+        let mut done = 0;
+        while done < count {
+            let at = offset.saturating_add(done as u64);
+            let inside = (at % PAGE) as usize;
+            let len = (PAGE as usize - inside).min(count - done);
             if let Some(frame) = state.pages.get(&(at / PAGE)) {
                 // SAFETY: the cache owns the frame.
                 let bytes = unsafe { frames::bytes(*frame) };
-                if let Some(to) = bytes.get_mut((at % PAGE) as usize) {
-                    *to = *byte;
+                if let (Some(to), Some(from)) = (
+                    bytes.get_mut(inside..inside + len),
+                    from.get(done..done + len),
+                ) {
+                    to.copy_from_slice(from);
                 }
             }
+            done += len;
         }
-        state.attributes.size = state.attributes.size.max(offset + count as u64);
-        let kept = core::mem::take(&mut state.pages);
-        drop(state);
-        // New size and times from the host; they are our own change, so the pages stay.
-        let _ = self.attribute_call(Op::Getattr, &Body::new().u32(0).u32(0).u64(0));
-        let mut state = self.state.lock();
-        let gone = core::mem::replace(&mut state.pages, kept);
-        drop(state);
-        for frame in gone.into_values() {
-            frames::release(frame, 0);
-        }
+        let end = offset.saturating_add(count as u64);
+        state.attributes.size = state.attributes.size.max(end);
+        // The host has new times, which are asked for when somebody wants them. They are our own
+        // change, so the pages stay.
+        state.valid_until = 0;
+        state.changed_by_us = true;
         Ok(count)
     }
 
