@@ -249,6 +249,10 @@ pub fn prepare_process(
     }
     object.insert("terminal".into(), json!(terminal));
     object.entry("cwd").or_insert_with(|| json!("/"));
+    if !crate::in_guest() {
+        // Else it would have ours, which the kernel never kills for memory.
+        object.entry("oomScoreAdj").or_insert_with(|| json!(0));
+    }
     object.remove("apparmorProfile");
     object.remove("selinuxLabel");
     // libcontainer takes "false" for "load the seccomp profile late", which then fails.

@@ -3,6 +3,7 @@
 //! One process serves all pods. containerd asks it for sandboxes by gRPC ([`controller`]) and for
 //! containers by ttrpc, on a socket per pod ([`ttrpc`], [`task`]); see `docs/cri.md`.
 
+pub mod agent;
 pub mod cgroup;
 pub mod config;
 pub mod container;
