@@ -3,6 +3,7 @@
 
 pub mod link;
 pub mod setup;
+pub mod spec;
 
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
