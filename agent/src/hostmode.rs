@@ -207,6 +207,8 @@ fn isolate(args: &Args) -> Result<(), (&'static str, io::Error)> {
     let covered = format!("{HOST_ROOT}{RUN_DIR}");
     umount2(covered.as_str(), MntFlags::MNT_DETACH).map_err(because("the host's files"))?;
     mount(Some("proc"), "/proc", Some("proc"), strict, none).map_err(because("proc"))?;
+    // The same file system cannot be mounted on itself, not even by another root.
+    let _ = umount2(cgroup::ROOT, MntFlags::MNT_DETACH);
     let cgroups = Some("cgroup2");
     mount(cgroups, cgroup::ROOT, cgroups, strict, none).map_err(because("cgroups"))?;
     cgroup::set_up();
