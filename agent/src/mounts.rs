@@ -97,6 +97,11 @@ impl Shares {
         }
     }
 
+    /// Whether paths are the host's.
+    pub fn are_hosts(&self) -> bool {
+        self.host.is_some()
+    }
+
     /// Mounts the share `tag` at `path`. Mounting it there again is no error.
     pub fn mount(&self, tag: &str, path: &str, options: &[String]) -> Result<()> {
         let target = plain_absolute(path)
@@ -319,6 +324,19 @@ fn bind(source: &Path, target: &Path, flags: MsFlags) -> nix::Result<()> {
         )?;
     }
     Ok(())
+}
+
+/// Later mounts elsewhere do not appear at `path` any more, nor below.
+pub fn make_private(path: &Path) -> Result<()> {
+    let none = None::<&str>;
+    mount(
+        none,
+        path,
+        none,
+        MsFlags::MS_PRIVATE | MsFlags::MS_REC,
+        none,
+    )
+    .context(|| format!("make {} private", path.display()))
 }
 
 /// Unmounts all there is at `path`, in use or not.
