@@ -2,7 +2,8 @@
 //!
 //! One thread with a tokio loop serves the [contract](bulkhead_protocol); helper processes
 //! ([`helper`]) make containers. In a guest it is started as `/sbin/agent` by the kernel;
-//! `agent --test-listen DIR` runs the same service in new namespaces of an ordinary host.
+//! `agent --host …` runs the same service for one pod of ordinary containers on a host, and
+//! `agent --test-listen DIR` in new namespaces of a host, for tests.
 
 mod boot;
 mod cgroup;
@@ -11,6 +12,7 @@ mod devices;
 mod error;
 mod events;
 mod helper;
+mod hostmode;
 mod initramfs;
 mod log;
 mod mounts;
@@ -29,7 +31,7 @@ mod users;
 
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use bulkhead_protocol::server::{Router, SandboxDispatch, TaskDispatch};
 use bulkhead_protocol::{CONTROL_PORT, STREAM_PORT};
@@ -43,11 +45,33 @@ use crate::streams::Streams;
 use crate::tasks::Tasks;
 use crate::transport::{Listener, accept_forever};
 
-static TESTING: AtomicBool = AtomicBool::new(false);
+/// Where this runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Place {
+    /// In a guest, which is ours alone.
+    Guest,
+    /// On a host, for a pod of ordinary containers.
+    Host,
+    /// On a host for tests, where controllers may be missing.
+    Test,
+}
 
-/// Whether this runs on an ordinary host for tests, where controllers may be missing.
+static PLACE: AtomicU8 = AtomicU8::new(Place::Guest as u8);
+
+/// Says where this runs; at the start.
+fn set_place(place: Place) {
+    PLACE.store(place as u8, Ordering::Relaxed);
+}
+
+/// Whether this is a guest's PID 1.
+pub fn in_guest() -> bool {
+    PLACE.load(Ordering::Relaxed) == Place::Guest as u8
+}
+
+/// Whether this runs on an ordinary host for tests.
 pub fn testing() -> bool {
-    TESTING.load(Ordering::Relaxed)
+    PLACE.load(Ordering::Relaxed) == Place::Test as u8
 }
 
 fn main() -> ExitCode {
@@ -63,6 +87,7 @@ fn main() -> ExitCode {
             println!("bulkhead-agent {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS
         }
+        Some("--host") => hostmode::main(args.get(2..).unwrap_or_default()),
         Some("--test-listen") => testmode::main(args.get(2..).unwrap_or_default()),
         _ if std::process::id() == 1 => guest(),
         _ => {

@@ -15,12 +15,19 @@ use crate::paths::{Resolve, by_fd, open_within, plain_absolute};
 /// Where shares may be mounted and containers live.
 pub const RUN_DIR: &str = "/run/bulkhead";
 
+/// What `mount(2)` takes as data, with room for what the kernel adds.
+const MAX_DATA: usize = 4000;
+/// Layers of all images of a sandbox that are named by links.
+const MAX_LAYERS: usize = 10_000;
+
 /// The shares by mount point, and what stands in for virtio-fs in tests.
 #[derive(Default)]
 pub struct Shares {
     mounted: Mutex<BTreeMap<PathBuf, String>>,
     /// Tag to host directory: bound instead of mounted. Empty in a guest.
     stand_ins: BTreeMap<String, PathBuf>,
+    /// Where the host's files are, if this runs on a host. `None` in a guest.
+    host: Option<PathBuf>,
 }
 
 /// mount(8) options as flags and the file system's own data.
@@ -77,9 +84,22 @@ impl Shares {
     /// Shares whose tags may be stood in for by directories.
     pub fn with_stand_ins(stand_ins: BTreeMap<String, PathBuf>) -> Self {
         Self {
-            mounted: Mutex::default(),
             stand_ins,
+            ..Self::default()
         }
+    }
+
+    /// No shares: paths are the host's, found below `root`.
+    pub fn of_host(root: PathBuf) -> Self {
+        Self {
+            host: Some(root),
+            ..Self::default()
+        }
+    }
+
+    /// Whether paths are the host's.
+    pub fn are_hosts(&self) -> bool {
+        self.host.is_some()
     }
 
     /// Mounts the share `tag` at `path`. Mounting it there again is no error.
@@ -122,8 +142,17 @@ impl Shares {
     }
 
     /// Opens `path`, which must lie below a mounted share, whatever symlinks are in it.
-    /// `Ok(None)`: it is below no share.
+    /// On a host, it may be any path of the host's. `Ok(None)`: it is below no share.
     pub fn open(&self, path: &str) -> Result<Option<OwnedFd>> {
+        if let Some(host) = &self.host
+            && path.starts_with('/')
+            && !Path::new(path).starts_with(RUN_DIR)
+        {
+            let root = File::open(host).context(|| format!("open {}", host.display()))?;
+            return open_within(&root, Path::new(path), libc::O_PATH, Resolve::InRoot)
+                .map(Some)
+                .context(|| format!("open {path}"));
+        }
         let Some(plain) = plain_absolute(path) else {
             return Err(Error::Invalid(format!(
                 "path {path:?} must be absolute, without . and .."
@@ -203,7 +232,8 @@ impl Shares {
                 bind(&source, &target, options.flags | rec).context(what)
             }
             "erofs" | "ext4" | "tmpfs" | "overlay" | "squashfs" | "xfs" => {
-                let data = Some(options.data.as_str()).filter(|d| !d.is_empty());
+                let data = with_short_layers(&options.data).context(what)?;
+                let data = Some(data.as_str()).filter(|d| !d.is_empty());
                 mount(
                     Some(m.source.as_str()),
                     &target,
@@ -235,6 +265,44 @@ impl Shares {
     }
 }
 
+/// Many layers have more text than `mount(2)` takes: short links stand for them.
+fn with_short_layers(data: &str) -> std::io::Result<String> {
+    if data.len() <= MAX_DATA {
+        return Ok(data.to_owned());
+    }
+    let links = Path::new(RUN_DIR).join("l");
+    std::fs::create_dir_all(&links)?;
+    let mut options = Vec::new();
+    for option in data.split(',') {
+        let Some(layers) = option.strip_prefix("lowerdir=") else {
+            options.push(option.to_owned());
+            continue;
+        };
+        let mut short = Vec::new();
+        for layer in layers.split(':') {
+            short.push(link_to(Path::new(layer), &links)?);
+        }
+        options.push(format!("lowerdir={}", short.join(":")));
+    }
+    Ok(options.join(","))
+}
+
+/// The link in `links` that leads to `layer`.
+fn link_to(layer: &Path, links: &Path) -> std::io::Result<String> {
+    for number in 0..MAX_LAYERS {
+        let link = links.join(number.to_string());
+        match std::os::unix::fs::symlink(layer, &link) {
+            Ok(()) => return Ok(link.display().to_string()),
+            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(e),
+            Err(_) if std::fs::read_link(&link)? == layer => return Ok(link.display().to_string()),
+            Err(_) => {}
+        }
+    }
+    Err(std::io::Error::other(format!(
+        "more than {MAX_LAYERS} layers in one sandbox"
+    )))
+}
+
 /// Binds `source` to `target`; flags other than `MS_REC` need a second step.
 fn bind(source: &Path, target: &Path, flags: MsFlags) -> nix::Result<()> {
     let rec = flags & MsFlags::MS_REC;
@@ -256,6 +324,19 @@ fn bind(source: &Path, target: &Path, flags: MsFlags) -> nix::Result<()> {
         )?;
     }
     Ok(())
+}
+
+/// Later mounts elsewhere do not appear at `path` any more, nor below.
+pub fn make_private(path: &Path) -> Result<()> {
+    let none = None::<&str>;
+    mount(
+        none,
+        path,
+        none,
+        MsFlags::MS_PRIVATE | MsFlags::MS_REC,
+        none,
+    )
+    .context(|| format!("make {} private", path.display()))
 }
 
 /// Unmounts all there is at `path`, in use or not.

@@ -79,6 +79,7 @@ impl SandboxService for Service {
     }
 
     async fn set_time(&self, request: SetTimeRequest) -> Answer<Empty> {
+        only_in_guest("the clock")?;
         if request.nanos > 999_999_999 {
             return Err(Error::Invalid("nanos must be below 1,000,000,000".to_owned()).into());
         }
@@ -89,6 +90,7 @@ impl SandboxService for Service {
     }
 
     async fn add_entropy(&self, request: AddEntropyRequest) -> Answer<Empty> {
+        only_in_guest("the random generator")?;
         add_entropy(&request.data)?;
         Ok(Empty {})
     }
@@ -97,6 +99,7 @@ impl SandboxService for Service {
         &self,
         request: OnlineResourcesRequest,
     ) -> Answer<OnlineResourcesResponse> {
+        only_in_guest("CPUs and memory")?;
         if request.cpus > 0 {
             set_online_cpus(request.cpus)?;
         }
@@ -123,6 +126,16 @@ impl SandboxService for Service {
             let _ = down.send(()).await;
         });
         Ok(Empty {})
+    }
+}
+
+/// What belongs to the whole machine is ours to change in a guest, and in none of a host.
+fn only_in_guest(what: &str) -> Result<()> {
+    match crate::in_guest() || crate::testing() {
+        true => Ok(()),
+        false => Err(Error::Unsupported(format!(
+            "{what}: not ours to change on a host"
+        ))),
     }
 }
 

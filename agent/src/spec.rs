@@ -159,6 +159,10 @@ fn prepare_linux(spec: &mut Value, id: &str, pid_namespace: Option<i32>) -> Resu
     // No SELinux here: the VM is the wall.
     linux.remove("mountLabel");
     linux.remove("intelRdt");
+    if !crate::in_guest() {
+        // For volumes that follow mounts of the host: their pins say so.
+        linux.remove("rootfsPropagation");
+    }
     if linux.get("seccomp").is_some_and(Value::is_null) {
         linux.remove("seccomp");
     }
@@ -249,6 +253,10 @@ pub fn prepare_process(
     }
     object.insert("terminal".into(), json!(terminal));
     object.entry("cwd").or_insert_with(|| json!("/"));
+    if !crate::in_guest() {
+        // Else it would have ours, which the kernel never kills for memory.
+        object.entry("oomScoreAdj").or_insert_with(|| json!(0));
+    }
     object.remove("apparmorProfile");
     object.remove("selinuxLabel");
     // libcontainer takes "false" for "load the seccomp profile late", which then fails.
@@ -340,6 +348,23 @@ pub fn apply_defaults(process: &mut Value, defaults: &Defaults) {
     }
 }
 
+/// Whether a volume follows later mounts of the host is said by its pin: libcontainer 0.7 refuses
+/// mounts that are to be slaves, and leaves the propagation of others as it is.
+fn settle_propagation(mount: &mut Value, pin: &Path) -> Result<()> {
+    let mut follows = false;
+    if let Some(options) = mount["options"].as_array_mut() {
+        options.retain(|option| {
+            let slave = option == "slave" || option == "rslave";
+            follows |= slave;
+            !slave
+        });
+    }
+    match follows {
+        true => Ok(()),
+        false => crate::mounts::make_private(pin),
+    }
+}
+
 fn prepare_mounts(
     spec: &mut Value,
     sandbox_etc: bool,
@@ -385,6 +410,9 @@ fn prepare_mounts(
         if let Some(fd) = shares.open(source)? {
             let pin = pins.join(n.to_string());
             shares.pin(&fd, &pin)?;
+            if shares.are_hosts() {
+                settle_propagation(mount, &pin)?;
+            }
             mount["source"] = json!(pin);
         } else if !Path::new(source).exists() {
             return Err(invalid(format!(

@@ -9,7 +9,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -19,7 +18,7 @@ use tokio::net::UnixListener;
 
 use crate::mounts::Shares;
 use crate::transport::Listener;
-use crate::{TESTING, cgroup, log, net};
+use crate::{Place, cgroup, log, net, set_place};
 
 /// Runs the mode.
 pub fn main(args: &[String]) -> ExitCode {
@@ -43,7 +42,7 @@ fn run(args: &[String]) -> std::io::Result<ExitCode> {
         .filter_map(|a| a.split_once('='))
         .map(|(tag, path)| (tag.to_owned(), PathBuf::from(path)))
         .collect();
-    TESTING.store(true, Ordering::Relaxed);
+    set_place(Place::Test);
     log::set_level(log::Level::Info);
     // With the test that starts this.
     nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;

@@ -1,4 +1,4 @@
-//! Where the host comes in: vsock, or unix sockets when the agent is tested on an ordinary host.
+//! Where the host comes in: vsock, or unix sockets when the agent runs on a host itself.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -19,6 +19,8 @@ pub enum Listener {
     Vsock(AsyncFd<OwnedFd>),
     /// Of a test.
     Unix(UnixListener),
+    /// Of a pod's agent on a host.
+    Host(UnixListener),
 }
 
 impl Listener {
@@ -39,6 +41,15 @@ impl Listener {
     pub async fn accept(&self) -> io::Result<UnixStream> {
         match self {
             Self::Unix(listener) => Ok(listener.accept().await?.0),
+            Self::Host(listener) => loop {
+                let connection = listener.accept().await?.0;
+                let peer = connection.peer_cred()?;
+                // 0: outside of our PID namespace. What runs in it does not command.
+                if peer.uid() == 0 && peer.pid().is_none_or(|pid| pid == 0) {
+                    return Ok(connection);
+                }
+                crate::warning!("refused a connection of process {:?}", peer.pid());
+            },
             Self::Vsock(fd) => loop {
                 let mut ready = fd.readable().await?;
                 let accepted = ready.try_io(|fd| {

@@ -21,6 +21,8 @@ mod basic;
 mod failure;
 #[path = "cri/host.rs"]
 mod host;
+#[path = "cri/process.rs"]
+mod process;
 #[path = "cri/recovery.rs"]
 mod recovery;
 #[path = "cri/validation.rs"]
@@ -90,6 +92,7 @@ fn run() -> Result<bool> {
         recovery::TESTS,
         wasm::TESTS,
         app::TESTS,
+        process::TESTS,
         vmmctl::TESTS,
     ];
     let all: Vec<&Test> = all

@@ -26,6 +26,8 @@ pub struct Config {
     pub app: App,
     /// `[wasm]`
     pub wasm: Wasm,
+    /// `[process]`
+    pub process: Process,
     /// `[metrics]`
     pub metrics: Metrics,
 }
@@ -140,6 +142,25 @@ pub struct Wasm {
     pub max_instances: u32,
 }
 
+/// Pods of ordinary containers.
+#[derive(Debug, Clone, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Process {
+    /// Socket of their sandbox controller.
+    pub socket: PathBuf,
+    /// The agent that makes their containers; found where it is installed if left out.
+    pub agent: Option<PathBuf>,
+}
+
+impl Default for Process {
+    fn default() -> Self {
+        Self {
+            socket: "/run/bulkhead/process.sock".into(),
+            agent: None,
+        }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -150,6 +171,7 @@ impl Default for Config {
             microvm: Microvm::default(),
             app: App::default(),
             wasm: Wasm::default(),
+            process: Process::default(),
             metrics: Metrics::default(),
         }
     }
@@ -329,6 +351,7 @@ impl Config {
         for (key, path) in [
             ("app.socket", &self.app.socket),
             ("wasm.socket", &self.wasm.socket),
+            ("process.socket", &self.process.socket),
         ] {
             if !path.is_absolute() {
                 return wrong(key, "must be absolute");
@@ -460,6 +483,7 @@ mod tests {
         config.microvm.kernel = None;
         config.microvm.image = None;
         config.app.kernel = None;
+        config.process.agent = None;
         assert_eq!(config, Config::default());
         for (section, lines) in &sections {
             let header = match *section {

@@ -3,6 +3,7 @@
 //! One process serves all pods. containerd asks it for sandboxes by gRPC ([`controller`]) and for
 //! containers by ttrpc, on a socket per pod ([`ttrpc`], [`task`]); see `docs/cri.md`.
 
+pub mod agent;
 pub mod cgroup;
 pub mod config;
 pub mod container;
@@ -11,6 +12,7 @@ pub mod events;
 pub mod grpc;
 pub mod metrics;
 pub mod pod;
+pub mod process;
 pub mod proto;
 pub mod sandbox;
 pub mod shim;
@@ -23,6 +25,7 @@ pub mod ttrpc;
 pub mod vm;
 pub mod wasm;
 
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -40,6 +43,7 @@ use crate::fsutil;
 use config::Config;
 use controller::{Controller, Endpoint};
 use events::Events;
+use process::Processes;
 use sandbox::Kind;
 use vm::{Guests, Vms};
 use wasm::Wasm;
@@ -109,15 +113,20 @@ fn run(args: &Args) -> Result<(), DaemonError> {
     })?;
     raise_nofile();
     // Before any thread: mounts of ours must not outlive us, and those of the host must reach us.
+    let mut host_mounts = None;
     if !root_is_shared() {
         tracing::warn!(
             "the root mount is not shared: volumes that are mounted later would not be seen in a \
              namespace of our own, so our mounts are made in the host's"
         );
-    } else if !enter_private_mounts() {
-        return Err(io_error("mount namespace of our own (are you root?)")(
-            io::Error::last_os_error(),
-        ));
+    } else {
+        let own = File::open("/proc/self/ns/mnt").map_err(io_error("/proc/self/ns/mnt"))?;
+        if !enter_private_mounts() {
+            return Err(io_error("mount namespace of our own (are you root?)")(
+                io::Error::last_os_error(),
+            ));
+        }
+        host_mounts = Some(own);
     }
     let workers = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 4));
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -126,7 +135,7 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         .enable_all()
         .build()
         .map_err(io_error("starting the runtime"))?;
-    let result = runtime.block_on(serve(Arc::new(config)));
+    let result = runtime.block_on(serve(Arc::new(config), host_mounts));
     // Threads that still wait for a guest are not waited for.
     runtime.shutdown_background();
     result
@@ -166,23 +175,30 @@ fn root_is_shared() -> bool {
         .is_some_and(|line| line.contains(" shared:"))
 }
 
-async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
+/// `host_mounts`: the host's mount namespace, if we have left it.
+async fn serve(config: Arc<Config>, host_mounts: Option<File>) -> Result<(), DaemonError> {
     let events = Events::start(config.containerd_ttrpc.clone());
     // VMs of an earlier process went with it.
     crate::rundir::clean_stale(&config.run_dir);
     let vms = |guests, events| Controller::new(Vms::new(Arc::clone(&config), guests), events);
     let microvms = vms(Guests::Linux, events.clone());
     let app_pods = vms(Guests::App, events.clone());
-    let wasm_pods = Controller::new(Wasm::new(Arc::clone(&config)), events);
+    let wasm_pods = Controller::new(Wasm::new(Arc::clone(&config)), events.clone());
+    let process_pods = Controller::new(Processes::new(Arc::clone(&config), host_mounts), events);
     // All sockets are there before any of them is served.
     let listeners = (
         bind(&config.socket)?,
         bind(&config.app.socket)?,
         bind(&config.wasm.socket)?,
+        bind(&config.process.socket)?,
     );
     if let Ok(Some(listen)) = config.metrics.parse() {
-        let all: [Arc<dyn metrics::Source>; 3] =
-            [microvms.clone(), app_pods.clone(), wasm_pods.clone()];
+        let all: [Arc<dyn metrics::Source>; 4] = [
+            microvms.clone(),
+            app_pods.clone(),
+            wasm_pods.clone(),
+            process_pods.clone(),
+        ];
         metrics::serve(&listen, Arc::new(all))
             .await
             .map_err(io_error(format!(
@@ -196,6 +212,7 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
     serving.spawn(accept(listeners.0, Arc::clone(&microvms)));
     serving.spawn(accept(listeners.1, Arc::clone(&app_pods)));
     serving.spawn(accept(listeners.2, Arc::clone(&wasm_pods)));
+    serving.spawn(accept(listeners.3, Arc::clone(&process_pods)));
     start_watchdog();
     notify("READY=1");
     tracing::info!(socket = %config.socket.display(), "ready");
@@ -205,7 +222,12 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
     }
     notify("STOPPING=1");
     serving.shutdown().await;
-    tokio::join!(microvms.end_all(), app_pods.end_all(), wasm_pods.end_all());
+    tokio::join!(
+        microvms.end_all(),
+        app_pods.end_all(),
+        wasm_pods.end_all(),
+        process_pods.end_all()
+    );
     tracing::info!("ended");
     Ok(())
 }

@@ -119,6 +119,7 @@ impl<K: Kind> Pod<K> {
             netns,
             pid: std::process::id(),
             started: None,
+            cgroup_parent: parent.to_owned(),
             cgroups: cgroup::ensure(parent),
             containers: Vec::new(),
         };

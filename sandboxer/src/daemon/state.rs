@@ -29,6 +29,9 @@ pub struct State {
     pub pid: u32,
     /// When it was started: seconds, nanoseconds. `None`: it was not yet.
     pub started: Option<(i64, i32)>,
+    /// The cgroup in which CRI wants it, as CRI says it.
+    #[serde(default)]
+    pub cgroup_parent: String,
     /// Cgroups that were made for it.
     pub cgroups: Vec<PathBuf>,
     /// Its containers.
@@ -80,6 +83,7 @@ mod tests {
             netns: "/run/netns/x".into(),
             pid: 7,
             started: Some((5, 6)),
+            cgroup_parent: "/kubepods/x".into(),
             cgroups: Vec::new(),
             containers: vec!["c".into()],
         };

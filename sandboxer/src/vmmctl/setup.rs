@@ -21,6 +21,8 @@ enum Runtime {
     App,
     /// Pods of WebAssembly programs.
     Wasm,
+    /// Pods of ordinary containers, which share the host's kernel.
+    Process,
 }
 
 impl Runtime {
@@ -29,6 +31,7 @@ impl Runtime {
             Self::Microvm => "bulkhead-microvm",
             Self::App => "bulkhead-app",
             Self::Wasm => "bulkhead-wasm",
+            Self::Process => "bulkhead-process",
         }
     }
 
@@ -38,6 +41,7 @@ impl Runtime {
             Self::Microvm => "/run/bulkhead/microvm.sock",
             Self::App => "/run/bulkhead/app.sock",
             Self::Wasm => "/run/bulkhead/wasm.sock",
+            Self::Process => "/run/bulkhead/process.sock",
         }
     }
 
@@ -102,7 +106,12 @@ enum IoType {
 
 impl ContainerdArgs {
     fn runtimes(&self) -> Vec<Runtime> {
-        let all = [Runtime::Microvm, Runtime::App, Runtime::Wasm];
+        let all = [
+            Runtime::Microvm,
+            Runtime::App,
+            Runtime::Wasm,
+            Runtime::Process,
+        ];
         let named = |r: &Runtime| self.runtime.is_empty() || self.runtime.contains(r);
         all.into_iter().filter(named).collect()
     }
@@ -277,9 +286,14 @@ fn with(before: &str, args: &ContainerdArgs) -> Result<String, CliError> {
             "[proxy_plugins.{name}]\n  type = 'sandbox'\n  address = '{socket}'\n\
              [plugins.'{plugin}'.containerd.runtimes.{name}]\n  \
              runtime_type = 'io.containerd.{name}.v1'\n  sandboxer = '{name}'\n  \
-             io_type = '{io_type}'\n  # devices of this host cannot be given to a sandbox\n  \
-             privileged_without_host_devices = true\n"
+             io_type = '{io_type}'\n"
         ));
+        if runtime != Runtime::Process {
+            text.push_str(
+                "  # devices of this host cannot be given to a sandbox\n  \
+                 privileged_without_host_devices = true\n",
+            );
+        }
     }
     text.push_str(END);
     text.push('\n');
@@ -344,7 +358,12 @@ mod tests {
         let debian = "version = 2\n\n[plugins]\n  [plugins.\"io.containerd.grpc.v1.cri\"]\n    \
                       [plugins.\"io.containerd.grpc.v1.cri\".cni]\n      bin_dir = \"/usr/lib/cni\"\n";
         let once = with(debian, &args()).expect("added");
-        for name in ["bulkhead-microvm", "bulkhead-app", "bulkhead-wasm"] {
+        for name in [
+            "bulkhead-microvm",
+            "bulkhead-app",
+            "bulkhead-wasm",
+            "bulkhead-process",
+        ] {
             let found = runtime(&once, "io.containerd.grpc.v1.cri", name);
             assert_eq!(found["io_type"].as_str(), Some("streaming"));
             assert_eq!(found["sandboxer"].as_str(), Some(name));

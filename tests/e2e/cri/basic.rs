@@ -3,7 +3,7 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_tests::cri::containerd::Node;
+use bulkhead_tests::cri::containerd::{Node, PROCESS};
 use bulkhead_tests::cri::proto::*;
 use bulkhead_tests::cri::{container, log, pod};
 use bulkhead_tests::env::PATIENCE;
@@ -16,8 +16,13 @@ pub const TESTS: &[Test] = &[
     ("nothing_is_left", true, nothing_is_left),
 ];
 
+/// Whether its containers run on the host's kernel.
+fn shares_kernel(handler: &str) -> bool {
+    ["runc", "crun", PROCESS].contains(&handler)
+}
+
 /// A pod with one container prints its kernel, ends with a code, is seen and removed.
-fn first_pod(node: &mut Node, handler: &str) -> Result<()> {
+pub fn first_pod(node: &mut Node, handler: &str) -> Result<()> {
     let cri = node.cri(handler)?;
     let config = pod("first");
     let id = cri.run_pod(&config)?;
@@ -38,7 +43,7 @@ fn first_pod(node: &mut Node, handler: &str) -> Result<()> {
     let seen = lines.next().context("no output")?;
     let same = seen == kernel.trim();
     ensure!(
-        same == (handler == "runc"),
+        same == shares_kernel(handler),
         "kernel {seen} with {handler}, host {kernel}"
     );
     ensure!(lines.next() == Some("first"), "hostname: {out}");

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_tests::cri::containerd::Node;
+use bulkhead_tests::cri::containerd::{Node, OURS, PROCESS};
 use bulkhead_tests::cri::proto::*;
 use bulkhead_tests::cri::{TestPod, container, log, pod, pod as config};
 use bulkhead_tests::env::PATIENCE;
@@ -61,7 +61,7 @@ fn volume(host: &Path, inside: &str, readonly: bool, propagation: i32) -> Mount 
     }
 }
 
-fn mounts_below_volumes(node: &mut Node, handler: &str) -> Result<()> {
+pub fn mounts_below_volumes(node: &mut Node, handler: &str) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let volumes = dir.path().join("volumes");
     let _top = Mounted::tmpfs(&volumes)?;
@@ -98,8 +98,8 @@ fn mounts_below_volumes(node: &mut Node, handler: &str) -> Result<()> {
     ensure!(seen.is_empty(), "a private volume shows {seen:?}");
     drop(later);
     pod.remove()?;
-    // A VM cannot mount on its host, and says so.
-    if handler == bulkhead_tests::cri::containerd::OURS {
+    // A pod of ours cannot mount on its host, and says so.
+    if [OURS, PROCESS].contains(&handler) {
         let mut wish = config("shared");
         let security = &mut wish.linux.get_or_insert_default().security_context;
         security.get_or_insert_default().privileged = true;
@@ -120,7 +120,7 @@ fn mounts_below_volumes(node: &mut Node, handler: &str) -> Result<()> {
     Ok(())
 }
 
-fn seccomp_profiles(node: &mut Node, handler: &str) -> Result<()> {
+pub fn seccomp_profiles(node: &mut Node, handler: &str) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let profile = dir.path().join("no-chmod.json");
     fs::write(
@@ -307,7 +307,7 @@ fn terminal_and_environment(node: &mut Node, handler: &str) -> Result<()> {
 }
 
 /// `shareProcessNamespace`.
-fn processes_of_a_pod(node: &mut Node, handler: &str) -> Result<()> {
+pub fn processes_of_a_pod(node: &mut Node, handler: &str) -> Result<()> {
     let options = NamespaceOption::default();
     let mut wish = pod("processes");
     let security = &mut wish.linux.get_or_insert_default().security_context;

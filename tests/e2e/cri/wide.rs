@@ -326,7 +326,7 @@ fn much_output(node: &mut Node, handler: &str) -> Result<()> {
     pod.remove()
 }
 
-fn security_context(node: &mut Node, handler: &str) -> Result<()> {
+pub fn security_context(node: &mut Node, handler: &str) -> Result<()> {
     let pod = TestPod::run(node, handler, pod("security"))?;
     let mut spec = container("user", "busybox", &["sleep", "100000"]);
     let security = LinuxContainerSecurityContext {
@@ -389,7 +389,7 @@ fn privileged(node: &mut Node, handler: &str) -> Result<()> {
     pod.remove()
 }
 
-fn limits_and_stats(node: &mut Node, handler: &str) -> Result<()> {
+pub fn limits_and_stats(node: &mut Node, handler: &str) -> Result<()> {
     let mut config = pod("limits");
     config.linux.get_or_insert_default().resources = Some(LinuxContainerResources {
         cpu_period: 100_000,

@@ -21,6 +21,8 @@ pub const OURS: &str = "bulkhead-microvm";
 pub const APP: &str = "bulkhead-app";
 /// Handler of our runtime for wasm pods.
 pub const WASM: &str = "bulkhead-wasm";
+/// Runtime of pods of ordinary containers.
+pub const PROCESS: &str = "bulkhead-process";
 /// Where its sandboxer serves figures.
 pub const METRICS: &str = "/run/cri-test/metrics.sock";
 /// Where everything is.
@@ -83,7 +85,7 @@ impl Node {
         }
         // One program for all our runtimes, as the package has it.
         let shim = built(&format!("containerd-shim-{OURS}-v1"))?;
-        for name in [OURS, APP, WASM] {
+        for name in [OURS, APP, WASM, PROCESS] {
             let link = at(&format!("bin/containerd-shim-{name}-v1"));
             let _ = fs::remove_file(&link);
             std::os::unix::fs::symlink(&shim, link)?;
@@ -428,7 +430,13 @@ state = "/run/containerd"
   BinaryName = "/usr/bin/crun"
 "#
     );
-    for (name, socket) in [(OURS, "microvm"), (APP, "app"), (WASM, "wasm")] {
+    for (name, socket) in [
+        (OURS, "microvm"),
+        (APP, "app"),
+        (WASM, "wasm"),
+        (PROCESS, "process"),
+    ] {
+        let in_sandbox = name != PROCESS;
         text.push_str(&format!(
             r#"[proxy_plugins.{name}]
   type = "sandbox"
@@ -437,7 +445,7 @@ state = "/run/containerd"
   runtime_type = "io.containerd.{name}.v1"
   sandboxer = "{name}"
   io_type = "{io}"
-  privileged_without_host_devices = true
+  privileged_without_host_devices = {in_sandbox}
 "#
         ));
     }

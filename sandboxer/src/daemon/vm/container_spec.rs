@@ -3,14 +3,13 @@
 
 use serde_json::{Value, json};
 
-use bulkhead_protocol::rpc::{Code, Status};
+use bulkhead_protocol::rpc::Status;
 
+use crate::daemon::agent::spec::{
+    bind_source, check, has, has_path, invalid, keep_pods_name, share_memory,
+};
 use crate::daemon::storage::Access;
 
-/// Where the agent keeps the pod's shared memory.
-const SHM: &str = "/run/bulkhead/shm";
-/// Mounts a container may have.
-const MAX_MOUNTS: usize = 1000;
 /// Devices that every guest has under the same numbers.
 const COMMON_DEVICES: [&str; 8] = [
     "/dev/null",
@@ -22,10 +21,6 @@ const COMMON_DEVICES: [&str; 8] = [
     "/dev/net/tun",
     "/dev/fuse",
 ];
-
-fn invalid(text: impl Into<String>) -> Status {
-    Status::new(Code::InvalidArgument, text)
-}
 
 /// A bind mount whose source is on the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,9 +39,7 @@ pub struct HostBind {
 /// # Errors
 /// The spec asks for what a VM cannot give.
 pub fn rewrite(spec: &mut Value, shares_pids: bool) -> Result<Vec<HostBind>, Status> {
-    if !spec.is_object() || !spec["linux"].is_object() {
-        return Err(invalid("the container's OCI spec has no linux part"));
-    }
+    check(spec)?;
     namespaces(spec, shares_pids)?;
     if let Some(linux) = spec["linux"].as_object_mut() {
         // For volumes that follow mounts of the host, which is the host's part.
@@ -68,19 +61,16 @@ fn namespaces(spec: &mut Value, shares_pids: bool) -> Result<(), Status> {
     let Some(list) = spec["linux"]["namespaces"].as_array_mut() else {
         return Err(invalid("the container's OCI spec names no namespaces"));
     };
-    let mut own_uts = false;
     for ns in list.iter_mut() {
         let kind = ns["type"].as_str().unwrap_or_default().to_owned();
-        let shared = ns["path"].as_str().is_some_and(|p| !p.is_empty());
         match kind.as_str() {
             "user" => {
                 return Err(invalid(
                     "user namespaces of the host mean nothing in a VM: leave hostUsers at its default",
                 ));
             }
-            "uts" => own_uts = !shared,
             // The agent knows the pod's by any path.
-            "pid" if shared && !shares_pids => {
+            "pid" if has_path(ns) && !shares_pids => {
                 if let Some(ns) = ns.as_object_mut() {
                     ns.remove("path");
                 }
@@ -95,11 +85,7 @@ fn namespaces(spec: &mut Value, shares_pids: bool) -> Result<(), Status> {
             false => json!({"type": "pid"}),
         });
     }
-    if !own_uts && let Some(spec) = spec.as_object_mut() {
-        // Setting it would need a namespace of the container's own.
-        spec.remove("hostname");
-        spec.remove("domainname");
-    }
+    keep_pods_name(spec);
     Ok(())
 }
 
@@ -166,37 +152,18 @@ fn mounts(spec: &mut Value) -> Result<Vec<HostBind>, Status> {
     let Some(list) = spec["mounts"].as_array_mut() else {
         return Ok(Vec::new());
     };
-    if list.len() > MAX_MOUNTS {
-        return Err(invalid(format!("more than {MAX_MOUNTS} mounts")));
-    }
     let mut binds = Vec::new();
     for (index, mount) in list.iter_mut().enumerate() {
         if mount.get("uidMappings").is_some_and(|m| !m.is_null()) {
             return Err(invalid("idmapped mounts cannot be given to a VM"));
         }
-        let has = |mount: &Value, option: &str| {
-            let options = mount["options"].as_array();
-            options.is_some_and(|all| all.iter().any(|o| o == option))
+        // One for all containers of the pod.
+        if share_memory(mount) {
+            continue;
+        }
+        let Some(source) = bind_source(mount)?.map(str::to_owned) else {
+            continue;
         };
-        let is_bind = mount["type"] == "bind" || has(mount, "bind") || has(mount, "rbind");
-        let source = mount["source"].as_str().unwrap_or_default().to_owned();
-        if mount["destination"] == "/dev/shm" && (source == "/dev/shm" || !is_bind) {
-            // One for all containers of the pod.
-            *mount = json!({
-                "destination": "/dev/shm", "type": "bind", "source": SHM,
-                "options": ["rbind", "rprivate", "nosuid", "noexec", "nodev"],
-            });
-            continue;
-        }
-        if !is_bind {
-            continue;
-        }
-        if !source.starts_with('/') {
-            return Err(invalid(format!(
-                "mount at {}: source {source:?} is not an absolute path",
-                mount["destination"]
-            )));
-        }
         if has(mount, "rshared") || has(mount, "shared") {
             return Err(invalid(format!(
                 "mount at {}: what a VM mounts cannot appear on the host: use another \
@@ -279,7 +246,7 @@ mod tests {
         set_source(&mut spec, &binds[0], "/run/bulkhead/volumes/1".into());
         assert_eq!(spec["mounts"][2]["source"], "/run/bulkhead/volumes/1");
         assert_eq!(spec["mounts"][2]["options"], json!(["rbind", "rprivate"]));
-        assert_eq!(spec["mounts"][1]["source"], SHM);
+        assert_eq!(spec["mounts"][1]["source"], "/run/bulkhead/shm");
         assert!(spec.get("hostname").is_none());
         assert_eq!(spec["linux"]["namespaces"][0], json!({"type": "pid"}));
         assert!(spec["linux"].get("rootfsPropagation").is_none());

@@ -4,6 +4,7 @@
 
 use bulkhead_vmm::{DiskConfig, DiskSource};
 
+use crate::daemon::agent::setup::USUAL_SYSCTLS;
 use crate::daemon::config::Config;
 use crate::daemon::proto::PodSandboxConfig;
 use crate::engine::EngineError;
@@ -139,14 +140,10 @@ impl Guests {
         }
     }
 
-    /// Sysctls that containerd gives every pod with a network of its own, unless its configuration
-    /// turns them off: users without privilege may ping and open low ports.
+    /// Sysctls of its pods that have no other wish.
     pub fn usual_sysctls(self) -> &'static [(&'static str, &'static str)] {
         match self {
-            Self::Linux => &[
-                ("net.ipv4.ip_unprivileged_port_start", "0"),
-                ("net.ipv4.ping_group_range", "0 2147483647"),
-            ],
+            Self::Linux => USUAL_SYSCTLS,
             Self::App => &[],
         }
     }

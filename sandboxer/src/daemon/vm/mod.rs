@@ -16,16 +16,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use bulkhead_protocol::rpc::{Code, Status};
-use bulkhead_protocol::sandbox::{
-    ConfigureSandboxRequest, Dns, EventKind, Share, WaitEventRequest,
-};
+use bulkhead_protocol::sandbox::{ConfigureSandboxRequest, Share};
 use bulkhead_vmm::VmConfig;
 
+use super::agent::setup::{self, failed};
 use super::cgroup::{CpuShare, Threads, clean_threads};
 use super::config::Config;
-use super::events::{Event, Events};
 use super::pod::blocking;
-use super::proto::{LinuxResources, NODE, PodSandboxConfig, TaskId};
+use super::proto::{LinuxResources, NODE, PodSandboxConfig};
 use super::sandbox::{Answer, Kind, Plan};
 use super::state::State;
 use super::storage::Storage;
@@ -38,21 +36,11 @@ pub use guests::Guests;
 use guests::Sizes;
 use network::PodNetwork;
 use portforward::PortForward;
-use sandbox::Parts;
 pub use sandbox::VmSandbox;
+use sandbox::{Parts, VmHome};
 
 /// Pods of one daemon.
 const MAX_PODS: usize = 4096;
-
-/// Makes a status of an engine's error.
-fn failed(error: EngineError) -> Status {
-    let code = match &error {
-        EngineError::NoGuest { .. } => Code::FailedPrecondition,
-        EngineError::GuestHangs { .. } => Code::DeadlineExceeded,
-        _ => Code::Internal,
-    };
-    Status::new(code, error.to_string())
-}
 
 /// Pods in VMs with one kind of guests.
 #[derive(Debug)]
@@ -110,7 +98,7 @@ impl Kind for Vms {
     async fn start(&self, plan: Plan) -> Answer<VmSandbox> {
         let mut parts = Parts::default();
         match self.boot(&plan, &mut parts).await {
-            Ok(guest) => Ok(VmSandbox::new(plan.streams, guest, parts)),
+            Ok(guest) => Ok(VmSandbox::new(VmHome::new(guest, parts), plan.streams)),
             Err(error) => {
                 blocking(move || parts.take_down(None)).await?;
                 Err(error)
@@ -150,8 +138,8 @@ impl Vms {
         }
         parts.forward = forward_ports(plan, parts, &guest).await;
         parts.debug = self.show(plan, &vm);
-        let watch = tokio::spawn(watch_events(
-            guest.sandbox(),
+        let watch = tokio::spawn(setup::watch_events(
+            guest.link().sandbox(),
             plan.events.clone(),
             plan.namespace.clone(),
         ));
@@ -275,21 +263,8 @@ fn guest_setup(
     network: &PodNetwork,
 ) -> ConfigureSandboxRequest {
     let wish = &plan.wish;
-    let dns = wish.dns_config.as_ref().map(|d| Dns {
-        servers: d.servers.clone(),
-        searches: d.searches.clone(),
-        options: d.options.clone(),
-    });
-    let empty = |d: &Dns| d.servers.is_empty() && d.searches.is_empty() && d.options.is_empty();
     ConfigureSandboxRequest {
-        hostname: match wish.hostname.as_str() {
-            "" => plan.id.chars().take(12).collect(),
-            name => name.to_owned(),
-        },
-        // Without a wish: the host's own, as other runtimes do.
-        dns: dns.filter(|d| !empty(d)).or_else(host_dns),
-        hosts: String::new(),
-        sysctls: sysctls(guests, wish),
+        sysctls: setup::sysctls(guests.usual_sysctls(), wish),
         shares: storage
             .guest_mounts()
             .into_iter()
@@ -302,6 +277,7 @@ fn guest_setup(
         interfaces: network.interfaces.clone(),
         routes: network.routes.clone(),
         neighbours: network.neighbours.clone(),
+        ..setup::names(&plan.id, wish)
     }
 }
 
@@ -344,64 +320,6 @@ fn size(wish: &PodSandboxConfig, config: &Sizes) -> (u8, u64) {
         false => config.default_memory_mib,
     };
     (vcpus, memory_mib)
-}
-
-/// The pod's sysctls over the usual ones.
-fn sysctls(guests: Guests, wish: &PodSandboxConfig) -> std::collections::BTreeMap<String, String> {
-    let usual = guests.usual_sysctls().iter();
-    let mut all: std::collections::BTreeMap<_, _> = usual
-        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
-        .collect();
-    all.extend(wish.linux.iter().flat_map(|l| l.sysctls.clone()));
-    all
-}
-
-/// Name resolution of the host.
-fn host_dns() -> Option<Dns> {
-    let text = std::fs::read_to_string("/etc/resolv.conf").ok()?;
-    let mut dns = Dns::default();
-    for line in text.lines().take(100) {
-        let mut words = line.split_whitespace().map(str::to_owned);
-        match words.next().as_deref() {
-            Some("nameserver") => dns.servers.extend(words.next()),
-            Some("search") => dns.searches = words.collect(),
-            Some("options") => dns.options.extend(words),
-            _ => {}
-        }
-    }
-    // In the guest, its own loopback would be asked.
-    dns.servers.retain(|s| {
-        s.parse()
-            .is_ok_and(|ip: std::net::IpAddr| !ip.is_loopback())
-    });
-    Some(dns)
-}
-
-/// Passes on what only the guest knows.
-async fn watch_events(
-    sandbox: bulkhead_protocol::client::SandboxClient,
-    events: Events,
-    namespace: String,
-) {
-    let mut after = 0;
-    loop {
-        let request = WaitEventRequest {
-            after,
-            timeout_ms: 0,
-        };
-        let Ok(answer) = sandbox.wait_event(&request).await else {
-            return;
-        };
-        for event in answer.events {
-            after = after.max(event.sequence);
-            if let Some(EventKind::Oom(oom)) = event.kind {
-                let id = TaskId {
-                    container_id: oom.container_id,
-                };
-                events.send(&namespace, Event::Oom(id));
-            }
-        }
-    }
 }
 
 #[cfg(test)]
@@ -476,6 +394,6 @@ mod tests {
             reason.contains("somaxconn") && reason.contains("bulkhead-microvm"),
             "{reason}"
         );
-        assert!(sysctls(Guests::App, &PodSandboxConfig::default()).is_empty());
+        assert!(Guests::App.usual_sysctls().is_empty());
     }
 }

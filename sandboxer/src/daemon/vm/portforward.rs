@@ -123,7 +123,7 @@ async fn forward(mut stream: TcpStream, guest: &Weak<Guest>) -> io::Result<()> {
     let port = stream.local_addr()?.port();
     let gone = || io::Error::from(io::ErrorKind::NotConnected);
     let guest = guest.upgrade().ok_or_else(gone)?;
-    let mut inside = guest.dial(STREAM_PORT).await?;
+    let mut inside = guest.link().dial(STREAM_PORT).await?;
     drop(guest);
     tokio::time::timeout(
         timeouts::call(),

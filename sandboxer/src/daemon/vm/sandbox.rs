@@ -1,37 +1,29 @@
-//! A running VM as the front sees it: calls about containers go to the guest's agent; files and
-//! standard streams are joined here.
+//! A running VM as the home of an agent: its parts on the host, its end, its containers' files.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bulkhead_protocol::client::{RpcError, TaskClient};
-use bulkhead_protocol::metrics::Metrics;
 use bulkhead_protocol::rpc::{Code, Status};
-use bulkhead_protocol::sandbox::{CONTAINER_OPTIONS_TYPE_URL, ContainerOptions};
-use bulkhead_protocol::task::*;
-use bulkhead_protocol::types::{Any, Mount};
-use prost::Message;
+use bulkhead_protocol::task::CreateTaskRequest;
+use bulkhead_protocol::types::Mount;
 use serde_json::Value;
-use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
 use super::container_spec;
 use super::debug_socket::DebugSocket;
-use super::guest::{Guest, ended, refused};
+use super::guest::{Guest, VmWay, ended};
 use super::network::PodNetwork;
 use super::portforward::PortForward;
+use crate::daemon::agent::link::Link;
+use crate::daemon::agent::{AgentSandbox, Home, Prepared};
 use crate::daemon::cgroup::Threads;
-use crate::daemon::events::now;
 use crate::daemon::pod::blocking;
-use crate::daemon::sandbox::{Answer, Exit, Figure, KILLED, Of, OwnEnd, Sandbox};
-use crate::daemon::stdio::{GuestNames, Names, Places, Pumps};
+use crate::daemon::sandbox::{Answer, Figure, OwnEnd};
 use crate::daemon::storage::{Storage, StorageError};
-use crate::daemon::streaming::Streams;
 use crate::daemon::task::read_spec;
 use crate::engine::Sandbox as _;
 use crate::engine::microvm::MicroVm;
-use crate::timeouts;
 
 /// How much of the console is logged when a guest ends by itself, in bytes.
 const LAST_WORDS: usize = 2048;
@@ -76,32 +68,17 @@ impl Parts {
     }
 }
 
+/// A pod in a VM.
+pub type VmSandbox = AgentSandbox<VmHome>;
+
 /// A running VM.
 #[derive(Debug)]
-pub struct VmSandbox {
+pub struct VmHome {
     /// Until it is taken down: it holds the VM's devices.
     guest: Mutex<Option<Arc<Guest>>>,
-    streams: Arc<Streams>,
     parts: Mutex<Parts>,
     /// Why we have ended it ourselves, if we have.
     given_up: Mutex<Option<String>>,
-}
-
-/// A process in the guest.
-#[derive(Debug)]
-pub struct VmProcess {
-    /// What copies its standard streams, until they are dropped.
-    pumps: Mutex<Option<Pumps>>,
-    close_stdin: Arc<Notify>,
-}
-
-impl VmProcess {
-    fn new(pumps: Pumps) -> Self {
-        Self {
-            close_stdin: pumps.close_stdin(),
-            pumps: Mutex::new(Some(pumps)),
-        }
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -138,17 +115,11 @@ fn last_words(tail: &[u8]) -> String {
         .to_owned()
 }
 
-/// Whether an error of the agent means that what was to be deleted is not there.
-fn gone(error: &RpcError) -> bool {
-    error.code() == Some(Code::NotFound)
-}
-
-impl VmSandbox {
+impl VmHome {
     /// A VM whose agent answers.
-    pub(super) fn new(streams: Arc<Streams>, guest: Arc<Guest>, parts: Parts) -> Self {
+    pub(super) fn new(guest: Arc<Guest>, parts: Parts) -> Self {
         Self {
             guest: Mutex::new(Some(guest)),
-            streams,
             parts: Mutex::new(parts),
             given_up: Mutex::default(),
         }
@@ -157,23 +128,6 @@ impl VmSandbox {
     fn guest(&self) -> Answer<Arc<Guest>> {
         let guest = lock(&self.guest).clone();
         guest.ok_or_else(|| Status::new(Code::FailedPrecondition, "the sandbox has ended"))
-    }
-
-    fn tasks(&self) -> Answer<TaskClient> {
-        Ok(self.guest()?.tasks())
-    }
-
-    /// Opens a process's streams in the guest and starts to copy.
-    async fn open(&self, names: &Names) -> Answer<(Pumps, GuestNames)> {
-        let guest = self.guest()?;
-        let places = Places::parse(names, &self.streams)?;
-        let open = async |wanted: bool| match wanted {
-            true => guest.stream().await.map(Some),
-            false => Ok(None),
-        };
-        let [stdin, stdout, stderr] = places.wanted();
-        let (stdin, stdout, stderr) = tokio::try_join!(open(stdin), open(stdout), open(stderr))?;
-        Ok(Pumps::between(places, [stdin, stdout, stderr]))
     }
 
     /// Tells those who look from outside. Blocks.
@@ -191,8 +145,12 @@ impl VmSandbox {
     }
 }
 
-impl Sandbox for VmSandbox {
-    type Process = VmProcess;
+impl Home for VmHome {
+    type Way = VmWay;
+
+    fn link(&self) -> Answer<Arc<Link<VmWay>>> {
+        Ok(Arc::clone(self.guest()?.link()))
+    }
 
     async fn ended(&self) -> OwnEnd {
         let reason = |reason: String| OwnEnd {
@@ -307,17 +265,11 @@ impl Sandbox for VmSandbox {
         figures
     }
 
-    async fn create(&self, request: &CreateTaskRequest) -> Answer<(VmProcess, u32)> {
+    async fn prepare(&self, request: &CreateTaskRequest) -> Answer<Prepared> {
         let storage = self.storage()?;
-        let names = Names {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        };
         let (id, bundle) = (request.id.clone(), request.bundle.clone());
         let rootfs = request.rootfs.clone();
-        let shares_pids = self.guest()?.shares_pids();
+        let shares_pids = self.link()?.shares_pids();
         let prepared = blocking(move || {
             let mut spec = read_spec(Path::new(&bundle))?;
             let binds = container_spec::rewrite(&mut spec, shares_pids)?;
@@ -334,31 +286,19 @@ impl Sandbox for VmSandbox {
             Ok::<_, Status>((root, spec))
         });
         let (root, oci_spec) = prepared.await??;
-        let (pumps, guest_names) = self.open(&names).await?;
-        let options = ContainerOptions {
-            oci_spec,
-            user: String::new(),
-            sandbox_etc: true,
-        };
-        let to_agent = CreateTaskRequest {
-            id: request.id.clone(),
+        Ok(Prepared {
             rootfs: vec![Mount {
                 r#type: "bulkhead-share".into(),
                 source: root,
                 target: String::new(),
                 options: vec!["rbind".into()],
             }],
-            terminal: names.terminal,
-            stdin: guest_names.stdin,
-            stdout: guest_names.stdout,
-            stderr: guest_names.stderr,
-            options: Some(Any::of(CONTAINER_OPTIONS_TYPE_URL, &options)),
-            ..CreateTaskRequest::default()
-        };
-        let made = self.tasks()?.create(&to_agent).await.map_err(refused)?;
-        // A small file in memory.
-        self.show_container(&request.id, Some(&request.bundle));
-        Ok((VmProcess::new(pumps), made.pid))
+            oci_spec,
+        })
+    }
+
+    fn made(&self, container: &str, bundle: &str) {
+        self.show_container(container, Some(bundle));
     }
 
     fn discard(&self, container: &str) {
@@ -368,159 +308,14 @@ impl Sandbox for VmSandbox {
         }
     }
 
-    async fn exec(&self, request: &ExecProcessRequest) -> Answer<VmProcess> {
-        let names = Names {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        };
-        let (pumps, guest_names) = self.open(&names).await?;
-        let to_agent = ExecProcessRequest {
-            stdin: guest_names.stdin,
-            stdout: guest_names.stdout,
-            stderr: guest_names.stderr,
-            ..request.clone()
-        };
-        self.tasks()?.exec(&to_agent).await.map_err(refused)?;
-        Ok(VmProcess::new(pumps))
+    fn strip_resources(&self, resources: &mut serde_json::Map<String, Value>) {
+        container_spec::strip_resources(resources);
     }
 
-    async fn start(&self, _: &VmProcess, of: &Of) -> Answer<u32> {
-        let request = StartRequest {
-            id: of.container.clone(),
-            exec_id: of.exec.clone(),
-        };
-        let answer = self.tasks()?.start(&request).await.map_err(refused)?;
-        Ok(answer.pid)
-    }
-
-    async fn wait(&self, process: &VmProcess, of: &Of) -> Option<Exit> {
-        let request = WaitRequest {
-            id: of.container.clone(),
-            exec_id: of.exec.clone(),
-        };
-        let tasks = self.tasks().ok()?;
-        let exit = match tasks.wait(&request).await {
-            Ok(answer) => Exit {
-                status: answer.exit_status,
-                at: answer.exited_at.unwrap_or_else(now),
-            },
-            // It was deleted.
-            Err(e) if e.code().is_some() => Exit {
-                status: KILLED,
-                at: now(),
-            },
-            // The guest has gone: the end of the sandbox says so to all processes.
-            Err(_) => return None,
-        };
-        let pumps = lock(&process.pumps).take();
-        if let Some(mut pumps) = pumps {
-            pumps.drained(timeouts::drain()).await;
-            // What nobody has taken yet goes on being offered until the process is deleted.
-            *lock(&process.pumps) = Some(pumps);
-        }
-        Some(exit)
-    }
-
-    async fn delete(&self, _: &VmProcess, of: &Of) -> Answer<()> {
-        let request = DeleteRequest {
-            id: of.container.clone(),
-            exec_id: of.exec.clone(),
-        };
-        let Ok(tasks) = self.tasks() else {
-            return Ok(());
-        };
-        match tasks.delete(&request).await {
-            Ok(_) => Ok(()),
-            Err(e) if gone(&e) || e.code().is_none() => Ok(()),
-            Err(e) => Err(refused(e)),
-        }
-    }
-
-    async fn kill(&self, _: &VmProcess, request: &KillRequest) -> Answer<()> {
+    async fn give_up(&self, reason: String) -> Answer<()> {
         let guest = self.guest()?;
-        let tasks = guest.tasks();
-        let limit = timeouts::signal();
-        if let Ok(answer) = tokio::time::timeout(limit, tasks.kill(request)).await {
-            return answer.map(drop).map_err(refused);
-        }
-        // A guest that hangs must not hold up a stop for longer than its grace.
-        let id = guest.vm().vm().id().to_owned();
-        let seconds = limit.as_secs();
-        if i32::try_from(request.signal).is_ok_and(|signal| signal == libc::SIGKILL) {
-            let reason = format!(
-                "the guest did not answer to SIGKILL for container {} within {seconds} s; its VM \
-                 was ended",
-                request.id
-            );
-            *lock(&self.given_up) = Some(reason);
-            // Its end reaches all processes by the watch over it.
-            return blocking(move || guest.vm().vm().stop()).await;
-        }
-        // Who sent it waits for the grace and then sends SIGKILL.
-        tracing::warn!(
-            sandbox = id,
-            signal = request.signal,
-            "the guest did not take a signal within {seconds} s"
-        );
-        Ok(())
-    }
-
-    async fn resize(&self, _: &VmProcess, request: &ResizePtyRequest) -> Answer<()> {
-        let answer = self.tasks()?.resize_pty(request).await;
-        answer.map(drop).map_err(refused)
-    }
-
-    async fn close_stdin(&self, process: &VmProcess) {
-        // The pump does the rest, behind all that has been written.
-        process.close_stdin.notify_one();
-    }
-
-    async fn pids(&self, container: &str) -> Answer<PidsResponse> {
-        let id = container.to_owned();
-        let answer = self.tasks()?.pids(&PidsRequest { id }).await;
-        answer.map_err(refused)
-    }
-
-    async fn pause(&self, container: &str) -> Answer<()> {
-        let id = container.to_owned();
-        let answer = self.tasks()?.pause(&PauseRequest { id }).await;
-        answer.map(drop).map_err(refused)
-    }
-
-    async fn resume(&self, container: &str) -> Answer<()> {
-        let id = container.to_owned();
-        let answer = self.tasks()?.resume(&ResumeRequest { id }).await;
-        answer.map(drop).map_err(refused)
-    }
-
-    async fn update(&self, mut request: UpdateTaskRequest) -> Answer<()> {
-        if let Some(any) = &mut request.resources {
-            let mut resources: Value = serde_json::from_slice(&any.value).map_err(|e| {
-                Status::new(
-                    Code::InvalidArgument,
-                    format!("resources are not JSON: {e}"),
-                )
-            })?;
-            if let Some(resources) = resources.as_object_mut() {
-                container_spec::strip_resources(resources);
-            }
-            any.value = serde_json::to_vec(&resources)
-                .map_err(|e| Status::new(Code::Internal, e.to_string()))?;
-        }
-        let answer = self.tasks()?.update(&request).await;
-        answer.map(drop).map_err(refused)
-    }
-
-    async fn stats(&self, container: &str) -> Answer<Metrics> {
-        let id = container.to_owned();
-        let answer = self.tasks()?.stats(&StatsRequest { id }).await;
-        let stats = answer.map_err(refused)?.stats.unwrap_or_default();
-        Metrics::decode(stats.value.as_slice()).map_err(|e| {
-            let text = format!("container {container}: statistics of the guest: {e}");
-            Status::new(Code::Internal, text)
-        })
+        *lock(&self.given_up) = Some(reason);
+        blocking(move || guest.vm().vm().stop()).await
     }
 }
 

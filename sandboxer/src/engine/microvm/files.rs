@@ -50,6 +50,14 @@ pub fn find_app_kernel(kernel: Option<&Path>) -> Result<PathBuf, EngineError> {
     )
 }
 
+/// The agent, for containers without a guest: looked for in the same places.
+///
+/// # Errors
+/// It is not there.
+pub fn find_agent(agent: Option<&Path>) -> Result<PathBuf, EngineError> {
+    find(agent, "BULKHEAD_AGENT", "agent", "agent", "agent")
+}
+
 /// The kernel alone.
 ///
 /// # Errors
