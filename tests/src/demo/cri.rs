@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::Row;
-use crate::cri::containerd::{APP, IoType, Node, OURS};
+use crate::cri::containerd::{APP, IoType, Node, OURS, PROCESS};
 use crate::cri::proto::SANDBOX_READY;
 use crate::cri::{TestPod, WebSocket, container, log, pod};
 use crate::env::{PATIENCE, built};
@@ -21,7 +21,12 @@ const PORT: i32 = 8080;
 pub fn rows() -> Result<Vec<Row>> {
     let node = Node::start(&built("sandboxer")?, &["busybox", "python3"], IoType::Fifo)?;
     let mut rows = Vec::new();
-    for (handler, kernel) in [(OURS, "-bulkhead "), (APP, "-bulkhead-app ")] {
+    let own = std::fs::read_to_string("/proc/sys/kernel/osrelease").context("uname")?;
+    for (handler, kernel) in [
+        (OURS, "-bulkhead "),
+        (APP, "-bulkhead-app "),
+        (PROCESS, own.trim()),
+    ] {
         for (image, command, expected, holds) in [
             ("busybox", "uname -a", 0, kernel),
             ("python3", "python3 /app/job.py", 0, "job ok: 4 threads"),
@@ -74,6 +79,7 @@ fn finish(
     Row {
         sandbox: match handler {
             APP => "appkernel",
+            PROCESS => "process",
             _ => "microvm",
         }
         .into(),

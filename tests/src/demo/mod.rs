@@ -10,7 +10,7 @@ pub mod wasm;
 /// One run, as it stands in `target/demo.json`.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Row {
-    /// `microvm`, `appkernel`, `wasm`, later `process`.
+    /// `microvm`, `appkernel`, `wasm` or `process`.
     pub sandbox: String,
     /// Who asked for it: `vmmctl` or `cri`.
     pub via: String,
