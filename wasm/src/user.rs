@@ -1,32 +1,16 @@
 //! As whom a program opens files.
 //!
 //! The threads of a container take on its user for the file system only (`fsuid`, `fsgid`,
-//! supplementary groups) and, unless that is root, give all capabilities up. Their real and effective user stays that of
-//! the process on purpose: a process of the host with the container's user number may neither
-//! signal nor trace a thread whose other numbers are not its own, and a signal to one thread is
-//! one to the whole daemon.
+//! supplementary groups) and, unless that is root, give all capabilities up. Their real and
+//! effective user stays that of the process on purpose: a process of the host with the container's
+//! user number may neither signal nor trace a thread whose other numbers are not its own, and a
+//! signal to one thread is one to the whole daemon.
 
 use std::fs;
 use std::io;
 
-/// `struct __user_cap_header_struct` of `linux/capability.h`.
-#[repr(C)]
-struct CapHeader {
-    version: u32,
-    pid: i32,
-}
+use caps::CapSet;
 
-/// `struct __user_cap_data_struct`, for 32 capabilities.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct CapData {
-    effective: u32,
-    permitted: u32,
-    inheritable: u32,
-}
-
-/// `_LINUX_CAPABILITY_VERSION_3`: 64 capabilities, in two parts.
-const CAPABILITIES_64: u32 = 0x2008_0522;
 /// Supplementary groups the kernel takes (`NGROUPS_MAX`).
 const MAX_GROUPS: usize = 65_536;
 
@@ -65,7 +49,10 @@ impl User {
             libc::syscall(libc::SYS_setfsuid, self.uid);
         }
         if self.uid != 0 {
-            drop_capabilities()?;
+            for set in [CapSet::Effective, CapSet::Permitted, CapSet::Inheritable] {
+                // Of the calling thread.
+                caps::clear(None, set).map_err(io::Error::other)?;
+            }
         }
         match self.is_current()? {
             true => Ok(()),
@@ -82,21 +69,6 @@ impl User {
             line.split_whitespace().nth(3)?.parse().ok()
         };
         Ok((last("Uid:"), last("Gid:")) == (Some(self.uid), Some(self.gid)))
-    }
-}
-
-/// Takes all capabilities from the calling thread.
-fn drop_capabilities() -> io::Result<()> {
-    let header = CapHeader {
-        version: CAPABILITIES_64,
-        pid: 0,
-    };
-    let none = [CapData::default(); 2];
-    // SAFETY: the pointers are to a header and, as its version says, two parts of data.
-    let dropped = unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) };
-    match dropped {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
     }
 }
 
