@@ -24,7 +24,9 @@ fn shares_kernel(handler: &str) -> bool {
 /// A pod with one container prints its kernel, ends with a code, is seen and removed.
 pub fn first_pod(node: &mut Node, handler: &str) -> Result<()> {
     let cri = node.cri(handler)?;
-    let config = pod("first");
+    // A log of its own: it runs once for each handler.
+    let name = format!("first-{handler}");
+    let config = pod(&name);
     let id = cri.run_pod(&config)?;
     ensure!(
         cri.pod_status(&id)?.state == SANDBOX_READY,
@@ -46,7 +48,7 @@ pub fn first_pod(node: &mut Node, handler: &str) -> Result<()> {
         same == shares_kernel(handler),
         "kernel {seen} with {handler}, host {kernel}"
     );
-    ensure!(lines.next() == Some("first"), "hostname: {out}");
+    ensure!(lines.next() == Some(&name), "hostname: {out}");
     ensure!(err == "oops\n", "standard error: {err:?}");
     cri.remove(&c)?;
 
