@@ -2,6 +2,8 @@
 
 mod boot;
 mod control;
+#[cfg(test)]
+mod docs;
 mod doctor;
 mod error;
 mod exec;
