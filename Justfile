@@ -84,11 +84,15 @@ deb PROFILE="release": _disk guest appkernel
 fixtures:
     cargo run --quiet -p bulkhead-fixtures -- build
 
+# Licences, sources and versions of what we are built from (cargo-deny), and what is unsafe in our crates
+supply-chain:
+    tests/supply-chain/check
+
 # Format, clippy and shell checks
 lint:
     cargo fmt --all --check
     cargo clippy --workspace --all-targets -- -D warnings
-    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build tests/deb/build tests/deb/check tests/critest/critest tests/ltp/build tests/ltp/driver.sh tests/programs/src/git.sh tests/programs/src/compile.sh
+    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build tests/deb/build tests/deb/check tests/critest/critest tests/supply-chain/check tests/ltp/build tests/ltp/driver.sh tests/programs/src/git.sh tests/programs/src/compile.sh
 
 # Before any compiler runs: is the disk large enough?
 _disk:
