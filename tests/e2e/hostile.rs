@@ -11,6 +11,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use bulkhead_protocol::task;
 use bulkhead_sandboxer::engine::Sandbox;
 use bulkhead_sandboxer::engine::agent::Agent;
 use bulkhead_sandboxer::engine::console::ConsoleHub;
@@ -18,8 +19,8 @@ use bulkhead_sandboxer::engine::microvm::MicroVm;
 use bulkhead_sandboxer::engine::microvm::tap::create_tap;
 use bulkhead_tests::env::{self, PATIENCE};
 use bulkhead_tests::process::{Footprint, memory_beside_files};
-use bulkhead_tests::screen::Screen;
-use bulkhead_vmm::{Caching, DiskConfig, DiskSource, NetConfig, ShareConfig, Vm, VmConfig, VmExit};
+use bulkhead_vmm::{Caching, DiskConfig, DiskSource, NetConfig, ShareConfig, VmConfig, VmExit};
+use tokio::io::AsyncReadExt;
 
 const MEMORY_MIB: u64 = 48;
 /// What the guest looks for at the begin of its disk, and must not find beside its share.
@@ -29,7 +30,7 @@ const SECRET: &str = "BULKHEAD-SECRET";
 const GROWTH_KIB: u64 = 4096;
 
 /// Cases, their rounds in a short run, and whether the guest is expected to live to its end.
-const CASES: [(&str, u64, bool); 17] = [
+const CASES: [(&str, u64, bool); 18] = [
     ("registers", 20_000, true),
     ("setup", 5_000, true),
     ("storm", 1_000, true),
@@ -41,6 +42,7 @@ const CASES: [(&str, u64, bool); 17] = [
     ("escape", 1, true),
     ("vsock", 800, true),
     ("streams", 100, true),
+    ("agent", 100, true),
     ("block", 800, true),
     ("net", 400, true),
     ("balloon", 400, true),
@@ -139,6 +141,48 @@ fn ask(vm: Arc<MicroVm>, told: &Sender<Duration>, stopped: &Receiver<()>) -> Res
     result
 }
 
+/// Calls an agent that lies as the daemon calls agents, until its VM has ended. Gives the number of
+/// answers that were taken, and that of connections.
+fn call(vm: &Arc<MicroVm>) -> (usize, usize) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let (mut answers, mut connections) = (0, 0);
+    runtime.block_on(async {
+        while vm.vm().exit_reason().is_none() {
+            let attempt = async {
+                let Ok(agent) = Agent::connect(Arc::clone(vm) as Arc<dyn Sandbox>).await else {
+                    return;
+                };
+                connections += 1;
+                let id = String::from("container");
+                let exec_id = String::new();
+                let tasks = agent.tasks();
+                let state = task::StateRequest {
+                    id: id.clone(),
+                    exec_id: exec_id.clone(),
+                };
+                let stats = task::StatsRequest { id: id.clone() };
+                answers += usize::from(agent.hello().await.is_ok());
+                answers += usize::from(tasks.state(&state).await.is_ok());
+                answers += usize::from(tasks.stats(&stats).await.is_ok());
+                answers +=
+                    usize::from(tasks.wait(&task::WaitRequest { id, exec_id }).await.is_ok());
+                if let Ok(stream) = agent.stream("out").await {
+                    let mut text = Vec::new();
+                    let _ = stream.take(1 << 20).read_to_end(&mut text).await;
+                }
+            };
+            // Some calls are never answered: the caller gives up.
+            let _ = tokio::time::timeout(Duration::from_secs(1), attempt).await;
+        }
+    });
+    // Threads that still connect know by now that the VM has ended.
+    runtime.shutdown_timeout(PATIENCE);
+    (answers, connections)
+}
+
 fn percentile(sorted: &[Duration], percent: usize) -> f64 {
     let index = (sorted.len() * percent / 100).min(sorted.len().saturating_sub(1));
     sorted
@@ -147,7 +191,7 @@ fn percentile(sorted: &[Duration], percent: usize) -> f64 {
 }
 
 /// What the guest has to attack: every device there is.
-fn hostile(dir: &Path, case: &str, rounds: u64, seed: u64, screen: &Screen) -> VmConfig {
+fn hostile(dir: &Path, case: &str, rounds: u64, seed: u64) -> VmConfig {
     let disk = dir.join("disk");
     let mut content = DISK_MARK.to_vec();
     content.resize(1 << 20, 0);
@@ -181,7 +225,6 @@ fn hostile(dir: &Path, case: &str, rounds: u64, seed: u64, screen: &Screen) -> V
         vsock_cid: Some(3),
         rng: true,
         balloon: true,
-        console: screen.console(),
         ..VmConfig::default()
     }
 }
@@ -219,15 +262,20 @@ fn whatever_a_guest_does_it_does_to_itself() {
         );
     };
     row("(quiet)", 0, 0.0, &quiet, "");
-    let mut before = None;
+    let mut before: Option<(Footprint, u64)> = None;
     let mut faults = Vec::new();
     for (case, rounds, lives) in CASES {
         let rounds = rounds * factor;
         let dir = files();
-        let screen = Screen::default();
         let begin = Instant::now();
-        let vm = Vm::create(hostile(dir.path(), case, rounds, seed, &screen)).unwrap();
+        let config = hostile(dir.path(), case, rounds, seed);
+        let sandbox = Arc::new(MicroVm::create(config, ConsoleHub::new(None)).unwrap());
+        let vm = sandbox.vm();
         vm.start().unwrap();
+        let calls = (case == "agent").then(|| {
+            let sandbox = Arc::clone(&sandbox);
+            std::thread::spawn(move || call(&sandbox))
+        });
         // Only one case takes connections; they stay open until the guest resets its device.
         let vsock = vm.vsock().unwrap();
         let (held, open) = mpsc::channel();
@@ -235,7 +283,8 @@ fn whatever_a_guest_does_it_does_to_itself() {
             let held = held.clone();
             vsock.start_connect(7, move |outcome| _ = held.send(outcome))
         };
-        let attempts: Vec<_> = (0..40).map(connect).collect();
+        let connections = if case == "agent" { 0 } else { 40 };
+        let attempts: Vec<_> = (0..connections).map(connect).collect();
         let exit = vm.wait_timeout(PATIENCE * u32::try_from(factor).unwrap());
         let open = open.try_iter().filter(Result::is_ok).count();
         drop((attempts, held, vsock));
@@ -243,12 +292,24 @@ fn whatever_a_guest_does_it_does_to_itself() {
             faults.push("streams: no connection was made".to_owned());
         }
         let seconds = begin.elapsed().as_secs_f64();
-        drop(vm);
+        let text = String::from_utf8_lossy(&vm.console_tail()).into_owned();
+        if let Some(calls) = calls {
+            if exit.is_none() {
+                // Nobody waits for its calls for ever, either.
+                vm.stop();
+            }
+            match calls.join() {
+                Ok((_, 0)) => faults.push("agent: no connection was made".to_owned()),
+                Ok((answers, _)) => println!("agent: {answers} answers were taken for right ones"),
+                Err(_) => faults.push("agent: a panic of the calling side".to_owned()),
+            }
+        }
+        drop(sandbox);
+        let after = Instant::now();
         let end = exit
             .as_ref()
             .map_or("hangs".to_owned(), ToString::to_string);
         row(case, rounds, seconds, &neighbour.answers(1), &end);
-        let text = screen.text();
         let done = text.contains(&format!("hostile: {case} done"));
         if lives && (exit != Some(VmExit::Reset) || !done) {
             faults.push(format!(
@@ -271,7 +332,16 @@ fn whatever_a_guest_does_it_does_to_itself() {
             ));
         }
         let memory = memory_beside_files(std::process::id(), MEMORY_MIB << 20).unwrap();
-        let now = (Footprint::now().unwrap(), memory.anonymous);
+        let mut now = (Footprint::now().unwrap(), memory.anonymous);
+        // A thread that connects to a guest ends with it, but not at the same moment.
+        while before
+            .as_ref()
+            .is_some_and(|(footprint, _)| *footprint != now.0)
+            && after.elapsed() < PATIENCE / 10
+        {
+            std::thread::park_timeout(Duration::from_millis(5));
+            now.0 = Footprint::now().unwrap();
+        }
         // The first VM may load what stays.
         let (footprint, kib) = before.get_or_insert_with(|| now.clone());
         if *footprint != now.0 {

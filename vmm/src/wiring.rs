@@ -256,6 +256,9 @@ impl Devices {
         for (_, event_loop) in &self.loops {
             event_loop.stop();
         }
+        if let Some(vsock) = &self.vsock {
+            vsock.close();
+        }
     }
 
     /// Runs `job` on the thread of a role.

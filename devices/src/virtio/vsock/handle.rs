@@ -35,10 +35,31 @@ impl fmt::Debug for Command {
     }
 }
 
+/// Whom to tell how a connection attempt ended: once, by the device or, when the VM has ended and
+/// with it the device's thread, by [`Shared::close`].
+struct Attempt(Mutex<Option<Done>>);
+
+impl fmt::Debug for Attempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Attempt")
+    }
+}
+
+impl Attempt {
+    fn finish(&self, outcome: io::Result<UnixStream>) {
+        let done = lock(&self.0).take();
+        if let Some(done) = done {
+            done(outcome);
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Inner {
     closed: bool,
     commands: VecDeque<Command>,
+    /// Attempts without an outcome, by the number of their command.
+    attempts: HashMap<u64, Arc<Attempt>>,
     listeners: HashMap<u32, Arc<Backlog>>,
 }
 
@@ -106,20 +127,20 @@ impl Shared {
             .cloned()
     }
 
-    /// The device is gone: nothing will ever connect again.
+    /// The device is gone, or will never run again: nothing connects any more.
     pub(super) fn close(&self) {
-        let (commands, listeners) = {
+        let (commands, attempts, listeners) = {
             let mut inner = lock(&self.inner);
             inner.closed = true;
             (
                 std::mem::take(&mut inner.commands),
+                std::mem::take(&mut inner.attempts),
                 std::mem::take(&mut inner.listeners),
             )
         };
-        for command in commands {
-            if let Command::Connect { done, .. } = command {
-                done(Err(gone()));
-            }
+        drop(commands);
+        for attempt in attempts.into_values() {
+            attempt.finish(Err(gone()));
         }
         for backlog in listeners.values() {
             backlog.close();
@@ -186,21 +207,22 @@ pub struct VsockHandle {
 pub struct Connecting {
     shared: Arc<Shared>,
     id: u64,
-    done: Arc<AtomicBool>,
+    attempt: Arc<Attempt>,
 }
 
 impl Drop for Connecting {
     fn drop(&mut self) {
-        if self.done.load(Ordering::Acquire) {
+        // The caller's closure is dropped without a lock, as it may own anything.
+        let Some(_done) = lock(&self.attempt.0).take() else {
             return;
-        }
+        };
         let mut inner = lock(&self.shared.inner);
         let id = self.id;
+        inner.attempts.remove(&id);
         let unseen = inner.commands.iter().position(
             |command| matches!(command, Command::Connect { id: other, .. } if *other == id),
         );
-        // If the device has not seen the attempt yet, it never will. The caller's closure is
-        // dropped after the lock, as it may own anything.
+        // If the device has not seen the attempt yet, it never will.
         let dropped = unseen.and_then(|at| inner.commands.remove(at));
         if dropped.is_none() && !inner.closed {
             inner.commands.push_back(Command::Cancel { id });
@@ -252,8 +274,7 @@ impl VsockHandle {
         port: u32,
         done: impl FnOnce(io::Result<UnixStream>) + Send + 'static,
     ) -> io::Result<Connecting> {
-        let finished = Arc::new(AtomicBool::new(false));
-        let flag = Arc::clone(&finished);
+        let attempt = Arc::new(Attempt(Mutex::new(Some(Box::new(done)))));
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
         let mut inner = lock(&self.shared.inner);
         if inner.closed {
@@ -268,18 +289,32 @@ impl VsockHandle {
         inner.commands.push_back(Command::Connect {
             id,
             port,
-            done: Box::new(move |outcome| {
-                flag.store(true, Ordering::Release);
-                done(outcome);
+            done: Box::new({
+                let attempt = Arc::clone(&attempt);
+                // The device holds this, and is held by what holds `shared`.
+                let shared = Arc::downgrade(&self.shared);
+                move |outcome| {
+                    if let Some(shared) = shared.upgrade() {
+                        lock(&shared.inner).attempts.remove(&id);
+                    }
+                    attempt.finish(outcome);
+                }
             }),
         });
+        inner.attempts.insert(id, Arc::clone(&attempt));
         drop(inner);
         self.shared.wake();
         Ok(Connecting {
             shared: Arc::clone(&self.shared),
             id,
-            done: finished,
+            attempt,
         })
+    }
+
+    /// Says that the VM has ended: whoever waits for a connection, in whichever direction, learns
+    /// it now and not at the end of his patience, during which he might keep the VM's memory.
+    pub fn close(&self) {
+        self.shared.close();
     }
 
     /// Listens for connections of the guest to `port` of the host (CID 2).

@@ -229,6 +229,27 @@ fn refusals_and_cancelled_attempts() {
 }
 
 #[test]
+fn the_end_of_the_vm_ends_attempts_that_the_guest_has_seen() {
+    let mut guest = guest();
+    let handle = guest.device().handle();
+    // One the guest has been told of and does not answer, one that the device has not looked at.
+    let (_told, told) = start(&guest, 1024);
+    assert_eq!(ops(&guest.receive()), [Op::Request]);
+    let (_unseen, unseen) = start(&guest, 1025);
+    let (given_up, silent) = start(&guest, 1026);
+    drop(given_up);
+    handle.close();
+    for outcome in [told, unseen] {
+        let error = outcome.try_recv().unwrap().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotConnected);
+        assert_eq!(outcome.try_recv().unwrap_err(), TryRecvError::Disconnected);
+    }
+    assert_eq!(silent.try_recv().unwrap_err(), TryRecvError::Disconnected);
+    let late = handle.connect(1024, Duration::from_secs(60));
+    assert_eq!(late.unwrap_err().kind(), ErrorKind::NotConnected);
+}
+
+#[test]
 fn blocking_connect_from_another_thread() {
     let mut guest = guest();
     let handle = guest.device().handle();

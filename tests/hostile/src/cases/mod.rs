@@ -1,5 +1,6 @@
 //! The cases, by what they attack.
 
+mod agent;
 pub mod honest;
 mod machine;
 mod requests;
@@ -22,6 +23,7 @@ pub fn run(name: &str, targets: &[Target], chance: &mut Chance, rounds: u64) -> 
         "fuse" => requests::fuse(targets, chance, rounds),
         "vsock" => requests::vsock(targets, chance, rounds),
         "streams" => streams::reset(targets, chance, rounds),
+        "agent" => agent::lies(targets, chance, rounds),
         "block" => requests::block(targets, chance, rounds),
         "net" => requests::net(targets, chance, rounds),
         "balloon" => requests::balloon(targets, chance, rounds),

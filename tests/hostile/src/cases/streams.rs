@@ -6,12 +6,13 @@ use crate::chance::Chance;
 use crate::device::{Target, id, reg};
 use crate::ring::Ring;
 
-const RECEIVE: u32 = 0;
-const TRANSMIT: u32 = 1;
+/// Queues (virtio 1.2, 5.10.2).
+pub const RECEIVE: u32 = 0;
+pub const TRANSMIT: u32 = 1;
 /// Operations of packets (virtio 1.2, 5.10.6).
-const REQUEST: u8 = 1;
-const RESPONSE: u16 = 2;
-const DATA: u16 = 5;
+pub const REQUEST: u8 = 1;
+pub const RESPONSE: u16 = 2;
+pub const DATA: u16 = 5;
 /// Room for a packet that arrives.
 const ROOM: u32 = 4096;
 
