@@ -387,7 +387,7 @@ pub fn now_ms() -> u64 {
 }
 
 /// Field 22 of `/proc/PID/stat`: start of a process in clock ticks since boot.
-fn process_start(pid: u32) -> Option<u64> {
+pub(crate) fn process_start(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name, in parentheses, may hold spaces and parentheses.
     stat.rsplit_once(')')?

@@ -2,7 +2,7 @@
 //! Kubernetes would have it, and the tests of plain pods run against runc too, to know that the
 //! tests themselves are right.
 //!
-//! usage: cri [--handler HANDLER] [--io fifo|streaming|both] [FILTER...]
+//! usage: cri [--handler HANDLER] [--io fifo|streaming|both] [--isolation thread|process] [FILTER...]
 //!        cri --soak PODS     (makes and removes that many, and counts what is left)
 //!        cri [--handler HANDLER] [--io fifo|streaming] --run COMMAND...
 //!                            (runs a suite of others' on a node whose pods all have that runtime)
@@ -11,7 +11,7 @@ use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use bulkhead_tests::cri::containerd::{IoType, Node, OURS, Purpose};
+use bulkhead_tests::cri::containerd::{IoType, Isolation, Node, OURS, Purpose};
 
 #[path = "cri/app.rs"]
 mod app;
@@ -33,6 +33,8 @@ mod vmmctl;
 mod wasm;
 #[path = "cri/wide.rs"]
 mod wide;
+#[path = "cri/worker.rs"]
+mod worker;
 
 /// A test: its name, whether runc can do it too, and what it does.
 type Test = (&'static str, bool, fn(&mut Node, &str) -> Result<()>);
@@ -52,6 +54,15 @@ const STREAMS: &[&str] = &[
     "app_attach",
 ];
 
+/// Tests of pods whose VMs are in processes of their own, beside those of [`worker`]: what their
+/// jail could break.
+const ISOLATED: &[&str] = &[
+    "first_pod",
+    "nothing_is_left",
+    "vmmctl_sees_pods",
+    "volumes",
+];
+
 fn main() -> ExitCode {
     match run() {
         Ok(true) => ExitCode::SUCCESS,
@@ -66,6 +77,7 @@ fn main() -> ExitCode {
 fn run() -> Result<bool> {
     let (mut handler, mut filters) = (OURS.to_owned(), Vec::new());
     let (mut ios, mut soak) = (vec![IoType::Fifo, IoType::Streaming], None);
+    let mut isolation = None;
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
@@ -75,6 +87,11 @@ fn run() -> Result<bool> {
                 Some("streaming") => ios = vec![IoType::Streaming],
                 Some("both") => ios = vec![IoType::Fifo, IoType::Streaming],
                 other => bail!("--io {other:?}: fifo, streaming or both"),
+            },
+            "--isolation" => match args.next().as_deref() {
+                Some("thread") => isolation = Some(Isolation::Thread),
+                Some("process") => isolation = Some(Isolation::Process),
+                other => bail!("--isolation {other:?}: thread or process"),
             },
             "--run" => return run_suite(&handler, &ios, &args.collect::<Vec<_>>()),
             "--soak" => {
@@ -94,6 +111,7 @@ fn run() -> Result<bool> {
         app::TESTS,
         process::TESTS,
         vmmctl::TESTS,
+        worker::TESTS,
     ];
     let all: Vec<&Test> = all
         .into_iter()
@@ -109,30 +127,50 @@ fn run() -> Result<bool> {
         println!("{pods} pods came and went; nothing is left");
         return Ok(true);
     }
+    // Once for each way of streams, and once more in processes.
+    let mut rounds: Vec<(IoType, Isolation)> = ios
+        .iter()
+        .map(|io| (*io, isolation.unwrap_or(Isolation::Thread)))
+        .collect();
+    if isolation.is_none() && handler == OURS && filters.is_empty() {
+        rounds.extend(ios.last().map(|io| (*io, Isolation::Process)));
+    }
     let (mut passed, mut failed) = (0, Vec::new());
-    for (number, io) in ios.iter().enumerate() {
-        // What does not depend on it needs no second time.
+    for (number, (io, place)) in rounds.iter().enumerate() {
+        let of_workers = |name: &str| worker::TESTS.iter().any(|t| t.0 == name);
         let tests: Vec<_> = all
             .iter()
-            .filter(|t| number == 0 || !filters.is_empty() || STREAMS.contains(&t.0))
+            .filter(|t| *place == Isolation::Process || !of_workers(t.0))
+            .filter(|t| {
+                // What does not depend on it needs no second time.
+                number == 0
+                    || !filters.is_empty()
+                    || match place {
+                        Isolation::Thread => STREAMS.contains(&t.0),
+                        Isolation::Process => of_workers(t.0) || ISOLATED.contains(&t.0),
+                    }
+            })
             .collect();
-        println!("running {} tests ({handler}, {io:?})", tests.len());
-        let mut node = Node::start(&program, &["busybox", "python3"], *io)?;
+        println!(
+            "running {} tests ({handler}, {io:?}, {place:?})",
+            tests.len()
+        );
+        let mut node = Node::start_isolated(*place, &program, &["busybox", "python3"], *io)?;
         for (name, _, test) in tests {
             let begin = Instant::now();
             let result = test(&mut node, &handler);
             let seconds = begin.elapsed().as_secs_f64();
             match result {
                 Ok(()) => {
-                    println!("test {io:?}::{name} ... ok ({seconds:.1} s)");
+                    println!("test {io:?}::{place:?}::{name} ... ok ({seconds:.1} s)");
                     passed += 1;
                 }
                 Err(error) => {
                     println!(
-                        "test {io:?}::{name} ... FAILED ({seconds:.1} s)\n{error:#}\n{}",
+                        "test {io:?}::{place:?}::{name} ... FAILED ({seconds:.1} s)\n{error:#}\n{}",
                         node.logs()
                     );
-                    failed.push(format!("{io:?}::{name}"));
+                    failed.push(format!("{io:?}::{place:?}::{name}"));
                     // The next one is not to suffer for it.
                     node.ensure_running()?;
                 }

@@ -84,6 +84,8 @@ pub struct NetConfig {
 pub struct VmConfig {
     /// Name in logs and thread names.
     pub id: String,
+    /// An open `/dev/kvm`, for who cannot open it himself.
+    pub kvm: Option<OwnedFd>,
     /// Number of vCPUs, 1 to 32.
     pub vcpus: u8,
     /// Guest memory in MiB.
@@ -129,6 +131,7 @@ impl Default for VmConfig {
     fn default() -> Self {
         Self {
             id: "vm".into(),
+            kvm: None,
             vcpus: 1,
             memory_mib: 128,
             hugepages: false,

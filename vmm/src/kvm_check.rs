@@ -7,6 +7,7 @@
 
 use std::arch::x86_64::__cpuid;
 use std::io;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -82,9 +83,13 @@ pub fn kvm_check(probe: Probe) -> KvmReport {
     }
 }
 
-/// Opens KVM and refuses what cannot work, at the cost of a CPUID instruction on good hosts.
-pub(crate) fn open_checked(allow_emulated: bool) -> Result<Kvm, VmError> {
-    let kvm = open().map_err(|(_, detail)| VmError::Kvm(detail))?;
+/// Opens KVM, unless it is `given`, and refuses what cannot work, at the cost of a CPUID instruction
+/// on good hosts.
+pub(crate) fn open_checked(given: Option<&OwnedFd>, allow_emulated: bool) -> Result<Kvm, VmError> {
+    let kvm = match given {
+        Some(fd) => from_fd(fd)?,
+        None => open().map_err(|(_, detail)| VmError::Kvm(detail))?,
+    };
     if !allow_emulated && !cpu_offers_virtualisation() {
         let report = check_open(&kvm, Probe::Quick);
         if !report.usable() {
@@ -92,6 +97,13 @@ pub(crate) fn open_checked(allow_emulated: bool) -> Result<Kvm, VmError> {
         }
     }
     Ok(kvm)
+}
+
+fn from_fd(fd: &OwnedFd) -> Result<Kvm, VmError> {
+    let fd = fd.try_clone().map_err(VmError::host("KVM's descriptor"))?;
+    // SAFETY: the descriptor is ours alone and is given away here. What kind of file it is does not
+    // matter to safety: the kernel refuses KVM's requests on others.
+    Ok(unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) })
 }
 
 fn open() -> Result<Kvm, (KvmKind, String)> {

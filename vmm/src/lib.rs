@@ -34,6 +34,7 @@ pub mod stats;
 mod vm;
 mod wiring;
 
+pub use bulkhead_devices::virtio::vsock::Connecting;
 pub use config::{Caching, Console, DiskConfig, DiskSource, NetConfig, ShareConfig, VmConfig};
 pub use error::{ErrorClass, VmError};
 pub use kvm_check::{KvmKind, KvmReport, Probe, kvm_check};

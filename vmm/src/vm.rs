@@ -171,7 +171,7 @@ impl Frame {
         let marks = Arc::new(Marks::new());
         marks.add("start");
         config.validate()?;
-        let kvm = kvm_check::open_checked(config.allow_emulated_kvm)?;
+        let kvm = kvm_check::open_checked(config.kvm.as_ref(), config.allow_emulated_kvm)?;
         let vm_fd = Arc::new(create_vm(&kvm)?);
         marks.add("kvm ready");
         let memory = match memory {

@@ -80,10 +80,23 @@ pub struct Log {
     pub level: String,
 }
 
+/// What separates a sandbox from the daemon and from other sandboxes, beside its own wall.
+#[derive(Debug, Clone, Copy, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum Isolation {
+    /// Nothing: it runs on threads of the daemon.
+    #[default]
+    Thread,
+    /// A jailed process of its own.
+    Process,
+}
+
 /// Pods in VMs with a Linux guest.
 #[derive(Debug, Clone, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Microvm {
+    /// `thread` or `process`.
+    pub isolation: Isolation,
     /// Guest kernel; found where it is installed if left out.
     pub kernel: Option<PathBuf>,
     /// Guest image; found where it is installed if left out.
@@ -110,6 +123,8 @@ pub struct Microvm {
 #[derive(Debug, Clone, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields, default)]
 pub struct App {
+    /// `thread` or `process`.
+    pub isolation: Isolation,
     /// Socket of their sandbox controller.
     pub socket: PathBuf,
     /// The app kernel; found where it is installed if left out.
@@ -180,6 +195,7 @@ impl Default for Config {
 impl Default for App {
     fn default() -> Self {
         Self {
+            isolation: Isolation::Thread,
             socket: "/run/bulkhead/app.sock".into(),
             kernel: None,
             cmdline: String::new(),
@@ -214,6 +230,7 @@ impl Default for Log {
 impl Default for Microvm {
     fn default() -> Self {
         Self {
+            isolation: Isolation::Thread,
             kernel: None,
             image: None,
             cmdline: String::new(),

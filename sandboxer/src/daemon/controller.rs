@@ -1,6 +1,7 @@
 //! `containerd.services.sandbox.v1.Controller`: the life of the pods of one kind.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -50,43 +51,53 @@ impl<K: Kind> Controller<K> {
     /// With the pods of earlier processes, which have ended: containerd learns that from the
     /// records that are kept until it removes the pods. Needs a tokio runtime.
     pub fn new(kind: K, events: Events) -> Arc<Self> {
-        let controller = Arc::new(Self {
-            kind: Arc::new(kind),
-            events,
-            pods: Mutex::default(),
-            counts: Arc::default(),
-        });
-        controller.recover();
-        controller
-    }
-
-    fn recover(&self) {
-        for entry in std::fs::read_dir(self.kind.directory())
+        let controller = Self::empty(kind, events);
+        for entry in std::fs::read_dir(controller.kind.directory())
             .into_iter()
             .flatten()
             .flatten()
         {
-            let dir = entry.path();
-            match State::read(&dir) {
-                Ok(state) if state.started.is_some() && check_id("sandbox", &state.id).is_ok() => {
-                    tracing::warn!(sandbox = state.id, "ended with an earlier sandboxer");
-                    let kind = Arc::clone(&self.kind);
-                    let pod = Pod::recover(kind, self.events.clone(), dir, state);
-                    self.pods().insert(pod.id.clone(), pod);
+            controller.adopt(entry.path());
+        }
+        controller
+    }
+
+    /// Without pods.
+    pub fn empty(kind: K, events: Events) -> Arc<Self> {
+        Arc::new(Self {
+            kind: Arc::new(kind),
+            events,
+            pods: Mutex::default(),
+            counts: Arc::default(),
+        })
+    }
+
+    /// Takes over the directory of a pod whose process has gone. Needs a tokio runtime.
+    pub fn adopt(&self, dir: PathBuf) {
+        match State::read(&dir) {
+            Ok(state) if state.started.is_some() && check_id("sandbox", &state.id).is_ok() => {
+                tracing::warn!(sandbox = state.id, "ended with an earlier sandboxer");
+                let kind = Arc::clone(&self.kind);
+                let pod = Pod::recover(kind, self.events.clone(), dir, state);
+                self.pods().insert(pod.id.clone(), pod);
+            }
+            // Never started: containerd has been told so, or will create it anew.
+            other => {
+                if let Ok(state) = &other {
+                    self.kind.clean(state);
+                    cgroup::remove(&state.cgroups);
                 }
-                // Never started: containerd has been told so, or will create it anew.
-                other => {
-                    if let Ok(state) = &other {
-                        self.kind.clean(state);
-                        cgroup::remove(&state.cgroups);
-                    }
-                    storage::clean(&dir);
-                    if let Err(error) = fsutil::remove_dir(&dir) {
-                        tracing::warn!(%error, dir = %dir.display(), "cannot be removed");
-                    }
+                storage::clean(&dir);
+                if let Err(error) = fsutil::remove_dir(&dir) {
+                    tracing::warn!(%error, dir = %dir.display(), "cannot be removed");
                 }
             }
         }
+    }
+
+    /// Whether there is a pod of this id.
+    pub fn has(&self, id: &str) -> bool {
+        self.pods().contains_key(id)
     }
 
     fn pods(&self) -> MutexGuard<'_, HashMap<String, Arc<Pod<K>>>> {
@@ -287,7 +298,11 @@ impl<K: Kind> Controller<K> {
         self.find(&request.sandbox_id).map(|_| Nothing {})
     }
 
-    async fn dispatch(&self, call: Call) -> Answer<Vec<u8>> {
+    /// Answers a call of containerd's.
+    ///
+    /// # Errors
+    /// What it is to be told.
+    pub async fn dispatch(&self, call: Call) -> Answer<Vec<u8>> {
         let Some(method) = call
             .path
             .strip_prefix(CONTROLLER)

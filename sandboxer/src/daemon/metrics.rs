@@ -39,7 +39,8 @@ struct Family {
 pub struct Text(BTreeMap<&'static str, Family>);
 
 impl Text {
-    fn add(&mut self, figure: &Figure, labels: &[(&str, &str)]) {
+    /// Adds one sample.
+    pub fn add(&mut self, figure: &Figure, labels: &[(&str, &str)]) {
         let family = self.0.entry(figure.name).or_insert_with(|| Family {
             kind: figure.kind(),
             help: figure.help,

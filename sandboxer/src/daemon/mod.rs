@@ -10,6 +10,7 @@ pub mod container;
 pub mod controller;
 pub mod events;
 pub mod grpc;
+pub mod keeper;
 pub mod metrics;
 pub mod pod;
 pub mod process;
@@ -24,6 +25,7 @@ pub mod task;
 pub mod ttrpc;
 pub mod vm;
 pub mod wasm;
+pub mod worker;
 
 use std::fs::File;
 use std::io;
@@ -43,8 +45,8 @@ use crate::fsutil;
 use config::Config;
 use controller::{Controller, Endpoint};
 use events::Events;
+use keeper::{Keepers, KeptEndpoint};
 use process::Processes;
-use sandbox::Kind;
 use vm::{Guests, Vms};
 use wasm::Wasm;
 
@@ -85,6 +87,12 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> DaemonError {
 
 /// Runs the daemon.
 pub fn main() -> ExitCode {
+    // Before anything else is done that a jail would have to undo.
+    match std::env::args_os().nth(1) {
+        Some(arg) if arg == worker::ARGUMENT => return worker::run::main(),
+        Some(arg) if arg == keeper::ARGUMENT => return keeper::process::main(),
+        _ => {}
+    }
     match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -99,12 +107,7 @@ fn run(args: &Args) -> Result<(), DaemonError> {
     if args.check {
         return Ok(());
     }
-    let filter = std::env::var("RUST_LOG").unwrap_or_else(|_| config.log.level.clone());
-    tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::new(filter))
-        .with_writer(io::stderr)
-        .with_ansi(false)
-        .init();
+    start_logging(&config);
     private_dir(&config.run_dir)?;
     let lock_file = config.run_dir.join("sandboxer.lock");
     let _lock = fsutil::lock(&lock_file, false).map_err(|e| match e.kind() {
@@ -135,10 +138,22 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         .enable_all()
         .build()
         .map_err(io_error("starting the runtime"))?;
-    let result = runtime.block_on(serve(Arc::new(config), host_mounts));
+    // Keepers of pods are started somewhere else.
+    let file = args.config.as_deref().map(std::path::absolute).transpose();
+    let file = file.map_err(io_error("the configuration's path"))?;
+    let result = runtime.block_on(serve(Arc::new(config), file, host_mounts));
     // Threads that still wait for a guest are not waited for.
     runtime.shutdown_background();
     result
+}
+
+fn start_logging(config: &Config) {
+    let filter = std::env::var("RUST_LOG").unwrap_or_else(|_| config.log.level.clone());
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::new(filter))
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .init();
 }
 
 fn private_dir(path: &Path) -> Result<(), DaemonError> {
@@ -175,14 +190,24 @@ fn root_is_shared() -> bool {
         .is_some_and(|line| line.contains(" shared:"))
 }
 
-/// `host_mounts`: the host's mount namespace, if we have left it.
-async fn serve(config: Arc<Config>, host_mounts: Option<File>) -> Result<(), DaemonError> {
+/// `file`: where the configuration comes from; `host_mounts`: the host's mount namespace, if we have
+/// left it.
+async fn serve(
+    config: Arc<Config>,
+    file: Option<PathBuf>,
+    host_mounts: Option<File>,
+) -> Result<(), DaemonError> {
     let events = Events::start(config.containerd_ttrpc.clone());
     // VMs of an earlier process went with it.
     crate::rundir::clean_stale(&config.run_dir);
-    let vms = |guests, events| Controller::new(Vms::new(Arc::clone(&config), guests), events);
-    let microvms = vms(Guests::Linux, events.clone());
-    let app_pods = vms(Guests::App, events.clone());
+    let vms = async |guests| -> Result<Arc<Keepers>, DaemonError> {
+        let own = Controller::empty(Vms::new(Arc::clone(&config), guests), events.clone());
+        let mounts = host_mounts.as_ref().map(File::try_clone).transpose();
+        let mounts = mounts.map_err(io_error("the host's mount namespace"))?;
+        Ok(Keepers::new(own, guests, Arc::clone(&config), file.clone(), mounts).await)
+    };
+    let microvms = vms(Guests::Linux).await?;
+    let app_pods = vms(Guests::App).await?;
     let wasm_pods = Controller::new(Wasm::new(Arc::clone(&config)), events.clone());
     let process_pods = Controller::new(Processes::new(Arc::clone(&config), host_mounts), events);
     // All sockets are there before any of them is served.
@@ -209,10 +234,10 @@ async fn serve(config: Arc<Config>, host_mounts: Option<File>) -> Result<(), Dae
     let mut terminate = signal(SignalKind::terminate()).map_err(io_error("signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(io_error("signals"))?;
     let mut serving = JoinSet::new();
-    serving.spawn(accept(listeners.0, Arc::clone(&microvms)));
-    serving.spawn(accept(listeners.1, Arc::clone(&app_pods)));
-    serving.spawn(accept(listeners.2, Arc::clone(&wasm_pods)));
-    serving.spawn(accept(listeners.3, Arc::clone(&process_pods)));
+    serving.spawn(accept(listeners.0, KeptEndpoint(Arc::clone(&microvms))));
+    serving.spawn(accept(listeners.1, KeptEndpoint(Arc::clone(&app_pods))));
+    serving.spawn(accept(listeners.2, Endpoint(Arc::clone(&wasm_pods))));
+    serving.spawn(accept(listeners.3, Endpoint(Arc::clone(&process_pods))));
     start_watchdog();
     notify("READY=1");
     tracing::info!(socket = %config.socket.display(), "ready");
@@ -233,11 +258,12 @@ async fn serve(config: Arc<Config>, host_mounts: Option<File>) -> Result<(), Dae
 }
 
 /// Serves containerd's connections to a controller.
-async fn accept<K: Kind>(listener: UnixListener, controller: Arc<Controller<K>>) {
+async fn accept<S: grpc::Service>(listener: UnixListener, endpoint: S) {
+    let endpoint = Arc::new(endpoint);
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let endpoint = Arc::new(Endpoint(Arc::clone(&controller)));
+                let endpoint = Arc::clone(&endpoint);
                 tokio::spawn(async move {
                     if let Err(error) = grpc::serve(stream, endpoint).await {
                         tracing::debug!(%error, "a connection of containerd broke");

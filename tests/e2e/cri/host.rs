@@ -51,6 +51,10 @@ impl Host {
             ("links", entries("/sys/class/net".into())),
             ("network namespaces", entries("/run/netns".into())),
             ("files and sockets", tree(Path::new("/run/bulkhead"))),
+            (
+                "keepers",
+                lines("/sys/fs/cgroup/bulkhead-keepers/cgroup.procs".into()),
+            ),
             ("cgroups", directories(Path::new("/sys/fs/cgroup"))),
         ]);
         Ok(Self { counts })

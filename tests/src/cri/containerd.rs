@@ -39,6 +39,15 @@ pub enum IoType {
     Streaming,
 }
 
+/// Where VMs of a node run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Isolation {
+    /// On threads of the sandboxer.
+    Thread,
+    /// In a jailed process each.
+    Process,
+}
+
 /// Who the pods of a node are for.
 #[derive(Debug, Clone, Copy)]
 pub enum Purpose<'a> {
@@ -68,12 +77,35 @@ impl Node {
         Self::start_for(Purpose::Tests, sandboxer, images, io)
     }
 
+    /// The same with VMs elsewhere.
+    ///
+    /// # Errors
+    /// Something does not start; the logs say why.
+    pub fn start_isolated(
+        isolation: Isolation,
+        sandboxer: &Path,
+        images: &[&str],
+        io: IoType,
+    ) -> Result<Self> {
+        Self::start_with(Purpose::Tests, isolation, sandboxer, images, io)
+    }
+
     /// The same for another purpose.
     ///
     /// # Errors
     /// Something does not start; the logs say why.
     pub fn start_for(
         purpose: Purpose<'_>,
+        sandboxer: &Path,
+        images: &[&str],
+        io: IoType,
+    ) -> Result<Self> {
+        Self::start_with(purpose, Isolation::Thread, sandboxer, images, io)
+    }
+
+    fn start_with(
+        purpose: Purpose<'_>,
+        isolation: Isolation,
         sandboxer: &Path,
         images: &[&str],
         io: IoType,
@@ -105,10 +137,16 @@ impl Node {
         }
         fs::write(at("config.toml"), config)?;
         fs::write(at("cni/10-bridge.conflist"), serde_json::to_string(&cni)?)?;
+        let isolation = match isolation {
+            Isolation::Thread => "thread",
+            Isolation::Process => "process",
+        };
         fs::write(
             at("sandboxer.toml"),
             format!(
-                "[log]\nlevel = \"info\"\n[microvm]\ndefault_memory_mib = 192\n\
+                "[log]\nlevel = \"info\"\n\
+                 [microvm]\ndefault_memory_mib = 192\nisolation = \"{isolation}\"\n\
+                 [app]\nisolation = \"{isolation}\"\n\
                  [metrics]\nlisten = \"unix:{METRICS}\"\n"
             ),
         )?;

@@ -20,7 +20,10 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
+mod process;
 mod tables;
+
+pub use process::confine_process;
 
 /// What a thread is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

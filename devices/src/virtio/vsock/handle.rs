@@ -22,8 +22,16 @@ pub(super) type Done = Box<dyn FnOnce(io::Result<UnixStream>) + Send>;
 
 /// What the host's threads ask of the device's thread.
 pub(super) enum Command {
-    Connect { id: u64, port: u32, done: Done },
-    Cancel { id: u64 },
+    Connect {
+        id: u64,
+        port: u32,
+        /// The host's end of the stream to be, if the caller has made a pair of its own.
+        given: Option<UnixStream>,
+        done: Done,
+    },
+    Cancel {
+        id: u64,
+    },
 }
 
 impl fmt::Debug for Command {
@@ -274,6 +282,30 @@ impl VsockHandle {
         port: u32,
         done: impl FnOnce(io::Result<UnixStream>) + Send + 'static,
     ) -> io::Result<Connecting> {
+        self.start(port, None, done)
+    }
+
+    /// As [`start_connect`](Self::start_connect), but the guest's bytes go through `stream`, whose
+    /// other end somebody else holds: one end of a pair of a process that does not want to share an
+    /// open file with this one. `done` gets `stream` itself again; it may drop it.
+    ///
+    /// # Errors
+    /// As [`start_connect`](Self::start_connect).
+    pub fn start_connect_over(
+        &self,
+        port: u32,
+        stream: UnixStream,
+        done: impl FnOnce(io::Result<UnixStream>) + Send + 'static,
+    ) -> io::Result<Connecting> {
+        self.start(port, Some(stream), done)
+    }
+
+    fn start(
+        &self,
+        port: u32,
+        given: Option<UnixStream>,
+        done: impl FnOnce(io::Result<UnixStream>) + Send + 'static,
+    ) -> io::Result<Connecting> {
         let attempt = Arc::new(Attempt(Mutex::new(Some(Box::new(done)))));
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
         let mut inner = lock(&self.shared.inner);
@@ -289,6 +321,7 @@ impl VsockHandle {
         inner.commands.push_back(Command::Connect {
             id,
             port,
+            given,
             done: Box::new({
                 let attempt = Arc::clone(&attempt);
                 // The device holds this, and is held by what holds `shared`.

@@ -62,6 +62,13 @@ fn socket_pair() -> io::Result<(UnixStream, UnixStream)> {
     Ok((ours, theirs))
 }
 
+/// A stream that was given, for the device and for the caller.
+fn twice(given: UnixStream) -> io::Result<(UnixStream, UnixStream)> {
+    given.set_nonblocking(true)?;
+    let again = given.try_clone()?;
+    Ok((given, again))
+}
+
 /// Writes guest memory to a socket without waiting.
 fn send(socket: &UnixStream, segments: &mut [iovec]) -> io::Result<usize> {
     loop {
@@ -209,7 +216,12 @@ impl Mux {
 
     pub(super) fn command(&mut self, command: Command, ops: &mut EventOps) {
         match command {
-            Command::Connect { id, port, done } => self.connect(id, port, done, ops),
+            Command::Connect {
+                id,
+                port,
+                given,
+                done,
+            } => self.connect(id, port, given, done, ops),
             Command::Cancel { id } => {
                 let found = self.streams.iter().position(|slot| {
                     matches!(slot, Some(Stream { phase: Phase::Connecting { id: other, .. }, .. }) if *other == id)
@@ -228,7 +240,14 @@ impl Mux {
         }
     }
 
-    fn connect(&mut self, id: u64, guest_port: u32, done: Done, ops: &mut EventOps) {
+    fn connect(
+        &mut self,
+        id: u64,
+        guest_port: u32,
+        given: Option<UnixStream>,
+        done: Done,
+        ops: &mut EventOps,
+    ) {
         // With at most MAX_STREAMS ports in use, one of that many and one more is free.
         let mut key = Key {
             host_port: self.next_port,
@@ -253,7 +272,7 @@ impl Mux {
             )));
             return;
         }
-        if let Some(index) = self.insert(key, Phase::Connecting { id, done }, ops) {
+        if let Some(index) = self.insert(key, Phase::Connecting { id, given, done }, ops) {
             if let Some(stream) = self.stream_mut(index) {
                 stream.pending.request = true;
             }
@@ -377,7 +396,7 @@ impl Mux {
         let Some(stream) = self.stream_mut(index) else {
             return;
         };
-        let Phase::Connecting { done, .. } =
+        let Phase::Connecting { done, given, .. } =
             std::mem::replace(&mut stream.phase, Phase::Established)
         else {
             return;
@@ -385,7 +404,7 @@ impl Mux {
         // A guest that guessed the port may answer before the request was sent.
         stream.pending = Pending::default();
         let key = stream.key;
-        match socket_pair() {
+        match given.map_or_else(socket_pair, twice) {
             Ok((ours, theirs)) => {
                 if self.attach(index, ours, ops) {
                     self.metrics.streams_opened += 1;

@@ -36,7 +36,12 @@ pub(super) struct Pending {
 /// Where a stream is in its life.
 pub(super) enum Phase {
     /// The host asked; `REQUEST` is pending or sent.
-    Connecting { id: u64, done: Done },
+    Connecting {
+        id: u64,
+        /// The host's end, where the caller has brought one.
+        given: Option<UnixStream>,
+        done: Done,
+    },
     /// Both sides agree that it exists.
     Established,
     /// The guest's side is gone; what it had sent is still being written to the host's reader.

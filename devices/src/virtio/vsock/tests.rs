@@ -281,6 +281,40 @@ fn blocking_connect_from_another_thread() {
 }
 
 #[test]
+fn a_stream_that_was_brought_is_joined() {
+    let mut guest = guest();
+    let (mut near, far) = UnixStream::pair().unwrap();
+    let (sender, outcome) = channel();
+    let attempt = guest
+        .device()
+        .handle()
+        .start_connect_over(1024, far, move |outcome| drop(sender.send(outcome)))
+        .unwrap();
+    let port = guest.receive()[0].0.src_port;
+    guest.send(&from_guest(Op::Response, 1024, port), b"");
+    // What the caller is given is the device's end once more: dropping it ends nothing.
+    drop(outcome.recv().unwrap().unwrap());
+    drop(attempt);
+    guest.send(&from_guest(Op::Data, 1024, port), b"from the guest");
+    let mut buffer = [0; 14];
+    near.read_exact(&mut buffer).unwrap();
+    assert_eq!(&buffer, b"from the guest");
+    near.write_all(b"answer").unwrap();
+    assert_eq!(data(&guest.receive()), b"answer");
+    // Refused, it is closed.
+    let (mut near, far) = UnixStream::pair().unwrap();
+    let attempt = guest
+        .device()
+        .handle()
+        .start_connect_over(7, far, drop)
+        .unwrap();
+    let port = guest.receive()[0].0.src_port;
+    guest.send(&from_guest(Op::Reset, 7, port), b"");
+    drop(attempt);
+    assert_eq!(near.read(&mut buffer).unwrap(), 0);
+}
+
+#[test]
 fn guest_connects_to_listeners_only() {
     let mut guest = guest();
     let handle = guest.device().handle();

@@ -65,7 +65,7 @@ impl PodCgroup {
     pub fn create(parent: &Path, id: &str) -> Result<Self, EngineError> {
         let controllers = Path::new(ROOT).join("cgroup.controllers");
         let controllers = std::fs::read_to_string(&controllers).map_err(EngineError::io(
-            "ordinary containers need cgroups of version 2 at /sys/fs/cgroup",
+            "processes of pods need cgroups of version 2 at /sys/fs/cgroup",
         ))?;
         let cgroup = Self::of(parent, id);
         let failed = || EngineError::io(format!("cgroup {}", cgroup.path.display()));

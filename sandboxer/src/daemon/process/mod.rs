@@ -6,7 +6,7 @@
 //! the pod.
 
 mod agent;
-mod cgroup;
+pub(super) mod cgroup;
 mod container_spec;
 mod home;
 

@@ -11,22 +11,26 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::UnixListener;
 use tokio::task::AbortHandle;
 
+use super::machine::Machine;
 use crate::daemon::sandbox::Stop;
 use crate::debug;
 use crate::engine::microvm::MicroVm;
 use crate::engine::stdio::watch;
-use crate::rundir::{RunDir, State};
+use crate::rundir::{RunDir, State, process_start};
 
 /// A VM's entry. Dropping it removes it.
 #[derive(Debug)]
 pub struct DebugSocket {
-    task: AbortHandle,
+    /// `None`: the VM's own process serves it.
+    task: Option<AbortHandle>,
     dir: RunDir,
 }
 
 impl Drop for DebugSocket {
     fn drop(&mut self) {
-        self.task.abort();
+        if let Some(task) = &self.task {
+            task.abort();
+        }
     }
 }
 
@@ -50,8 +54,8 @@ impl DebugSocket {
     ///
     /// # Errors
     /// The directory or socket cannot be made.
-    pub fn start(root: &Path, about: About, stop_pod: Stop, vm: &Arc<MicroVm>) -> io::Result<Self> {
-        let dir = RunDir::create(
+    pub fn start(root: &Path, about: About, stop_pod: Stop, vm: &Machine) -> io::Result<Self> {
+        let mut dir = RunDir::create(
             root,
             State {
                 version: 0,
@@ -73,12 +77,26 @@ impl DebugSocket {
             },
         )
         .map_err(io::Error::other)?;
-        let listener = UnixListener::from_std(debug::bind(&dir.path().join("debug.sock"))?)?;
+        let listener = debug::bind(&dir.path().join("debug.sock"))?;
+        let vm = match vm {
+            Machine::Thread(vm) => vm,
+            Machine::Worker(worker) => {
+                worker.serve_debug(&listener)?;
+                let pid = worker.pid();
+                dir.update(|state| {
+                    state.pid = pid;
+                    state.pid_start = process_start(pid).unwrap_or(0);
+                })
+                .map_err(io::Error::other)?;
+                return Ok(Self { task: None, dir });
+            }
+        };
+        let listener = UnixListener::from_std(listener)?;
         let stop = vm.stop_event().as_fd().try_clone_to_owned()?;
         let stop = watch(stop, Interest::READABLE)?;
         let served = serve(listener, stop, stop_pod, Arc::downgrade(vm));
         Ok(Self {
-            task: tokio::spawn(served).abort_handle(),
+            task: Some(tokio::spawn(served).abort_handle()),
             dir,
         })
     }

@@ -5,7 +5,7 @@
 use bulkhead_vmm::{DiskConfig, DiskSource};
 
 use crate::daemon::agent::setup::USUAL_SYSCTLS;
-use crate::daemon::config::Config;
+use crate::daemon::config::{Config, Isolation};
 use crate::daemon::proto::PodSandboxConfig;
 use crate::engine::EngineError;
 use crate::engine::microvm::files::{GuestFiles, find_app_kernel};
@@ -129,6 +129,14 @@ impl Guests {
                     hugepages: false,
                 }
             }
+        }
+    }
+
+    /// What separates its VMs from the daemon.
+    pub fn isolation(self, config: &Config) -> Isolation {
+        match self {
+            Self::Linux => config.microvm.isolation,
+            Self::App => config.app.isolation,
         }
     }
 

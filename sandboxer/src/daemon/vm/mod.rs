@@ -7,11 +7,13 @@ mod container_spec;
 mod debug_socket;
 mod guest;
 mod guests;
+mod machine;
 mod netlink;
 mod network;
 mod portforward;
 mod sandbox;
 
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -21,12 +23,14 @@ use bulkhead_vmm::VmConfig;
 
 use super::agent::setup::{self, failed};
 use super::cgroup::{CpuShare, Threads, clean_threads};
-use super::config::Config;
+use super::config::{Config, Isolation};
 use super::pod::blocking;
+use super::process::cgroup::{self, PodCgroup};
 use super::proto::{LinuxResources, NODE, PodSandboxConfig};
 use super::sandbox::{Answer, Kind, Plan};
 use super::state::State;
 use super::storage::Storage;
+use super::worker::{Launch, Worker};
 use crate::engine::EngineError;
 use crate::engine::console::ConsoleHub;
 use crate::engine::microvm::MicroVm;
@@ -34,6 +38,7 @@ use debug_socket::{About, DebugSocket};
 use guest::Guest;
 pub use guests::Guests;
 use guests::Sizes;
+use machine::Machine;
 use network::PodNetwork;
 use portforward::PortForward;
 pub use sandbox::VmSandbox;
@@ -111,6 +116,8 @@ impl Kind for Vms {
             network::clean(Path::new(&state.netns));
         }
         clean_threads(&state.id);
+        // A worker ends with its daemon; this is for one that does not.
+        PodCgroup::of(&cgroup::expand(&state.cgroup_parent), &state.id).remove();
     }
 }
 
@@ -126,9 +133,13 @@ impl Vms {
         .await?;
         *parts = made;
         let (vm, request) = built?;
-        let guest = Guest::reach(Arc::clone(&vm), &request)
-            .await
-            .map_err(failed)?;
+        if let Machine::Worker(worker) = &vm {
+            worker
+                .watch(plan.stop.clone())
+                .map_err(EngineError::io("watching the VM's process"))
+                .map_err(failed)?;
+        }
+        let guest = Guest::reach(vm.clone(), &request).await.map_err(failed)?;
         let guest = Arc::new(guest);
         // From here on the limit holds; the boot is not the pod's doing.
         if let Some(threads) = &parts.threads
@@ -144,12 +155,12 @@ impl Vms {
             plan.namespace.clone(),
         ));
         parts.tasks.push(watch.abort_handle());
-        vm.vm().mark("sandbox ready");
+        vm.mark("sandbox ready");
         Ok(guest)
     }
 
     /// Makes its VM known to `vmmctl`. A pod is of use without.
-    fn show(&self, plan: &Plan, vm: &Arc<MicroVm>) -> Option<DebugSocket> {
+    fn show(&self, plan: &Plan, vm: &Machine) -> Option<DebugSocket> {
         let (cpus, memory_mib) = size(&plan.wish, &self.guests.sizes(&self.config));
         let names = plan.wish.metadata.as_ref();
         let about = About {
@@ -192,7 +203,7 @@ fn build(
     guests: Guests,
     plan: &Plan,
     parts: &mut Parts,
-) -> Answer<(Arc<MicroVm>, ConfigureSandboxRequest)> {
+) -> Answer<(Machine, ConfigureSandboxRequest)> {
     let boot = guests.boot(config).map_err(failed)?;
     let storage =
         Storage::create(&plan.dir).map_err(|e| Status::new(Code::Internal, e.to_string()))?;
@@ -203,7 +214,7 @@ fn build(
     let request = guest_setup(guests, plan, &storage, &network);
     let sizes = guests.sizes(config);
     let (vcpus, memory_mib) = size(&plan.wish, &sizes);
-    let config = VmConfig {
+    let vm = VmConfig {
         id: plan.id.clone(),
         vcpus,
         memory_mib,
@@ -221,16 +232,48 @@ fn build(
     // Kept before anything can fail: they are taken away from there.
     parts.storage = Some(Arc::new(Mutex::new(storage)));
     parts.network = Some(network);
+    let made = match guests.isolation(config) {
+        Isolation::Thread => on_threads(plan, vm, parts),
+        Isolation::Process => in_a_process(config, plan, vm, parts),
+    };
+    Ok((made.map_err(failed)?, request))
+}
+
+/// Starts the VM on threads of this process.
+fn on_threads(plan: &Plan, config: VmConfig, parts: &mut Parts) -> Result<Machine, EngineError> {
     parts.threads = Threads::create(&plan.id);
-    let made = in_cgroup(parts.threads.as_ref(), || {
+    let (vm, started) = in_cgroup(parts.threads.as_ref(), || {
         let vm = Arc::new(MicroVm::create(config, ConsoleHub::new(None))?);
         let started = vm.vm().start();
         Ok((vm, started))
-    });
-    let (vm, started) = made.map_err(failed)?;
-    parts.vm = Some(Arc::clone(&vm));
-    started.map_err(|e| failed(e.into()))?;
-    Ok((vm, request))
+    })?;
+    let machine = Machine::Thread(vm);
+    parts.vm = Some(machine.clone());
+    started?;
+    Ok(machine)
+}
+
+/// Starts the VM in a jailed process, which is in a cgroup below the pod's.
+fn in_a_process(
+    config: &Config,
+    plan: &Plan,
+    vm: VmConfig,
+    parts: &mut Parts,
+) -> Result<Machine, EngineError> {
+    let parent = plan.wish.linux.as_ref();
+    let parent = cgroup::expand(parent.map_or("", |l| l.cgroup_parent.as_str()));
+    let cgroup = parts.cgroup.insert(PodCgroup::create(&parent, &plan.id)?);
+    let netns = parts.network.as_ref().and_then(PodNetwork::netns);
+    let worker = Worker::launch(Launch {
+        dir: &plan.dir,
+        cgroup: cgroup.path(),
+        netns: netns.map(AsFd::as_fd),
+        log: &config.log.level,
+        vm,
+    })?;
+    let machine = Machine::Worker(worker);
+    parts.vm = Some(machine.clone());
+    Ok(machine)
 }
 
 /// Makes a VM on a thread whose children all are in the pod's cgroup.

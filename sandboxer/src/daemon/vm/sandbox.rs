@@ -12,21 +12,19 @@ use tokio::task::AbortHandle;
 
 use super::container_spec;
 use super::debug_socket::DebugSocket;
-use super::guest::{Guest, VmWay, ended};
+use super::guest::{Guest, VmWay};
+use super::machine::Machine;
 use super::network::PodNetwork;
 use super::portforward::PortForward;
 use crate::daemon::agent::link::Link;
 use crate::daemon::agent::{AgentSandbox, Home, Prepared};
 use crate::daemon::cgroup::Threads;
 use crate::daemon::pod::blocking;
+use crate::daemon::process::cgroup::PodCgroup;
 use crate::daemon::sandbox::{Answer, Figure, OwnEnd};
 use crate::daemon::storage::{Storage, StorageError};
 use crate::daemon::task::read_spec;
-use crate::engine::Sandbox as _;
-use crate::engine::microvm::MicroVm;
-
-/// How much of the console is logged when a guest ends by itself, in bytes.
-const LAST_WORDS: usize = 2048;
+use crate::daemon::worker::Worker;
 
 /// What a VM has on the host, in the order in which it is made.
 #[derive(Debug, Default)]
@@ -36,7 +34,7 @@ pub struct Parts {
     /// Its network.
     pub network: Option<PodNetwork>,
     /// The VM.
-    pub vm: Option<Arc<MicroVm>>,
+    pub vm: Option<Machine>,
     /// What serves its loopback.
     pub forward: Option<PortForward>,
     /// What serves `vmmctl`.
@@ -45,6 +43,8 @@ pub struct Parts {
     pub tasks: Vec<AbortHandle>,
     /// Where its threads are counted.
     pub threads: Option<Threads>,
+    /// Where its process is, if it has one.
+    pub cgroup: Option<PodCgroup>,
 }
 
 impl Parts {
@@ -56,11 +56,14 @@ impl Parts {
         }
         // It uses the rest.
         if let Some(vm) = &self.vm {
-            vm.vm().stop();
+            vm.take_down();
         }
         drop((guest, self.vm));
-        // It is empty by now.
+        // They are empty by now.
         drop(self.threads);
+        if let Some(cgroup) = self.cgroup {
+            cgroup.remove();
+        }
         drop(self.storage);
         if let Some(network) = self.network {
             network.leave();
@@ -102,17 +105,31 @@ fn number(value: u64) -> f64 {
     value as f64
 }
 
-/// The end of a guest's console as one may log it: the guest is not trusted with control
-/// characters, nor with filling the log.
-fn last_words(tail: &[u8]) -> String {
-    let start = tail.len().saturating_sub(LAST_WORDS);
-    let text = String::from_utf8_lossy(tail.get(start..).unwrap_or_default()).into_owned();
-    let clean = |c: &char| *c == '\n' || !c.is_control();
-    text.chars()
-        .filter(clean)
-        .collect::<String>()
-        .trim()
-        .to_owned()
+/// What the host says of a VM's process: nothing of it depends on the worker's word.
+fn worker_figures(worker: &Worker) -> Vec<Figure> {
+    let mut figures = Vec::new();
+    if let Some(resident) = worker.resident() {
+        let help = "Memory of a VM's process, with what it has touched of its guest's.";
+        figures.push(Figure::gauge(
+            "bulkhead_worker_resident_bytes",
+            help,
+            number(resident),
+        ));
+    }
+    if let Some((user, system)) = worker.cpu() {
+        figures.extend(cpu_figures(user, system));
+    }
+    figures
+}
+
+fn cpu_figures(user: Duration, system: Duration) -> impl Iterator<Item = Figure> {
+    let help = "CPU time of a VM's threads on the host; user includes the guest.";
+    [("user", user), ("system", system)]
+        .into_iter()
+        .map(move |(mode, value)| Figure {
+            label: Some(("mode", mode)),
+            ..Figure::counter("bulkhead_vm_cpu_seconds_total", help, value.as_secs_f64())
+        })
 }
 
 impl VmHome {
@@ -161,7 +178,7 @@ impl Home for VmHome {
             // Taken down: that is no end of its own.
             return std::future::pending().await;
         };
-        let end = ended(guest.vm());
+        let end = guest.vm().ended();
         drop(guest);
         match end {
             Ok(end) => end.await,
@@ -173,15 +190,7 @@ impl Home for VmHome {
         let Ok(guest) = self.guest() else {
             return std::future::pending().await;
         };
-        let vm = guest.vm();
-        let words = last_words(&vm.vm().console_tail());
-        OwnEnd {
-            reason: vm.ended("running").to_string(),
-            details: match words.is_empty() {
-                true => words,
-                false => format!("last words of the guest:\n{words}"),
-            },
-        }
+        guest.vm().own_end()
     }
 
     async fn shut_down(&self, grace: Duration) {
@@ -197,19 +206,18 @@ impl Home for VmHome {
     }
 
     fn info(&self) -> Option<String> {
-        self.guest()
-            .ok()?
-            .vm()
-            .inspect()
-            .ok()
-            .map(|vm| vm.to_string())
+        self.guest().ok()?.vm().info()
     }
 
     fn figures(&self) -> Vec<Figure> {
         let Ok(guest) = self.guest() else {
             return Vec::new();
         };
-        let stats = guest.vm().vm().stats();
+        let vm = match guest.vm() {
+            Machine::Thread(vm) => vm,
+            Machine::Worker(worker) => return worker_figures(worker),
+        };
+        let stats = vm.vm().stats();
         let mut exits = [
             ("io_in", 0u64),
             ("io_out", 0),
@@ -254,13 +262,7 @@ impl Home for VmHome {
         let resident = number(stats.memory_resident_bytes);
         figures.push(Figure::gauge("bulkhead_vm_resident_bytes", help, resident));
         if let Some(used) = lock(&self.parts).threads.as_ref().and_then(Threads::usage) {
-            for (mode, value) in [("user", used.user), ("system", used.system)] {
-                let help = "CPU time of a VM's threads on the host; user includes the guest.";
-                figures.push(Figure {
-                    label: Some(("mode", mode)),
-                    ..Figure::counter("bulkhead_vm_cpu_seconds_total", help, value.as_secs_f64())
-                });
-            }
+            figures.extend(cpu_figures(used.user, used.system));
         }
         figures
     }
@@ -270,15 +272,24 @@ impl Home for VmHome {
         let (id, bundle) = (request.id.clone(), request.bundle.clone());
         let rootfs = request.rootfs.clone();
         let shares_pids = self.link()?.shares_pids();
+        let vm = self.guest()?.vm().clone();
         let prepared = blocking(move || {
             let mut spec = read_spec(Path::new(&bundle))?;
             let binds = container_spec::rewrite(&mut spec, shares_pids)?;
             let mut storage = lock(&storage);
             let root = storage.add_root(&id, &rootfs).map_err(storage_failed)?;
+            let show = |share: &str, path: &str| {
+                vm.show(share, path).map_err(|e| {
+                    let text = format!("container {id}: showing {path} to the VM's process: {e}");
+                    Status::new(Code::Internal, text)
+                })
+            };
+            show("rootfs", &root)?;
             for bind in &binds {
                 let path = storage
                     .add_volume(&id, Path::new(&bind.source), bind.access)
                     .map_err(storage_failed)?;
+                show("volumes", &path)?;
                 container_spec::set_source(&mut spec, bind, path);
             }
             let spec = serde_json::to_vec(&spec)
@@ -315,21 +326,6 @@ impl Home for VmHome {
     async fn give_up(&self, reason: String) -> Answer<()> {
         let guest = self.guest()?;
         *lock(&self.given_up) = Some(reason);
-        blocking(move || guest.vm().vm().stop()).await
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn last_words_are_harmless() {
-        let mut tail = vec![b'x'; 5000];
-        tail.extend_from_slice(b"\n\x1b[2J\x07Kernel panic\r\n\xff");
-        let words = last_words(&tail);
-        assert!(words.len() <= LAST_WORDS + 3);
-        assert!(words.ends_with("[2JKernel panic\n\u{fffd}"), "{words:?}");
-        assert_eq!(last_words(b""), "");
+        blocking(move || guest.vm().stop()).await
     }
 }
