@@ -169,6 +169,7 @@ fn hostile(dir: &Path, case: &str, rounds: u64, seed: u64, screen: &Screen) -> V
             root: dir.join("share"),
             read_only: false,
             caching: Caching::Never,
+            upper_layers: false,
         }],
         nets: vec![NetConfig {
             tap,
