@@ -16,9 +16,11 @@ use tokio::task::AbortHandle;
 
 use crate::cgroup::Cgroup;
 use crate::devices;
+use crate::disks;
 use crate::error::{Context, Error, Result};
 use crate::events::{Events, timestamp};
 use crate::helper::{self, Job, create, exec};
+use crate::layers;
 use crate::mounts::unmount_all;
 use crate::reaper::{Exit, Reaper};
 use crate::spec::{self, Defaults};
@@ -115,8 +117,10 @@ pub async fn clean_up(id: &str) {
     let cgroup = Cgroup::of(id);
     cgroup.kill();
     cgroup.remove().await;
+    disks::forget(id);
     let directory = directory(id);
     unmount_all(&directory.join("rootfs"));
+    layers::forget(id).await;
     for entry in std::fs::read_dir(directory.join("mounts"))
         .into_iter()
         .flatten()

@@ -266,7 +266,7 @@ impl Shares {
 }
 
 /// Many layers have more text than `mount(2)` takes: short links stand for them.
-fn with_short_layers(data: &str) -> std::io::Result<String> {
+pub fn with_short_layers(data: &str) -> std::io::Result<String> {
     if data.len() <= MAX_DATA {
         return Ok(data.to_owned());
     }

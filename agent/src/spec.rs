@@ -7,6 +7,7 @@ use bulkhead_protocol::sandbox::ContainerOptions;
 use serde_json::{Value, json};
 
 use crate::cgroup::{self, Cgroup};
+use crate::disks;
 use crate::error::{Context, Error, Result};
 use crate::mounts::Shares;
 use crate::users;
@@ -61,6 +62,8 @@ pub struct Place<'a> {
     pub terminal: bool,
     /// PID 1 of the namespace that containers share, for one that [`shares_pids`].
     pub pid_namespace: Option<i32>,
+    /// Its disks.
+    pub disks: &'a [disks::Mapped],
 }
 
 /// Makes a spec fit for this guest. Mounts from shares are pinned below the bundle.
@@ -86,6 +89,7 @@ pub fn prepare(options: &ContainerOptions, place: Place<'_>, shares: &Shares) ->
         json!({"path": place.root, "readonly": readonly}),
     );
     prepare_linux(&mut spec, place.id, place.pid_namespace)?;
+    disks::translate(&mut spec, place.disks, place.id)?;
     prepare_mounts(&mut spec, options.sandbox_etc, place, shares)?;
 
     let root = File::open(place.root).context(|| format!("open {}", place.root.display()))?;
@@ -464,6 +468,7 @@ mod tests {
             root: &root,
             terminal: false,
             pid_namespace: None,
+            disks: &[],
         };
         let prepared = prepare(&options, place, &Shares::default())?;
         Ok((serde_json::from_slice(&prepared.config).unwrap(), prepared))
@@ -559,7 +564,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn any_bytes_are_answered(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200)) {
-            let place = Place { id: "x", bundle: Path::new("/nonexistent"), root: Path::new("/nonexistent"), terminal: false, pid_namespace: None };
+            let place = Place { id: "x", bundle: Path::new("/nonexistent"), root: Path::new("/nonexistent"), terminal: false, pid_namespace: None, disks: &[] };
             let options = ContainerOptions { oci_spec: bytes, ..Default::default() };
             proptest::prop_assert!(prepare(&options, place, &Shares::default()).is_err());
         }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_protocol::metrics::METRICS_TYPE_URL;
 use bulkhead_protocol::rpc::{Code, Status};
-use bulkhead_protocol::sandbox::{CONTAINER_OPTIONS_TYPE_URL, ContainerOptions};
+use bulkhead_protocol::sandbox::{CONTAINER_OPTIONS_TYPE_URL, ContainerOptions, LAYERS_MOUNT};
 use bulkhead_protocol::server::TaskService;
 use bulkhead_protocol::task::*;
 use bulkhead_protocol::types::{Any, Empty, ProcessInfo};
@@ -14,9 +14,11 @@ use serde_json::Value;
 use tokio::sync::oneshot;
 
 use crate::container::{self, Container, New, StdioNames, View};
+use crate::disks;
 use crate::error::{Context, Error, Result};
 use crate::events::{Events, timestamp};
 use crate::helper::{self, Job};
+use crate::layers;
 use crate::mounts::Shares;
 use crate::reaper::{Exit, Reaper};
 use crate::spec;
@@ -178,18 +180,25 @@ impl Tasks {
         let bundle = container::directory(id);
         let root = bundle.join("rootfs");
         std::fs::create_dir_all(&root).context(|| format!("make {}", root.display()))?;
-        self.shares
-            .mount_rootfs(&rootfs_mounts(request, &options)?, &root)?;
+        let mounts = rootfs_mounts(request, &options)?;
+        match mounts.as_slice() {
+            [m] if m.r#type == LAYERS_MOUNT => {
+                layers::mount_root(id, m, &self.shares, &root).await?;
+            }
+            mounts => self.shares.mount_rootfs(mounts, &root)?,
+        }
         let pid_namespace = match spec::shares_pids(&options) {
             true => Some(self.pid_namespace().await?),
             false => None,
         };
+        let disks = disks::find_all(&options.disks).await?;
         let place = spec::Place {
             id,
             bundle: &bundle,
             root: &root,
             terminal: request.terminal,
             pid_namespace,
+            disks: &disks,
         };
         let prepared = spec::prepare(&options, place, &self.shares)?;
         let new = New {

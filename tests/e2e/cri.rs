@@ -19,12 +19,16 @@ mod app;
 mod basic;
 #[path = "cri/failure.rs"]
 mod failure;
+#[path = "cri/growth.rs"]
+mod growth;
 #[path = "cri/host.rs"]
 mod host;
 #[path = "cri/process.rs"]
 mod process;
 #[path = "cri/recovery.rs"]
 mod recovery;
+#[path = "cri/storage.rs"]
+mod storage;
 #[path = "cri/validation.rs"]
 mod validation;
 #[path = "cri/vmmctl.rs"]
@@ -107,6 +111,8 @@ fn run() -> Result<bool> {
         validation::TESTS,
         failure::TESTS,
         recovery::TESTS,
+        storage::TESTS,
+        growth::TESTS,
         wasm::TESTS,
         app::TESTS,
         process::TESTS,

@@ -213,6 +213,7 @@ fn hostile(dir: &Path, case: &str, rounds: u64, seed: u64) -> VmConfig {
             root: dir.join("share"),
             read_only: false,
             caching: Caching::Never,
+            upper_layers: false,
         }],
         nets: vec![NetConfig {
             tap,

@@ -139,6 +139,7 @@ fn a_thread_that_leaves_its_role_ends_its_own_vm_only() {
             root: share.path().into(),
             read_only: true,
             caching: Caching::Never,
+            upper_layers: false,
         }];
         let vm = Vm::create(config).unwrap();
         vm.start().unwrap();

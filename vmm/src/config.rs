@@ -5,7 +5,8 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-pub use bulkhead_devices::virtio::fs::Caching;
+pub use bulkhead_devices::virtio::blk::joined_layout;
+pub use bulkhead_devices::virtio::fs::{Caching, UPPER_PREFIX};
 
 use crate::error::VmError;
 use crate::layout;
@@ -36,6 +37,8 @@ pub enum DiskSource {
     Path(PathBuf),
     /// An open file.
     File(File),
+    /// Open files one behind the other at the places that [`joined_layout`] says; read-only.
+    Joined(Vec<File>),
 }
 
 /// A virtio-blk disk.
@@ -61,6 +64,9 @@ pub struct ShareConfig {
     /// How long the guest may believe what it was told about files. With [`Caching::Always`] it
     /// also collects writes: only for directories nobody else changes.
     pub caching: Caching,
+    /// The guest may use directories of it as upper layers of overlays
+    /// ([`bulkhead_devices::virtio::fs::FsConfig::upper_layers`]).
+    pub upper_layers: bool,
 }
 
 /// A virtio-net device on a tap.
@@ -88,6 +94,9 @@ pub struct VmConfig {
     pub kvm: Option<OwnedFd>,
     /// Number of vCPUs, 1 to 32.
     pub vcpus: u8,
+    /// vCPUs that the guest is told of, so that it can be given more while it runs
+    /// ([`crate::Vm::grow_vcpus`]); at most 32, and no fewer than `vcpus` count.
+    pub max_vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u64,
     /// Back guest memory with 2 MiB pages of hugetlbfs.
@@ -133,6 +142,7 @@ impl Default for VmConfig {
             id: "vm".into(),
             kvm: None,
             vcpus: 1,
+            max_vcpus: 0,
             memory_mib: 128,
             hugepages: false,
             kernel: PathBuf::new(),
@@ -156,6 +166,11 @@ impl Default for VmConfig {
 }
 
 impl VmConfig {
+    /// vCPUs that it can have.
+    pub(crate) fn most_vcpus(&self) -> u8 {
+        self.max_vcpus.max(self.vcpus)
+    }
+
     /// Checks every value that can be checked without touching the host's state.
     ///
     /// # Errors
@@ -166,6 +181,16 @@ impl VmConfig {
             return config(
                 "cpus",
                 format!("{} vCPUs: give 1 to {}", self.vcpus, layout::MAX_VCPUS),
+            );
+        }
+        if self.max_vcpus > layout::MAX_VCPUS {
+            return config(
+                "most cpus",
+                format!(
+                    "{} vCPUs: give at most {}",
+                    self.max_vcpus,
+                    layout::MAX_VCPUS
+                ),
             );
         }
         if self.memory_mib < layout::MIN_MEMORY_MIB {
@@ -250,6 +275,13 @@ mod tests {
                 ..VmConfig::default()
             })
             .contains("1 to 32")
+        );
+        assert!(
+            says(VmConfig {
+                max_vcpus: 33,
+                ..VmConfig::default()
+            })
+            .contains("at most 32")
         );
         assert!(
             says(VmConfig {

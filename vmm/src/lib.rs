@@ -35,7 +35,10 @@ mod vm;
 mod wiring;
 
 pub use bulkhead_devices::virtio::vsock::Connecting;
-pub use config::{Caching, Console, DiskConfig, DiskSource, NetConfig, ShareConfig, VmConfig};
+pub use config::{
+    Caching, Console, DiskConfig, DiskSource, NetConfig, ShareConfig, UPPER_PREFIX, VmConfig,
+    joined_layout,
+};
 pub use error::{ErrorClass, VmError};
 pub use kvm_check::{KvmKind, KvmReport, Probe, kvm_check};
 pub use snapshot::VmState;

@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bulkhead_devices::virtio::vsock::VsockHandle;
-use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{CpuId, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde_json::json;
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
@@ -143,17 +143,45 @@ pub struct Vm {
     phase: Mutex<Phase>,
     marks: Arc<Marks>,
     kvm_vm_stats: Option<KvmStats>,
-    kvm_vcpu_stats: Vec<KvmStats>,
+    kvm_vcpu_stats: Mutex<Vec<KvmStats>>,
     pub(crate) loaded: Option<Loaded>,
     pub(crate) cmdline: String,
     pub(crate) msr_list: Vec<u32>,
     pub(crate) vm_fd: Arc<VmFd>,
     pub(crate) memory: VmMemory,
     pub(crate) id: String,
+    /// That it was made with.
     pub(crate) vcpu_count: u8,
+    /// For those that come later.
+    cpus: CpuPlan,
+    cpu_env: VcpuEnv,
     debugger: Mutex<Option<crate::gdb::Debugger>>,
     /// Where the core of a crash goes; taken by the one who writes it.
     crash_core: Mutex<Option<PathBuf>>,
+}
+
+/// What every vCPU of a VM is made from.
+#[derive(Debug)]
+pub(crate) struct CpuPlan {
+    supported: CpuId,
+    most: u8,
+    tsc_deadline: bool,
+}
+
+impl CpuPlan {
+    fn make(&self, vm_fd: &VmFd, index: u8) -> Result<VcpuFd, VmError> {
+        let fd = vm_fd
+            .create_vcpu(u64::from(index))
+            .map_err(VmError::kvm("KVM_CREATE_VCPU"))?;
+        fd.set_cpuid2(&cpuid::for_vcpu(
+            &self.supported,
+            index,
+            self.most,
+            self.tsc_deadline,
+        ))
+        .map_err(VmError::kvm("KVM_SET_CPUID2"))?;
+        Ok(fd)
+    }
 }
 
 /// A VM whose vCPUs have no state yet: what creation and restore share.
@@ -161,6 +189,7 @@ pub(crate) struct Frame {
     pub(crate) kvm: Kvm,
     pub(crate) vm_fd: Arc<VmFd>,
     pub(crate) vcpu_fds: Vec<VcpuFd>,
+    pub(crate) cpus: CpuPlan,
     pub(crate) memory: VmMemory,
     pub(crate) marks: Arc<Marks>,
 }
@@ -201,25 +230,21 @@ impl Frame {
         let supported = kvm
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
             .map_err(VmError::kvm("KVM_GET_SUPPORTED_CPUID"))?;
+        let cpus = CpuPlan {
+            supported,
+            most: config.most_vcpus(),
+            tsc_deadline,
+        };
         let mut vcpu_fds = Vec::with_capacity(usize::from(config.vcpus));
         for index in 0..config.vcpus {
-            let fd = vm_fd
-                .create_vcpu(u64::from(index))
-                .map_err(VmError::kvm("KVM_CREATE_VCPU"))?;
-            fd.set_cpuid2(&cpuid::for_vcpu(
-                &supported,
-                index,
-                config.vcpus,
-                tsc_deadline,
-            ))
-            .map_err(VmError::kvm("KVM_SET_CPUID2"))?;
-            vcpu_fds.push(fd);
+            vcpu_fds.push(cpus.make(&vm_fd, index)?);
         }
         marks.add("vCPUs made");
         Ok(Self {
             kvm,
             vm_fd,
             vcpu_fds,
+            cpus,
             memory,
             marks,
         })
@@ -266,6 +291,10 @@ impl Frame {
             _ => None,
         };
         self.marks.add("devices ready");
+        let cpu_env = VcpuEnv {
+            debug_stops: None,
+            ..env
+        };
         Ok(Vm {
             vcpus: Mutex::new(vcpus),
             devices,
@@ -273,7 +302,7 @@ impl Frame {
             phase: Mutex::new(Phase::Created),
             marks: self.marks,
             kvm_vm_stats,
-            kvm_vcpu_stats,
+            kvm_vcpu_stats: Mutex::new(kvm_vcpu_stats),
             loaded,
             cmdline,
             msr_list: state::msr_list(&self.kvm)?,
@@ -281,6 +310,8 @@ impl Frame {
             memory: self.memory,
             id: config.id,
             vcpu_count: count,
+            cpus: self.cpus,
+            cpu_env,
             debugger: Mutex::new(debugger),
             crash_core: Mutex::new(config.crash_core),
         })
@@ -358,6 +389,35 @@ impl Vm {
             Some(debugger) => debugger.serve(self),
             None => self.start(),
         }
+    }
+
+    /// Makes more vCPUs, until there are `count` of them or as many as the guest knows of; gives how
+    /// many there are. The guest brings them online itself, once it is asked to. Their threads are
+    /// children of the caller's.
+    ///
+    /// # Errors
+    /// When the VM has ended or KVM refuses; those made by then stay.
+    pub fn grow_vcpus(&self, count: u8) -> Result<u8, VmError> {
+        let phase = self.phase();
+        if *phase == Phase::Ended {
+            return Err(VmError::NotRunning(format!("VM {} has ended", self.id)));
+        }
+        let mut vcpus = self.vcpus();
+        let made = |vcpus: &Vec<Vcpu>| u8::try_from(vcpus.len()).unwrap_or(u8::MAX);
+        while made(&vcpus) < count.min(self.cpus.most) {
+            let index = made(&vcpus);
+            let fd = self.cpus.make(&self.vm_fd, index)?;
+            regs::set_common_state(&fd)?;
+            let stats = KvmStats::open(fd.as_raw_fd());
+            let vcpu = Vcpu::spawn(&self.id, index, fd, self.cpu_env.clone())?;
+            if *phase == Phase::Running {
+                vcpu.resume();
+            }
+            vcpus.push(vcpu);
+            let all = self.kvm_vcpu_stats.lock();
+            all.unwrap_or_else(PoisonError::into_inner).extend(stats);
+        }
+        Ok(made(&vcpus))
     }
 
     /// Stops all vCPUs between two instructions and the devices between two requests.
@@ -531,6 +591,15 @@ impl Vm {
         self.devices.attach_disk(slot, disk)
     }
 
+    /// Takes the disk out of a spare slot; what the guest still asks of it fails. An empty slot
+    /// stays empty.
+    ///
+    /// # Errors
+    /// When the slot does not exist.
+    pub fn detach_disk(&self, slot: usize) -> Result<(), VmError> {
+        self.devices.detach_disk(slot)
+    }
+
     /// Counters as of now.
     pub fn stats(&self) -> VmStats {
         use std::sync::atomic::Ordering::Relaxed;
@@ -556,7 +625,8 @@ impl Vm {
             log::debug!("VM {}: reading KVM's statistics: {error}", self.id);
         }
         let mut kvm_vcpus = BTreeMap::new();
-        for stats in &self.kvm_vcpu_stats {
+        let of_vcpus = self.kvm_vcpu_stats.lock();
+        for stats in of_vcpus.unwrap_or_else(PoisonError::into_inner).iter() {
             if let Err(error) = stats.add_to(&mut kvm_vcpus) {
                 log::debug!("VM {}: reading KVM's statistics: {error}", self.id);
             }
@@ -593,7 +663,8 @@ impl Vm {
                 Phase::Paused => "paused",
                 Phase::Ended => "ended",
             },
-            "vcpus": self.vcpu_count,
+            "vcpus": self.vcpus().len(),
+            "max_vcpus": self.cpus.most,
             "memory_bytes": self.memory.size(),
             "memory_resident_bytes": resident_bytes(&self.memory),
             "memory_map": memory,

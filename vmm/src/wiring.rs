@@ -209,6 +209,11 @@ impl Devices {
                  sysctl.net.ipv6.neigh.default.interval_probe_time_ms=60000",
             );
         }
+        if config.most_vcpus() > config.vcpus {
+            // The others do not answer before they are made.
+            let _ =
+                std::fmt::Write::write_fmt(&mut line, format_args!(" maxcpus={}", config.vcpus));
+        }
         for slot in &self.slots {
             let _ = std::fmt::Write::write_fmt(
                 &mut line,
@@ -277,19 +282,34 @@ impl Devices {
             .map_err(VmError::host("giving work to a device thread"))
     }
 
-    pub(crate) fn attach_disk(&self, slot: usize, disk: DiskConfig) -> Result<(), VmError> {
-        let transport = self
-            .spare_disks
+    /// The device of a slot that may be filled.
+    fn spare_disk(&self, slot: usize) -> Result<&MmioTransport, VmError> {
+        self.spare_disks
             .get(slot)
             .and_then(|index| self.slots.get(*index))
-            .map(|slot| &slot.transport)
+            .map(|slot| &*slot.transport)
             .ok_or_else(|| VmError::Config {
                 what: "disk slot",
                 reason: format!(
                     "{slot}: this VM has {} spare slots, numbered from 0",
                     self.spare_disks.len()
                 ),
-            })?;
+            })
+    }
+
+    pub(crate) fn detach_disk(&self, slot: usize) -> Result<(), VmError> {
+        let disk = self.spare_disk(slot)?.with_device(|device| {
+            (device as &mut dyn Any)
+                .downcast_mut::<Blk>()
+                .and_then(Blk::detach)
+        });
+        // Closed here, without the device's lock: a block device may be written back first.
+        drop(disk);
+        Ok(())
+    }
+
+    pub(crate) fn attach_disk(&self, slot: usize, disk: DiskConfig) -> Result<(), VmError> {
+        let transport = self.spare_disk(slot)?;
         let disk = open_disk(disk)?;
         let attached = transport.with_device(|device| {
             (device as &mut dyn Any)
@@ -385,6 +405,7 @@ fn open_disk(disk: DiskConfig) -> Result<Disk, VmError> {
         DiskSource::File(file) => {
             Disk::from_file(file, Path::new("(open file)"), disk.read_only, &disk.serial)?
         }
+        DiskSource::Joined(files) => Disk::joined(files, Path::new("(open files)"), &disk.serial)?,
     })
 }
 
@@ -436,6 +457,7 @@ impl Wiring<'_> {
             let mut fs = FsConfig::new(share.tag, &share.root)?;
             fs.read_only = share.read_only;
             fs.caching = share.caching;
+            fs.upper_layers = share.upper_layers;
             fs.writeback = share.caching == Caching::Always;
             self.add(Role::Fs, Box::new(Fs::new(fs)?))?;
         }

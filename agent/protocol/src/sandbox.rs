@@ -17,6 +17,12 @@ pub const OCI_PROCESS_TYPE_URL: &str = "types.containerd.io/opencontainers/runti
 pub const OCI_RESOURCES_TYPE_URL: &str =
     "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
+/// Type of a root mount in CreateTaskRequest.rootfs whose `source` is the serial number of a disk
+/// with the image's layers, each an erofs image. Options: `layer=START:LENGTH` in bytes, topmost
+/// first; `upper=` and `work=`, the paths of the container's own layer and its work directory in a
+/// share. It is the only mount of its root.
+pub const LAYERS_MOUNT: &str = "bulkhead-layers";
+
 /// Options of a container, in CreateTaskRequest.options.
 #[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
 pub struct ContainerOptions {
@@ -31,6 +37,26 @@ pub struct ContainerOptions {
     /// spec has no mount of its own there.
     #[prost(bool, tag = "3")]
     pub sandbox_etc: bool,
+    /// Disks of the guest that the spec names by the numbers of the host's devices.
+    #[prost(message, repeated, tag = "4")]
+    pub disks: Vec<Disk>,
+}
+
+/// A disk of the guest that stands for a block device of the host.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct Disk {
+    /// Its serial number, by which the guest finds it.
+    #[prost(string, tag = "1")]
+    pub serial: String,
+    /// Major number of the host's device in the spec.
+    #[prost(uint32, tag = "2")]
+    pub major: u32,
+    /// Its minor number.
+    #[prost(uint32, tag = "3")]
+    pub minor: u32,
+    /// Nobody may write to it.
+    #[prost(bool, tag = "4")]
+    pub read_only: bool,
 }
 
 /// Argument of GetInfo.

@@ -294,6 +294,7 @@ impl Agent {
             oci_spec: serde_json::to_vec(spec).unwrap(),
             user: user.into(),
             sandbox_etc: true,
+            ..Default::default()
         };
         request.options = Some(Any::of(sandbox::CONTAINER_OPTIONS_TYPE_URL, &options));
         Ok(self.tasks.create(&request).await?.pid)

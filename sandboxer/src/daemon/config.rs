@@ -107,12 +107,16 @@ pub struct Microvm {
     pub default_cpus: u8,
     /// Most vCPUs of a pod.
     pub max_cpus: u8,
+    /// vCPUs that a pod can be given while it runs, beyond those that it starts with.
+    pub grow_cpus: u8,
     /// Memory of a pod that has no memory limit, in MiB.
     pub default_memory_mib: u64,
     /// Added to the limit of a pod that has one, for the guest's kernel and agent, in MiB.
     pub overhead_mib: u64,
     /// Most memory of a pod, in MiB.
     pub max_memory_mib: u64,
+    /// Block devices, and images as disks, that containers of one pod can be given.
+    pub disk_slots: u8,
     /// Back guest memory with huge pages of the host.
     pub hugepages: bool,
     /// Run where KVM is emulated and a boot takes minutes.
@@ -236,9 +240,11 @@ impl Default for Microvm {
             cmdline: String::new(),
             default_cpus: 1,
             max_cpus: 32,
+            grow_cpus: 1,
             default_memory_mib: 256,
             overhead_mib: 64,
             max_memory_mib: 65_536,
+            disk_slots: 4,
             hugepages: false,
             allow_emulated_kvm: false,
         }
@@ -401,6 +407,12 @@ impl Config {
                 "microvm.overhead_mib",
                 "must be at least 32: guest kernel and agent need that",
             );
+        }
+        if vm.grow_cpus > 31 {
+            return wrong("microvm.grow_cpus", "must be at most 31");
+        }
+        if vm.disk_slots > 16 {
+            return wrong("microvm.disk_slots", "must be at most 16");
         }
         let app = &self.app;
         if app.default_memory_mib < 16 || app.default_memory_mib > app.max_memory_mib {

@@ -11,7 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::types::Mount;
-use bulkhead_vmm::{Caching, ShareConfig};
+use bulkhead_vmm::{Caching, ShareConfig, UPPER_PREFIX};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::engine::microvm::share::{GUEST_PATH, TAG, VOLUMES_PATH, VOLUMES_TAG};
@@ -59,6 +59,70 @@ pub struct Access {
     pub follow_mounts: bool,
 }
 
+/// A root that a guest can make of the image's layers, which are files of the host, and the
+/// container's own layer, which is a directory.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Layers {
+    /// erofs images, topmost first.
+    pub files: Vec<PathBuf>,
+    /// The directory that holds the container's own layer and its work directory.
+    parent: PathBuf,
+    /// Name of the layer there.
+    upper: String,
+    /// Name of the work directory there.
+    work: String,
+}
+
+impl Layers {
+    /// What containerd's erofs snapshotter hands over: an overlay of directories on which it has
+    /// mounted images, each of which lies beside its directory. `None`: it is something else.
+    pub fn of(mounts: &[Mount]) -> Option<Self> {
+        let [m] = mounts else { return None };
+        if m.r#type != "overlay" || !matches!(m.target.as_str(), "" | "/") {
+            return None;
+        }
+        let (mut files, mut upper, mut work) = (Vec::new(), None, None);
+        for option in &m.options {
+            match option.split_once('=') {
+                Some(("lowerdir", layers)) => {
+                    for layer in layers.split(':') {
+                        files.push(image_beside(Path::new(layer))?);
+                    }
+                }
+                Some(("upperdir", path)) => upper = Some(Path::new(path)),
+                Some(("workdir", path)) => work = Some(Path::new(path)),
+                // The guest's overlay has its own.
+                Some(("index" | "nfs_export" | "xino", _)) => {}
+                None if option == "rw" => {}
+                // Who knows what is meant.
+                _ => return None,
+            }
+        }
+        let (upper, work) = (upper?, work?);
+        let parent = upper.parent()?;
+        let name = |path: &Path| Some(path.file_name()?.to_str()?.to_owned());
+        if work.parent() != Some(parent) || upper == work || files.is_empty() {
+            return None;
+        }
+        Some(Self {
+            files,
+            parent: parent.to_owned(),
+            upper: name(upper)?,
+            work: name(work)?,
+        })
+    }
+}
+
+/// The image that is mounted on a layer's directory.
+fn image_beside(layer: &Path) -> Option<PathBuf> {
+    if layer.file_name()? != "fs" || !layer.is_absolute() {
+        return None;
+    }
+    let image = layer.with_file_name("layer.erofs");
+    let meta = std::fs::symlink_metadata(&image).ok()?;
+    meta.is_file().then_some(image)
+}
+
 /// The share of one pod.
 #[derive(Debug)]
 pub struct Storage {
@@ -101,6 +165,7 @@ impl Storage {
             root: self.dir.join(sub),
             read_only: false,
             caching,
+            upper_layers: sub == "rootfs",
         };
         vec![
             device(TAG, "rootfs", Caching::Always),
@@ -168,6 +233,37 @@ impl Storage {
         Ok(format!("{GUEST_PATH}/{number}"))
     }
 
+    /// Brings a container's own layer into the share; gives its path in the guest, and that of its
+    /// work directory.
+    ///
+    /// # Errors
+    /// It cannot be bound.
+    pub fn add_upper(
+        &mut self,
+        container: &str,
+        layers: &Layers,
+    ) -> Result<(String, String), StorageError> {
+        let name = format!("{UPPER_PREFIX}{}", self.number());
+        let target = self.dir.join("rootfs").join(&name);
+        std::fs::create_dir(&target).map_err(StorageError::io(target.display().to_string()))?;
+        let files = self.files(container);
+        files.made.push(target.clone());
+        let failed = || StorageError::io(format!("sharing {}", layers.parent.display()));
+        // Both by one mount: files are moved from one to the other.
+        for (source, flags) in [
+            (Some(layers.parent.as_path()), MsFlags::MS_BIND),
+            (None, MsFlags::MS_PRIVATE),
+        ] {
+            mount(source, &target, None::<&str>, flags, None::<&str>)
+                .map_err(|e| failed()(e.into()))?;
+            if source.is_some() {
+                files.mounted.push(target.clone());
+            }
+        }
+        let path = |sub: &str| format!("{GUEST_PATH}/{name}/{sub}");
+        Ok((path(&layers.upper), path(&layers.work)))
+    }
+
     /// Binds a volume into the share; gives its path in the guest.
     ///
     /// # Errors
@@ -187,7 +283,7 @@ impl Storage {
         let kind = meta.file_type();
         if kind.is_char_device() || kind.is_block_device() {
             return Err(StorageError::Unsupported(format!(
-                "volume {shown}: devices of the host cannot be given to a VM"
+                "volume {shown}: of the host's devices only block devices can be given to a VM"
             )));
         }
         let number = self.number();
@@ -468,6 +564,56 @@ mod tests {
         let (flags, data) = options(&all);
         assert_eq!(flags, MsFlags::MS_RDONLY | MsFlags::MS_NOSUID);
         assert_eq!(data, ["lowerdir=/a:/b", "index=off"]);
+    }
+
+    #[test]
+    fn layers_of_the_erofs_snapshotter_are_known() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let at = |name: &str| dir.path().join(name);
+        let overlay = |lower: &[&str], more: &[&str]| {
+            let lower: Vec<String> = lower.iter().map(|l| at(l).display().to_string()).collect();
+            let mut options = vec![
+                format!("workdir={}", at("9/work").display()),
+                format!("upperdir={}", at("9/fs").display()),
+                format!("lowerdir={}", lower.join(":")),
+            ];
+            options.extend(more.iter().map(|o| (*o).to_owned()));
+            vec![Mount {
+                r#type: "overlay".into(),
+                source: "overlay".into(),
+                target: String::new(),
+                options,
+            }]
+        };
+        for layer in ["1", "2", "3"] {
+            std::fs::create_dir_all(at(layer).join("fs")).expect("mkdir");
+        }
+        // The overlayfs snapshotter's.
+        assert_eq!(
+            Layers::of(&overlay(&["2/fs", "1/fs"], &["index=off"])),
+            None
+        );
+        for layer in ["1", "2"] {
+            std::fs::write(at(layer).join("layer.erofs"), [0; 512]).expect("write");
+        }
+        let layers = Layers::of(&overlay(&["2/fs", "1/fs"], &["index=off"]));
+        let expected = Layers {
+            files: vec![at("2/layer.erofs"), at("1/layer.erofs")],
+            parent: at("9"),
+            upper: "fs".into(),
+            work: "work".into(),
+        };
+        assert_eq!(layers, Some(expected));
+        // One of them is not, what is meant is not known, or it leads elsewhere.
+        assert_eq!(Layers::of(&overlay(&["3/fs", "1/fs"], &[])), None);
+        assert_eq!(Layers::of(&overlay(&["1/fs"], &["metacopy=on"])), None);
+        assert_eq!(Layers::of(&overlay(&["1/fs"], &["volatile"])), None);
+        std::os::unix::fs::symlink(at("1/layer.erofs"), at("3/layer.erofs")).expect("link");
+        assert_eq!(Layers::of(&overlay(&["3/fs"], &[])), None);
+        let mut apart = overlay(&["1/fs"], &[]);
+        apart[0].options[0] = format!("workdir={}", at("8/work").display());
+        assert_eq!(Layers::of(&apart), None);
+        assert_eq!(Layers::of(&[]), None);
     }
 
     #[test]

@@ -123,6 +123,7 @@ impl Process {
             oci_spec,
             user: spec.user.clone(),
             sandbox_etc: true,
+            disks: Vec::new(),
         };
         let request = CreateTaskRequest {
             id: container.to_owned(),

@@ -139,6 +139,7 @@ fn parse_share(text: &str) -> Result<ShareConfig, String> {
         root: dir.into(),
         read_only,
         caching: bulkhead_vmm::Caching::Auto,
+        upper_layers: false,
     })
 }
 

@@ -23,6 +23,10 @@ pub const APP: &str = "bulkhead-app";
 pub const WASM: &str = "bulkhead-wasm";
 /// Runtime of pods of ordinary containers.
 pub const PROCESS: &str = "bulkhead-process";
+/// Pods in VMs with images of containerd's erofs snapshotter.
+pub const EROFS: &str = "erofs";
+/// The same on the app kernel.
+pub const APP_EROFS: &str = "app-erofs";
 /// Where its sandboxer serves figures.
 pub const METRICS: &str = "/run/cri-test/metrics.sock";
 /// Where everything is.
@@ -487,6 +491,20 @@ state = "/run/containerd"
 "#
         ));
     }
+    for (handler, name) in [(EROFS, OURS), (APP_EROFS, APP)] {
+        text.push_str(&format!(
+            r#"[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{handler}]
+  runtime_type = "io.containerd.{name}.v1"
+  sandboxer = "{name}"
+  io_type = "{io}"
+  snapshotter = "erofs"
+"#
+        ));
+    }
+    // Makes images of layers for the snapshotter that wants them, and of no other's.
+    text.push_str(
+        "[plugins.'io.containerd.service.v1.diff-service']\n  default = ['erofs', 'walking']\n",
+    );
     text
 }
 

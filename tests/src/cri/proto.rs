@@ -218,6 +218,8 @@ pub struct ContainerConfig {
     pub envs: Vec<KeyValue>,
     #[prost(message, repeated, tag = "7")]
     pub mounts: Vec<Mount>,
+    #[prost(message, repeated, tag = "8")]
+    pub devices: Vec<Device>,
     #[prost(btree_map = "string, string", tag = "9")]
     pub labels: BTreeMap<String, String>,
     #[prost(btree_map = "string, string", tag = "10")]
@@ -266,6 +268,16 @@ pub struct Mount {
     pub readonly: bool,
     #[prost(int32, tag = "5")]
     pub propagation: i32,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Device {
+    #[prost(string, tag = "1")]
+    pub container_path: String,
+    #[prost(string, tag = "2")]
+    pub host_path: String,
+    #[prost(string, tag = "3")]
+    pub permissions: String,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]

@@ -99,8 +99,11 @@ pub(crate) fn load(
     memory.put(layout::CMDLINE_ADDR + cmdline.len() as u64, &[0])?;
     let mut lines = vec![layout::SERIAL_IRQ];
     lines.extend(virtio.iter().map(|place| place.irq));
-    memory.put(layout::MPTABLE_ADDR, &mptable::build(config.vcpus, &lines))?;
-    memory.put(layout::ACPI_ADDR, &acpi::build(config.vcpus, virtio))?;
+    memory.put(
+        layout::MPTABLE_ADDR,
+        &mptable::build(config.most_vcpus(), &lines),
+    )?;
+    memory.put(layout::ACPI_ADDR, &acpi::build(config.most_vcpus(), virtio))?;
 
     let entry = match (elf, result.pvh_boot_cap) {
         (Some(elf), PvhBootCapability::PvhEntryPresent(address)) if !elf.is_linux => {

@@ -7,7 +7,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, types};
@@ -24,7 +24,9 @@ pub(super) struct Transfer {
     pub status_at: GuestAddress,
     /// To the disk.
     pub write: bool,
-    /// First byte on the disk.
+    /// The file, which the disk keeps open.
+    pub fd: RawFd,
+    /// First byte in it.
     pub offset: u64,
     /// Length in bytes.
     pub bytes: u64,
@@ -95,20 +97,20 @@ impl Batch {
     /// Carries all transfers out and notes how each ended. Returns how many of them went by
     /// io_uring.
     ///
-    /// The pointers must be into guest memory that stays mapped for the whole call.
-    pub(super) fn run(&mut self, disk: &Disk) -> u64 {
-        let fd = disk.file.as_raw_fd();
+    /// The pointers must be into guest memory that stays mapped for the whole call, and the files
+    /// those of `_disk`, which keeps them open.
+    pub(super) fn run(&mut self, _disk: &Disk) -> u64 {
         let mut by_ring = 0;
         if self.transfers.len() > 1
             && let Some(ring) = &mut self.ring
         {
             for chunk in self.transfers.chunks_mut(RING as usize) {
-                by_ring += at_once(ring, fd, chunk, &mut self.iovecs);
+                by_ring += at_once(ring, chunk, &mut self.iovecs);
             }
             return by_ring;
         }
         for transfer in &mut self.transfers {
-            transfer.result = one(fd, transfer, 0, &mut self.iovecs);
+            transfer.result = one(transfer, 0, &mut self.iovecs);
         }
         by_ring
     }
@@ -121,12 +123,7 @@ impl Batch {
 }
 
 /// Hands `transfers` to the kernel together and waits for all of them. Returns how many it took.
-fn at_once(
-    ring: &mut IoUring,
-    fd: RawFd,
-    transfers: &mut [Transfer],
-    iovecs: &mut [libc::iovec],
-) -> u64 {
+fn at_once(ring: &mut IoUring, transfers: &mut [Transfer], iovecs: &mut [libc::iovec]) -> u64 {
     let mut taken = 0usize;
     for (index, transfer) in transfers.iter().enumerate() {
         let part = iovecs.get(transfer.iovecs.clone()).unwrap_or_default();
@@ -135,7 +132,7 @@ fn at_once(
         if count == 0 || count > libc::UIO_MAXIOV as usize {
             break;
         }
-        let (file, count, offset) = (types::Fd(fd), count as u32, transfer.offset);
+        let (file, count, offset) = (types::Fd(transfer.fd), count as u32, transfer.offset);
         let entry = if transfer.write {
             opcode::Writev::new(file, pointer, count)
                 .offset(offset)
@@ -177,19 +174,20 @@ fn at_once(
             Some(done) if u64::try_from(done) == Ok(transfer.bytes) => Ok(()),
             // The file has become shorter than the disk.
             Some(0) => Err(io::ErrorKind::UnexpectedEof.into()),
-            Some(done @ 1..) => one(fd, transfer, done as u64, iovecs),
+            Some(done @ 1..) => one(transfer, done as u64, iovecs),
             Some(error) if matches!(-error, libc::EINTR | libc::EAGAIN | libc::ECANCELED) => {
-                one(fd, transfer, 0, iovecs)
+                one(transfer, 0, iovecs)
             }
             Some(error) => Err(io::Error::from_raw_os_error(-error)),
-            None => one(fd, transfer, 0, iovecs),
+            None => one(transfer, 0, iovecs),
         };
     }
     taken as u64
 }
 
 /// Carries one transfer out from byte `done` on.
-fn one(fd: RawFd, transfer: &Transfer, done: u64, iovecs: &mut [libc::iovec]) -> io::Result<()> {
+fn one(transfer: &Transfer, done: u64, iovecs: &mut [libc::iovec]) -> io::Result<()> {
+    let fd = transfer.fd;
     let mut offset = transfer.offset + done;
     let mut left = transfer.bytes - done;
     let mut rest = iovecs.get_mut(transfer.iovecs.clone()).unwrap_or_default();

@@ -25,6 +25,8 @@ const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 
 const QUEUE_SIZES: &[u16] = &[256];
+/// Of a slot: a guest keeps some hundred bytes for each entry, also while the slot is empty.
+const SPARE_QUEUE_SIZES: &[u16] = &[64];
 /// Data buffers of a request, and the largest of them.
 const SEG_MAX: u32 = 126;
 const SIZE_MAX: u32 = (io::MAX_BYTES / 128) as u32;
@@ -52,6 +54,7 @@ pub(super) struct Metrics {
 pub struct Blk {
     disk: Option<Disk>,
     features: u64,
+    queue_sizes: &'static [u16],
     queue: Vec<Queue>,
     activation: Option<Activation>,
     events: Option<Arc<[EventFd]>>,
@@ -69,15 +72,15 @@ impl Blk {
         } else {
             F_DISCARD | F_WRITE_ZEROES
         };
-        Self::with(Some(disk), writable)
+        Self::with(Some(disk), writable, QUEUE_SIZES)
     }
 
     /// A slot without a disk: it has capacity 0 until [`Self::attach`].
     pub fn spare() -> Self {
-        Self::with(None, F_DISCARD | F_WRITE_ZEROES)
+        Self::with(None, F_DISCARD | F_WRITE_ZEROES, SPARE_QUEUE_SIZES)
     }
 
-    fn with(disk: Option<Disk>, features: u64) -> Self {
+    fn with(disk: Option<Disk>, features: u64, queue_sizes: &'static [u16]) -> Self {
         let mut batch = Batch::default();
         if disk.is_some() {
             batch.prepare();
@@ -85,6 +88,7 @@ impl Blk {
         Self {
             disk,
             features: features | F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH,
+            queue_sizes,
             queue: Vec::new(),
             activation: None,
             events: None,
@@ -201,7 +205,7 @@ impl VirtioDevice for Blk {
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
-        QUEUE_SIZES
+        self.queue_sizes
     }
 
     fn features(&self) -> u64 {

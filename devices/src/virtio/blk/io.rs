@@ -245,7 +245,7 @@ fn transfer(
     if !bytes.is_multiple_of(SECTOR) || bytes > MAX_BYTES {
         return Err(Failure::Io);
     }
-    let offset = disk.range(wish.sector, bytes).ok_or(Failure::Io)?;
+    let (fd, offset) = disk.range(wish.sector, bytes).ok_or(Failure::Io)?;
     let first = batch.iovecs.len();
     // Pointers of a request that turns out wrong stay behind unused, until the turn ends.
     let covered = push_iovecs(mem, segments, bytes, &mut batch.iovecs).map_err(|_| Failure::Io)?;
@@ -256,6 +256,7 @@ fn transfer(
         head: wish.head,
         status_at: wish.status_at,
         write: wish.write,
+        fd,
         offset,
         bytes,
         iovecs: first..batch.iovecs.len(),
@@ -316,7 +317,8 @@ fn ranges(
             return Err(Failure::Io);
         }
         let bytes = u64::from(sectors) * SECTOR;
-        let start = disk.range(sector, bytes).ok_or(Failure::Io)?;
+        // Only what can be written comes here, and that is one file.
+        let (_, start) = disk.range(sector, bytes).ok_or(Failure::Io)?;
         if bytes == 0 {
             continue;
         }

@@ -1,4 +1,4 @@
-//! Block device (virtio 1.2, 5.2) on a raw file or a host block device.
+//! Block device (virtio 1.2, 5.2) on a raw file, a host block device, or several files in a row.
 
 mod batch;
 mod device;
@@ -8,4 +8,4 @@ mod io;
 mod tests;
 
 pub use device::Blk;
-pub use disk::{Disk, DiskError};
+pub use disk::{Disk, DiskError, MAX_PARTS, joined_layout};

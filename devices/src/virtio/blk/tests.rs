@@ -321,7 +321,72 @@ fn disks_are_checked_and_locked() {
     ));
 }
 
+#[test]
+fn files_in_a_row_are_one_disk_with_gaps() {
+    let (one, two) = (image(), image());
+    two.as_file().write_all_at(&[0xcc; 512], 0).unwrap();
+    let length = SECTORS * 512;
+    let starts = joined_layout(&[length, length]).unwrap();
+    assert_eq!(starts[0], 0);
+    assert!(starts[1] > length && starts[1].is_multiple_of(1 << 20));
+    let files = || [&one, &two].map(|f| f.reopen().unwrap()).into();
+    let path = std::path::Path::new("layers");
+    let mut guest = Guest::new(1, 64);
+    let _ = &mut guest;
+    let mut blk = Blk::spare();
+    blk.activate(guest.activation(F_FLUSH)).unwrap();
+    blk.attach(Disk::joined(files(), path, "row").unwrap())
+        .unwrap();
+    let mut s = Setup {
+        guest,
+        blk,
+        image: image(),
+        done: 0,
+    };
+    let second = starts[1] / 512;
+    assert_eq!(s.request(0, 3, &[(DATA, 512, WRITE)]).0, 0);
+    assert_eq!(s.guest.read(DATA, 1), [4]);
+    assert_eq!(s.request(0, second, &[(DATA, 1024, WRITE)]).0, 0);
+    assert_eq!(s.guest.read(DATA, 512), [0xcc; 512]);
+    assert_eq!(s.guest.read(DATA + 512, 512), [2; 512]);
+    // Neither over an end, nor in the gap, nor behind the last; and nothing is written.
+    for sector in [SECTORS - 1, SECTORS, second - 1, second + SECTORS - 1] {
+        assert_eq!(
+            s.request(0, sector, &[(DATA, 1024, WRITE)]).0,
+            1,
+            "{sector}"
+        );
+    }
+    assert_eq!(s.request(1, 0, &[(DATA, 512, READ)]).0, 1);
+    assert_eq!(s.request(11, 0, &[(DATA, 16, READ)]).0, 1);
+    assert_eq!(s.request(4, 0, &[]).0, 0);
+    assert_eq!(s.request(8, 0, &[(DATA, 20, WRITE)]).0, 0);
+    assert_eq!(s.guest.read(DATA, 3), b"row");
+
+    assert!(Disk::joined(Vec::new(), path, "").is_err());
+    one.as_file().set_len(length + 1).unwrap();
+    assert!(Disk::joined(files(), path, "").is_err());
+    for bad in [
+        vec![],
+        vec![0],
+        vec![100],
+        vec![u64::MAX - 511, 512],
+        vec![512; MAX_PARTS + 1],
+    ] {
+        assert_eq!(joined_layout(&bad), None);
+    }
+}
+
 proptest! {
+    #[test]
+    fn parts_never_touch(lengths in proptest::collection::vec(1u64..1 << 30, 1..MAX_PARTS)) {
+        let lengths: Vec<u64> = lengths.into_iter().map(|n| n * 512).collect();
+        let starts = joined_layout(&lengths).unwrap();
+        for (n, pair) in starts.windows(2).enumerate() {
+            prop_assert!(pair[1] > pair[0] + lengths[n]);
+        }
+    }
+
     #[test]
     fn hostile_rings(noise in crate::testing::noise()) {
         let mut s = setup(false);

@@ -24,6 +24,10 @@ fn visible(name: &[u8]) -> bool {
 }
 
 impl Share {
+    fn visible(&self, name: &[u8]) -> bool {
+        visible(name) || self.upper_layers && name.starts_with(b"trusted.overlay.")
+    }
+
     pub(super) fn attributes(
         &self,
         node: u64,
@@ -145,7 +149,7 @@ impl Share {
     ) -> io::Result<()> {
         self.xattrs_on()?;
         self.writable()?;
-        if !visible(name.to_bytes()) {
+        if !self.visible(name.to_bytes()) {
             return Err(errno(libc::EOPNOTSUPP));
         }
         let mut inner = self.inner();
@@ -157,7 +161,7 @@ impl Share {
 
     pub(super) fn get_xattr(&self, node: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
         self.xattrs_on()?;
-        if !visible(name.to_bytes()) {
+        if !self.visible(name.to_bytes()) {
             return Err(errno(libc::ENODATA));
         }
         let fd = self.inner().tree.fd(node)?;
@@ -178,7 +182,7 @@ impl Share {
         all.truncate(n);
         let mut names = Vec::new();
         for name in all.split_inclusive(|byte| *byte == 0) {
-            if visible(name.strip_suffix(b"\0").unwrap_or(name)) {
+            if self.visible(name.strip_suffix(b"\0").unwrap_or(name)) {
                 names.extend_from_slice(name);
             }
         }
@@ -196,7 +200,7 @@ impl Share {
     pub(super) fn remove_xattr(&self, node: u64, name: &CStr) -> io::Result<()> {
         self.xattrs_on()?;
         self.writable()?;
-        if !visible(name.to_bytes()) {
+        if !self.visible(name.to_bytes()) {
             return Err(errno(libc::EOPNOTSUPP));
         }
         let mut inner = self.inner();

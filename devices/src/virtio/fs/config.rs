@@ -10,6 +10,9 @@ use crate::virtio::DeviceError;
 /// Longest tag in bytes (virtio 1.2, 5.11.4).
 pub(super) const TAG_LEN: usize = 36;
 
+/// What the names of directories begin with that hold an upper layer and its work directory.
+pub const UPPER_PREFIX: &str = "upper-";
+
 /// How long the guest may believe what it was told about files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Caching {
@@ -84,6 +87,10 @@ pub struct FsConfig {
     pub xattrs: bool,
     /// Let the guest make block and character device nodes on the host.
     pub device_nodes: bool,
+    /// Let the guest use directories below it as upper layers of overlays: it may make whiteouts and
+    /// set `trusted.overlay.*`. What is in the root of the share, and in directories of the root
+    /// whose names begin with [`UPPER_PREFIX`], then is the host's choice alone.
+    pub upper_layers: bool,
     /// Bounds.
     pub limits: FsLimits,
 }
@@ -113,6 +120,7 @@ impl FsConfig {
             writeback: false,
             xattrs: true,
             device_nodes: false,
+            upper_layers: false,
             limits: FsLimits::default(),
         }
     }

@@ -13,7 +13,10 @@
 //! - Only regular files and directories are opened, through a descriptor whose identity was
 //!   checked before; other kinds are never opened.
 //! - A read-only share refuses every change here, whatever the guest's mount options are.
-//! - Device nodes, `trusted.*` and most `security.*` attributes cannot be made unless configured.
+//! - Device nodes, `trusted.*` and most `security.*` attributes cannot be made unless configured;
+//!   what an overlay of the guest needs of them (whiteouts, which nobody can open, and
+//!   `trusted.overlay.*`, which means nothing outside of an overlay's upper layer) is configured
+//!   apart, and then the guest cannot exchange the directories that hold such layers.
 //! - Nodes, descriptors, handles and request sizes are bounded.
 
 mod attrs;
@@ -32,7 +35,7 @@ mod sys;
 mod tests;
 mod tree;
 
-pub use config::{Caching, FsConfig, FsLimits};
+pub use config::{Caching, FsConfig, FsLimits, UPPER_PREFIX};
 pub use creds::prepare_thread;
 pub use device::Fs;
 #[doc(hidden)]

@@ -17,6 +17,11 @@ use super::creds::{ActAs, KillPrivileges};
 use super::share::{Share, checked, offset};
 use super::sys::{self, errno};
 
+/// The mark of an overlay for a name that is no more: a device that nobody can open.
+fn is_whiteout(mode: u32, rdev: u32) -> bool {
+    mode & libc::S_IFMT == libc::S_IFCHR && rdev == 0
+}
+
 impl FileSystem for Share {
     type Inode = u64;
     type Handle = u64;
@@ -121,7 +126,9 @@ impl FileSystem for Share {
     ) -> io::Result<Entry> {
         match mode & libc::S_IFMT {
             // A device node on the host is a door to the host's device for whoever opens it there.
-            libc::S_IFCHR | libc::S_IFBLK if !self.device_nodes => {
+            libc::S_IFCHR | libc::S_IFBLK
+                if !(self.device_nodes || self.upper_layers && is_whiteout(mode, rdev)) =>
+            {
                 self.writable()?;
                 Err(errno(libc::EPERM))
             }
@@ -129,6 +136,7 @@ impl FileSystem for Share {
                 self.writable()?;
                 let name = checked(name)?;
                 let mut inner = self.inner();
+                self.names_are_guests(&inner, parent)?;
                 let dir = inner.tree.fd(parent)?;
                 // Needs a capability the guest's user would not have; given to the user after.
                 sys::mknodat(dir.as_raw_fd(), name, mode & !umask, rdev)?;
@@ -179,10 +187,12 @@ impl FileSystem for Share {
         self.writable()?;
         let (old, new) = (checked(old)?, checked(new)?);
         // A whiteout is a device node.
-        if flags & libc::RENAME_WHITEOUT != 0 && !self.device_nodes {
+        if flags & libc::RENAME_WHITEOUT != 0 && !(self.device_nodes || self.upper_layers) {
             return Err(errno(libc::EINVAL));
         }
         let mut inner = self.inner();
+        self.names_are_guests(&inner, old_parent)?;
+        self.names_are_guests(&inner, new_parent)?;
         let tree = &mut inner.tree;
         let from = tree.fd(old_parent)?;
         let to = tree.fd(new_parent)?;
@@ -220,6 +230,7 @@ impl FileSystem for Share {
         self.writable()?;
         let name = checked(new_name)?;
         let mut inner = self.inner();
+        self.names_are_guests(&inner, new_parent)?;
         let fd = inner.tree.fd(node)?;
         let dir = inner.tree.fd(new_parent)?;
         sys::link(&self.proc, fd.as_raw_fd(), dir.as_raw_fd(), name)?;
@@ -256,6 +267,7 @@ impl FileSystem for Share {
         self.writable()?;
         let name = checked(name)?;
         let mut inner = self.inner();
+        self.names_are_guests(&inner, parent)?;
         let flags = self.open_flags(&inner, args.flags)?;
         let dir = inner.tree.fd(parent)?;
         let made = {

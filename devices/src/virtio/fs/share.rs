@@ -11,12 +11,12 @@ use std::time::Duration;
 use fuse_backend_rs::abi::fuse_abi::CreateIn;
 use fuse_backend_rs::api::filesystem::{Context, DirEntry, Entry, OpenOptions};
 
-use super::config::{Caching, FsConfig};
+use super::config::{Caching, FsConfig, UPPER_PREFIX};
 use super::creds::ActAs;
 use super::dir::DirStream;
 use super::metrics::FsMetrics;
 use super::sys::{self, Stat, errno};
-use super::tree::{Tree, Version};
+use super::tree::{ROOT, Tree, Version};
 
 /// Most bytes one `copy_file_range` request copies, so that it cannot hold the thread for long;
 /// the guest asks again for the rest.
@@ -57,6 +57,7 @@ pub(super) struct Share {
     pub xattrs: bool,
     pub writeback_wanted: bool,
     pub device_nodes: bool,
+    pub upper_layers: bool,
     pub proc: OwnedFd,
     inner: Mutex<Inner>,
 }
@@ -84,6 +85,7 @@ impl Share {
                 && !config.read_only
                 && config.caching != Caching::Never,
             device_nodes: config.device_nodes,
+            upper_layers: config.upper_layers,
             proc: sys::open_proc_self_fd()?,
             inner: Mutex::new(Inner {
                 tree: Tree::new(config.root, config.limits)?,
@@ -134,6 +136,22 @@ impl Share {
         }
     }
 
+    /// Whether the guest may change which names are in a directory. Those of the directories above
+    /// its upper layers are the host's: a link in a layer's place would lead others, who use its
+    /// path, out of the share.
+    pub(super) fn names_are_guests(&self, inner: &Inner, directory: u64) -> io::Result<()> {
+        if !self.upper_layers {
+            return Ok(());
+        }
+        let node = inner.tree.get(directory)?;
+        let holds_layer =
+            node.parent == ROOT && node.name.to_bytes().starts_with(UPPER_PREFIX.as_bytes());
+        match directory == ROOT || holds_layer {
+            true => Err(errno(libc::EPERM)),
+            false => Ok(()),
+        }
+    }
+
     pub(super) fn timeout(&self) -> Duration {
         self.caching.timeout()
     }
@@ -175,6 +193,7 @@ impl Share {
         self.writable()?;
         let name = checked(name)?;
         let mut inner = self.inner();
+        self.names_are_guests(&inner, parent)?;
         let dir = inner.tree.fd(parent)?;
         {
             let _as = ActAs::enter(ctx.uid, ctx.gid)?;
@@ -482,6 +501,7 @@ impl Share {
         self.writable()?;
         let name = checked(name)?;
         let mut inner = self.inner();
+        self.names_are_guests(&inner, parent)?;
         let dir = inner.tree.fd(parent)?;
         let node = inner.tree.before_removal(parent, &dir, name);
         sys::unlinkat(dir.as_raw_fd(), name, flags)?;

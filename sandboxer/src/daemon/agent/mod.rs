@@ -12,7 +12,7 @@ use std::time::Duration;
 use bulkhead_protocol::client::{RpcError, TaskClient};
 use bulkhead_protocol::metrics::Metrics;
 use bulkhead_protocol::rpc::{Code, Status};
-use bulkhead_protocol::sandbox::{CONTAINER_OPTIONS_TYPE_URL, ContainerOptions};
+use bulkhead_protocol::sandbox::{CONTAINER_OPTIONS_TYPE_URL, ContainerOptions, Disk};
 use bulkhead_protocol::task::*;
 use bulkhead_protocol::types::{Any, Mount};
 use prost::Message;
@@ -66,6 +66,13 @@ pub trait Home: Debug + Send + Sync + 'static {
     /// Takes out of OCI resources what means nothing there.
     fn strip_resources(&self, resources: &mut serde_json::Map<String, Value>);
 
+    /// A container's limits are about to change to these OCI resources.
+    fn limits_change(
+        &self,
+        container: &str,
+        resources: &Value,
+    ) -> impl Future<Output = Answer<()>> + Send;
+
     /// Ends a sandbox whose agent hangs, for a reason. Its end is noticed as one of its own.
     fn give_up(&self, reason: String) -> impl Future<Output = Answer<()>> + Send;
 }
@@ -77,6 +84,8 @@ pub struct Prepared {
     pub rootfs: Vec<Mount>,
     /// Its spec.
     pub oci_spec: Vec<u8>,
+    /// Disks that the spec names by numbers of the host's.
+    pub disks: Vec<Disk>,
 }
 
 /// A process that an agent has made.
@@ -166,12 +175,17 @@ impl<H: Home> Sandbox for AgentSandbox<H> {
             stderr: request.stderr.clone(),
             terminal: request.terminal,
         };
-        let Prepared { rootfs, oci_spec } = self.home.prepare(request).await?;
+        let Prepared {
+            rootfs,
+            oci_spec,
+            disks,
+        } = self.home.prepare(request).await?;
         let (pumps, guest_names) = self.open(&names).await?;
         let options = ContainerOptions {
             oci_spec,
             user: String::new(),
             sandbox_etc: true,
+            disks,
         };
         let to_agent = CreateTaskRequest {
             id: request.id.clone(),
@@ -327,6 +341,7 @@ impl<H: Home> Sandbox for AgentSandbox<H> {
             if let Some(resources) = resources.as_object_mut() {
                 self.home.strip_resources(resources);
             }
+            self.home.limits_change(&request.id, &resources).await?;
             any.value = serde_json::to_vec(&resources)
                 .map_err(|e| Status::new(Code::Internal, e.to_string()))?;
         }

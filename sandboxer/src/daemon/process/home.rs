@@ -155,6 +155,7 @@ impl Home for Arc<HostHome> {
         Ok(Prepared {
             rootfs: request.rootfs.clone(),
             oci_spec: oci_spec.await??,
+            disks: Vec::new(),
         })
     }
 
@@ -165,6 +166,11 @@ impl Home for Arc<HostHome> {
     }
 
     fn strip_resources(&self, _: &mut serde_json::Map<String, Value>) {}
+
+    async fn limits_change(&self, _: &str, _: &Value) -> Answer<()> {
+        // Its CPUs are the host's.
+        Ok(())
+    }
 
     async fn give_up(&self, reason: String) -> Answer<()> {
         let agent = self.agent()?;

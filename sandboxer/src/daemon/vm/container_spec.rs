@@ -33,12 +33,32 @@ pub struct HostBind {
     pub access: Access,
 }
 
+/// A block device of the host that the spec names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostDevice {
+    /// Where the container has it.
+    pub path: String,
+    /// Major and minor number on the host.
+    pub number: (u32, u32),
+    /// The container may not write to it.
+    pub read_only: bool,
+}
+
+/// What a spec wants of the host.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// Volumes, whose sources are to be replaced with [`set_source`] or [`make_device`].
+    pub binds: Vec<HostBind>,
+    /// Block devices.
+    pub devices: Vec<HostDevice>,
+}
+
 /// Changes the spec in place, for an agent that `shares_pids` among containers or does not. Gives
-/// the volumes that the guest needs to see, whose sources are to be replaced with [`set_source`].
+/// what the guest needs of the host.
 ///
 /// # Errors
 /// The spec asks for what a VM cannot give.
-pub fn rewrite(spec: &mut Value, shares_pids: bool) -> Result<Vec<HostBind>, Status> {
+pub fn rewrite(spec: &mut Value, shares_pids: bool) -> Result<Wanted, Status> {
     check(spec)?;
     namespaces(spec, shares_pids)?;
     if let Some(linux) = spec["linux"].as_object_mut() {
@@ -46,8 +66,62 @@ pub fn rewrite(spec: &mut Value, shares_pids: bool) -> Result<Vec<HostBind>, Sta
         linux.remove("rootfsPropagation");
     }
     resources(spec);
-    devices(spec)?;
-    mounts(spec)
+    let devices = devices(spec)?;
+    let binds = mounts(spec)?;
+    Ok(Wanted { binds, devices })
+}
+
+/// Turns volumes that are block devices into devices of the container; `binds` are those, with the
+/// devices' numbers. Owner and mode of the device file come from the host's.
+pub fn make_devices(spec: &mut Value, binds: &[(HostBind, (u32, u32))]) -> Vec<HostDevice> {
+    use std::os::unix::fs::MetadataExt;
+    let mut devices = Vec::new();
+    for (bind, number) in binds {
+        let path = spec["mounts"][bind.index]["destination"].clone();
+        let meta = std::fs::metadata(&bind.source).ok();
+        let meta = meta.map(|m| (m.mode() & 0o777, m.uid(), m.gid()));
+        let (mode, uid, gid) = meta.unwrap_or((0o600, 0, 0));
+        let (major, minor) = *number;
+        let linux = &mut spec["linux"];
+        if !linux["resources"].is_object() {
+            linux["resources"] = json!({});
+        }
+        push(
+            &mut linux["devices"],
+            json!({
+                "path": path, "type": "b", "major": major, "minor": minor,
+                "fileMode": mode, "uid": uid, "gid": gid,
+            }),
+        );
+        // Who names one device means to use it, unlike one who mounts all of /dev.
+        let access = if bind.access.read_only { "rm" } else { "rwm" };
+        push(
+            &mut linux["resources"]["devices"],
+            json!({
+                "allow": true, "type": "b", "major": major, "minor": minor, "access": access,
+            }),
+        );
+        devices.push(HostDevice {
+            path: path.as_str().unwrap_or_default().to_owned(),
+            number: *number,
+            read_only: bind.access.read_only,
+        });
+    }
+    if let Some(mounts) = spec["mounts"].as_array_mut() {
+        let mut index = 0;
+        mounts.retain(|_| {
+            index += 1;
+            !binds.iter().any(|(bind, _)| bind.index + 1 == index)
+        });
+    }
+    devices
+}
+
+fn push(list: &mut Value, item: Value) {
+    match list.as_array_mut() {
+        Some(list) => list.push(item),
+        None => *list = json!([item]),
+    }
 }
 
 /// Puts the guest's path of a volume into the spec.
@@ -116,7 +190,15 @@ pub fn strip_resources(resources: &mut serde_json::Map<String, Value>) {
     }
 }
 
-fn devices(spec: &mut Value) -> Result<(), Status> {
+/// Whether a rule is about one device alone, and allows something.
+fn allows(rule: &Value, device: &Value) -> bool {
+    let same = |key: &str| !rule[key].is_null() && rule[key] == device[key];
+    rule["allow"] == true && same("type") && same("major") && same("minor")
+}
+
+/// Leaves those devices in the list that a guest has itself, and the host's block devices, which
+/// it gives.
+fn devices(spec: &mut Value) -> Result<Vec<HostDevice>, Status> {
     // A privileged container may use every device there is: those of its guest.
     let privileged = spec["linux"]["resources"]["devices"]
         .as_array()
@@ -128,23 +210,42 @@ fn devices(spec: &mut Value) -> Result<(), Status> {
                     && (r["type"].is_null() || r["type"] == "a" || r["type"] == "")
             })
         });
+    let rules = spec["linux"]["resources"]["devices"].clone();
+    let rules = rules.as_array().map(Vec::as_slice).unwrap_or_default();
     let Some(list) = spec["linux"]["devices"].as_array_mut() else {
-        return Ok(());
+        return Ok(Vec::new());
     };
-    let mut foreign = None;
+    let (mut found, mut foreign) = (Vec::new(), None);
     list.retain(|device| {
         let path = device["path"].as_str().unwrap_or_default();
-        let common = COMMON_DEVICES.contains(&path);
-        if !common {
-            foreign.get_or_insert_with(|| path.to_owned());
+        if COMMON_DEVICES.contains(&path) {
+            return true;
         }
-        common
+        let number = |key: &str| device[key].as_u64().and_then(|n| u32::try_from(n).ok());
+        let rule = rules.iter().rev().find(|rule| allows(rule, device));
+        let access = rule.map(|rule| rule["access"].as_str().unwrap_or("rwm"));
+        match (access, number("major"), number("minor")) {
+            (Some(access), Some(major), Some(minor)) if device["type"] == "b" => {
+                found.push(HostDevice {
+                    path: path.to_owned(),
+                    number: (major, minor),
+                    read_only: !access.contains('w'),
+                });
+                true
+            }
+            // All of the host's are listed for a privileged container: nobody has asked for this.
+            (None, ..) if privileged => false,
+            _ => {
+                foreign.get_or_insert_with(|| path.to_owned());
+                false
+            }
+        }
     });
     match foreign {
-        Some(path) if !privileged => Err(invalid(format!(
-            "device {path:?}: devices of the host cannot be given to a VM"
+        Some(path) => Err(invalid(format!(
+            "device {path:?}: only block devices of the host can be given to a VM"
         ))),
-        _ => Ok(()),
+        None => Ok(found),
     }
 }
 
@@ -230,7 +331,8 @@ mod tests {
     #[test]
     fn what_only_a_host_has_goes() {
         let mut spec = spec();
-        let binds = rewrite(&mut spec, true).expect("rewritten");
+        let Wanted { binds, devices } = rewrite(&mut spec, true).expect("rewritten");
+        assert_eq!(devices, []);
         assert_eq!(
             binds,
             [HostBind {
@@ -285,12 +387,69 @@ mod tests {
         shared["mounts"][2]["options"] = json!(["rbind", "rshared"]);
         assert!(rewrite(&mut shared, true).is_err());
         let mut device = spec();
-        device["linux"]["devices"] = json!([{"path": "/dev/sda"}]);
+        device["linux"]["devices"] =
+            json!([{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]);
         assert!(rewrite(&mut device, true).is_err());
         device["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
         assert!(rewrite(&mut device, true).is_ok());
         assert_eq!(device["linux"]["devices"], json!([]));
         assert!(rewrite(&mut json!([]), true).is_err());
+    }
+
+    #[test]
+    fn block_devices_are_given() {
+        let block = |minor| json!({"path": "/dev/xvda", "type": "b", "major": 7, "minor": minor});
+        let rule = |minor, access: &str| json!({"allow": true, "type": "b", "major": 7, "minor": minor, "access": access});
+        let wanted = |devices: Value, rules: Value| {
+            let mut spec = spec();
+            spec["linux"]["devices"] = devices;
+            spec["linux"]["resources"]["devices"] = rules;
+            rewrite(&mut spec, true).map(|w| w.devices)
+        };
+        let given = |minor, read_only| HostDevice {
+            path: "/dev/xvda".into(),
+            number: (7, minor),
+            read_only,
+        };
+        let deny = json!({"allow": false, "access": "rwm"});
+        assert_eq!(
+            wanted(
+                json!([block(1), block(2)]),
+                json!([deny, rule(1, "rwm"), rule(2, "rm")])
+            ),
+            Ok(vec![given(1, false), given(2, true)])
+        );
+        // All of the host's, of which one was asked for.
+        let all = json!({"allow": true, "access": "rwm"});
+        assert_eq!(
+            wanted(json!([block(1), block(2)]), json!([rule(2, "rw"), all])),
+            Ok(vec![given(2, false)])
+        );
+        // Nobody may open it.
+        assert!(wanted(json!([block(1)]), json!([deny])).is_err());
+    }
+
+    #[test]
+    fn a_volume_that_is_a_block_device_becomes_one() {
+        let mut spec = spec();
+        let Wanted { binds, .. } = rewrite(&mut spec, true).expect("rewritten");
+        let devices = make_devices(&mut spec, &[(binds[0].clone(), (7, 5))]);
+        assert_eq!(
+            devices,
+            [HostDevice {
+                path: "/data".into(),
+                number: (7, 5),
+                read_only: true,
+            }]
+        );
+        assert_eq!(spec["mounts"].as_array().map(Vec::len), Some(2));
+        let device = &spec["linux"]["devices"][1];
+        assert_eq!(
+            (&device["path"], &device["minor"]),
+            (&json!("/data"), &json!(5))
+        );
+        let rule = &spec["linux"]["resources"]["devices"][0];
+        assert_eq!(rule["access"], "rm");
     }
 
     proptest::proptest! {

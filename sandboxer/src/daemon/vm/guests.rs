@@ -37,12 +37,16 @@ pub struct Sizes {
     pub default_cpus: u8,
     /// Most vCPUs.
     pub max_cpus: u8,
+    /// vCPUs that may come while it runs.
+    pub grow_cpus: u8,
     /// Memory of a pod that has no memory limit, in MiB.
     pub default_memory_mib: u64,
     /// Added to the limit of a pod that has one, in MiB.
     pub overhead_mib: u64,
     /// Most memory, in MiB.
     pub max_memory_mib: u64,
+    /// Slots for disks that come later.
+    pub disk_slots: u8,
     /// Memory by huge pages of the host.
     pub hugepages: bool,
 }
@@ -108,12 +112,16 @@ impl Guests {
         match self {
             Self::Linux => {
                 let wish = &config.microvm;
+                // What is in a process of its own is given nothing more while it runs.
+                let alone = wish.isolation == Isolation::Process;
                 Sizes {
                     default_cpus: wish.default_cpus,
                     max_cpus: wish.max_cpus,
+                    grow_cpus: if alone { 0 } else { wish.grow_cpus },
                     default_memory_mib: wish.default_memory_mib,
                     overhead_mib: wish.overhead_mib,
                     max_memory_mib: wish.max_memory_mib,
+                    disk_slots: if alone { 0 } else { wish.disk_slots },
                     hugepages: wish.hugepages,
                 }
             }
@@ -123,9 +131,12 @@ impl Guests {
                     // The kernel runs on one.
                     default_cpus: 1,
                     max_cpus: 1,
+                    grow_cpus: 0,
                     default_memory_mib: wish.default_memory_mib,
                     overhead_mib: wish.overhead_mib,
                     max_memory_mib: wish.max_memory_mib,
+                    // It has no driver for them.
+                    disk_slots: 0,
                     hugepages: false,
                 }
             }

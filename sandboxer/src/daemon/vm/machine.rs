@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bulkhead_vmm::DiskConfig;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
@@ -126,6 +127,40 @@ impl Machine {
         }
     }
 
+    /// Puts a disk into a slot that the VM was given at boot. Blocks shortly.
+    ///
+    /// # Errors
+    /// The VM refuses it, or is in a process of its own.
+    pub fn attach_disk(&self, slot: usize, disk: DiskConfig) -> Result<(), EngineError> {
+        match self {
+            Self::Thread(vm) => vm.attach_disk(slot, disk),
+            Self::Worker(_) => Err(not_in_a_process("a disk for a running VM")),
+        }
+    }
+
+    /// Takes it out again.
+    ///
+    /// # Errors
+    /// As [`Self::attach_disk`].
+    pub fn detach_disk(&self, slot: usize) -> Result<(), EngineError> {
+        match self {
+            Self::Thread(vm) => vm.detach_disk(slot),
+            Self::Worker(_) => Err(not_in_a_process("a disk for a running VM")),
+        }
+    }
+
+    /// Makes vCPUs, up to `count`, that the guest may bring online. Blocks shortly; their threads
+    /// are in the cgroup of the caller.
+    ///
+    /// # Errors
+    /// The host refuses it, or the VM is in a process of its own.
+    pub fn grow_vcpus(&self, count: u8) -> Result<(), EngineError> {
+        match self {
+            Self::Thread(vm) => vm.vm().grow_vcpus(count).map(drop).map_err(Into::into),
+            Self::Worker(_) => Err(not_in_a_process("more CPUs for a running VM")),
+        }
+    }
+
     /// What it says of itself.
     pub fn info(&self) -> Option<String> {
         match self {
@@ -149,6 +184,15 @@ impl Machine {
             Self::Worker(worker) => worker.end(),
         }
     }
+}
+
+/// A VM in a process has no slots and does not grow ([`Guests::sizes`](super::guests::Guests)), so
+/// nobody asks.
+fn not_in_a_process(what: &str) -> EngineError {
+    EngineError::io(what)(io::Error::new(
+        io::ErrorKind::Unsupported,
+        "not with isolation = \"process\"",
+    ))
 }
 
 fn ended(vm: &MicroVm) -> Result<impl Future<Output = ()> + Send + use<>, EngineError> {

@@ -5,12 +5,14 @@
 
 mod container_spec;
 mod debug_socket;
+mod disks;
 mod guest;
 mod guests;
 mod machine;
 mod netlink;
 mod network;
 mod portforward;
+mod resize;
 mod sandbox;
 
 use std::os::fd::AsFd;
@@ -35,12 +37,14 @@ use crate::engine::EngineError;
 use crate::engine::console::ConsoleHub;
 use crate::engine::microvm::MicroVm;
 use debug_socket::{About, DebugSocket};
+use disks::Disks;
 use guest::Guest;
 pub use guests::Guests;
 use guests::Sizes;
 use machine::Machine;
 use network::PodNetwork;
 use portforward::PortForward;
+use resize::Cpus;
 pub use sandbox::VmSandbox;
 use sandbox::{Parts, VmHome};
 
@@ -103,7 +107,18 @@ impl Kind for Vms {
     async fn start(&self, plan: Plan) -> Answer<VmSandbox> {
         let mut parts = Parts::default();
         match self.boot(&plan, &mut parts).await {
-            Ok(guest) => Ok(VmSandbox::new(VmHome::new(guest, parts), plan.streams)),
+            Ok(guest) => {
+                let sizes = self.guests.sizes(&self.config);
+                let (boot, _) = size(&plan.wish, &sizes);
+                let share = CpuShare::of(&resources(&plan.wish));
+                let home = VmHome::new(
+                    guest,
+                    parts,
+                    Disks::new(sizes.disk_slots),
+                    Cpus::new(boot, most_cpus(boot, &sizes), share),
+                );
+                Ok(VmSandbox::new(home, plan.streams))
+            }
             Err(error) => {
                 blocking(move || parts.take_down(None)).await?;
                 Err(error)
@@ -217,11 +232,13 @@ fn build(
     let vm = VmConfig {
         id: plan.id.clone(),
         vcpus,
+        max_vcpus: most_cpus(vcpus, &sizes),
         memory_mib,
         hugepages: sizes.hugepages,
         kernel: boot.kernel,
         cmdline: boot.cmdline,
         disks: boot.disks,
+        spare_disk_slots: sizes.disk_slots,
         shares: storage.devices(),
         nets: std::mem::take(&mut network.devices),
         vsock_cid: Some(3),
@@ -242,7 +259,8 @@ fn build(
 /// Starts the VM on threads of this process.
 fn on_threads(plan: &Plan, config: VmConfig, parts: &mut Parts) -> Result<Machine, EngineError> {
     parts.threads = Threads::create(&plan.id);
-    let (vm, started) = in_cgroup(parts.threads.as_ref(), || {
+    let entrance = parts.threads.as_ref().map(Threads::entrance);
+    let (vm, started) = in_cgroup(entrance, || {
         let vm = Arc::new(MicroVm::create(config, ConsoleHub::new(None))?);
         let started = vm.vm().start();
         Ok((vm, started))
@@ -278,7 +296,7 @@ fn in_a_process(
 
 /// Makes a VM on a thread whose children all are in the pod's cgroup.
 fn in_cgroup<T: Send>(
-    cgroup: Option<&Threads>,
+    entrance: Option<impl Fn() -> std::io::Result<()> + Send>,
     make: impl FnOnce() -> Result<T, EngineError> + Send,
 ) -> Result<T, EngineError> {
     let failed = || EngineError::io("the thread that makes a VM");
@@ -286,10 +304,8 @@ fn in_cgroup<T: Send>(
         std::thread::Builder::new()
             .name("vm-maker".into())
             .spawn_scoped(scope, || {
-                if let Some(cgroup) = cgroup {
-                    cgroup
-                        .enter()
-                        .map_err(EngineError::io("the pod's cgroup"))?;
+                if let Some(enter) = entrance {
+                    enter().map_err(EngineError::io("the pod's cgroup"))?;
                 }
                 make()
             })
@@ -331,6 +347,13 @@ pub(super) fn resources(wish: &PodSandboxConfig) -> [LinuxResources; 2] {
         linux.and_then(|l| l.resources).unwrap_or_default(),
         linux.and_then(|l| l.overhead).unwrap_or_default(),
     ]
+}
+
+/// vCPUs that a VM can have while it runs.
+fn most_cpus(boot: u8, sizes: &Sizes) -> u8 {
+    boot.saturating_add(sizes.grow_cpus)
+        .min(sizes.max_cpus)
+        .max(boot)
 }
 
 /// vCPUs and MiB of memory, from what Kubernetes says about the pod.

@@ -5,24 +5,29 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bulkhead_protocol::rpc::{Code, Status};
+use bulkhead_protocol::sandbox::{Disk, LAYERS_MOUNT, OnlineResourcesRequest};
 use bulkhead_protocol::task::CreateTaskRequest;
 use bulkhead_protocol::types::Mount;
+use bulkhead_vmm::{DiskConfig, DiskSource, joined_layout};
 use serde_json::Value;
 use tokio::task::AbortHandle;
 
-use super::container_spec;
+use super::container_spec::{self, HostDevice};
 use super::debug_socket::DebugSocket;
+use super::disks::{self, Disks, Key};
 use super::guest::{Guest, VmWay};
+use super::in_cgroup;
 use super::machine::Machine;
 use super::network::PodNetwork;
 use super::portforward::PortForward;
-use crate::daemon::agent::link::Link;
+use super::resize::{Change, Cpus};
+use crate::daemon::agent::link::{Link, refused};
 use crate::daemon::agent::{AgentSandbox, Home, Prepared};
 use crate::daemon::cgroup::Threads;
 use crate::daemon::pod::blocking;
 use crate::daemon::process::cgroup::PodCgroup;
 use crate::daemon::sandbox::{Answer, Figure, OwnEnd};
-use crate::daemon::storage::{Storage, StorageError};
+use crate::daemon::storage::{Layers, Storage, StorageError};
 use crate::daemon::task::read_spec;
 use crate::daemon::worker::Worker;
 
@@ -80,6 +85,12 @@ pub struct VmHome {
     /// Until it is taken down: it holds the VM's devices.
     guest: Mutex<Option<Arc<Guest>>>,
     parts: Mutex<Parts>,
+    /// What is in its disk slots.
+    disks: Arc<Mutex<Disks>>,
+    /// Its CPUs.
+    cpus: Mutex<Cpus>,
+    /// Held while their number is changed.
+    resizing: tokio::sync::Mutex<()>,
     /// Why we have ended it ourselves, if we have.
     given_up: Mutex<Option<String>>,
 }
@@ -134,10 +145,13 @@ fn cpu_figures(user: Duration, system: Duration) -> impl Iterator<Item = Figure>
 
 impl VmHome {
     /// A VM whose agent answers.
-    pub(super) fn new(guest: Arc<Guest>, parts: Parts) -> Self {
+    pub(super) fn new(guest: Arc<Guest>, parts: Parts, disks: Disks, cpus: Cpus) -> Self {
         Self {
             guest: Mutex::new(Some(guest)),
             parts: Mutex::new(parts),
+            disks: Arc::new(Mutex::new(disks)),
+            cpus: Mutex::new(cpus),
+            resizing: tokio::sync::Mutex::default(),
             given_up: Mutex::default(),
         }
     }
@@ -152,6 +166,48 @@ impl VmHome {
         if let Some(debug) = &mut lock(&self.parts).debug {
             debug.set_container(id, bundle.map(Into::into));
         }
+    }
+
+    /// Gives the VM more CPUs, or takes some away.
+    async fn resize(&self, change: Change) -> Answer<()> {
+        let guest = self.guest()?;
+        let before = lock(&self.cpus).online;
+        if change.wanted > u64::from(change.online) {
+            tracing::warn!(
+                sandbox = guest.vm().id(),
+                "its limits ask for {} CPUs, it can have {}: see microvm.grow_cpus",
+                change.wanted,
+                change.online
+            );
+        }
+        if change.online > before {
+            let vm = guest.vm().clone();
+            let entrance = lock(&self.parts).threads.as_ref().map(Threads::entrance);
+            let made = blocking(move || in_cgroup(entrance, || vm.grow_vcpus(change.online)));
+            made.await?
+                .map_err(|e| Status::new(Code::Internal, format!("more CPUs: {e}")))?;
+        }
+        if change.online != before {
+            let request = OnlineResourcesRequest {
+                cpus: change.online.into(),
+                memory: false,
+            };
+            let answer = guest.link().sandbox().online_resources(&request).await;
+            let online = answer.map_err(refused)?.cpus_online;
+            if online < change.online.into() {
+                let text = format!("the guest has {online} CPUs, not {}", change.online);
+                return Err(Status::new(Code::Internal, text));
+            }
+            lock(&self.cpus).online = change.online;
+        }
+        let parts = lock(&self.parts);
+        let limited = parts.threads.as_ref().map(|t| t.limit(change.share));
+        limited.unwrap_or(Ok(())).map_err(|e| {
+            Status::new(
+                Code::Internal,
+                format!("the pod's CPU share on the host: {e}"),
+            )
+        })
     }
 
     fn storage(&self) -> Answer<Arc<Mutex<Storage>>> {
@@ -272,39 +328,55 @@ impl Home for VmHome {
         let (id, bundle) = (request.id.clone(), request.bundle.clone());
         let rootfs = request.rootfs.clone();
         let shares_pids = self.link()?.shares_pids();
-        let vm = self.guest()?.vm().clone();
+        let (vm, slots) = (self.guest()?.vm().clone(), Arc::clone(&self.disks));
         let prepared = blocking(move || {
             let mut spec = read_spec(Path::new(&bundle))?;
-            let binds = container_spec::rewrite(&mut spec, shares_pids)?;
+            let mut wanted = container_spec::rewrite(&mut spec, shares_pids)?;
             let mut storage = lock(&storage);
-            let root = storage.add_root(&id, &rootfs).map_err(storage_failed)?;
             let show = |share: &str, path: &str| {
                 vm.show(share, path).map_err(|e| {
                     let text = format!("container {id}: showing {path} to the VM's process: {e}");
                     Status::new(Code::Internal, text)
                 })
             };
-            show("rootfs", &root)?;
-            for bind in &binds {
+            let layers = by_layers(&vm, &mut lock(&slots), &mut storage, &id, &rootfs);
+            let root = match layers {
+                Some(root) => root,
+                None => {
+                    let root = storage.add_root(&id, &rootfs).map_err(storage_failed)?;
+                    show("rootfs", &root)?;
+                    shared_root(root)
+                }
+            };
+            let mut as_devices = Vec::new();
+            for bind in wanted.binds {
+                let source = Path::new(&bind.source);
+                if let Some(number) = disks::block_device(source) {
+                    as_devices.push((bind, number));
+                    continue;
+                }
                 let path = storage
-                    .add_volume(&id, Path::new(&bind.source), bind.access)
+                    .add_volume(&id, source, bind.access)
                     .map_err(storage_failed)?;
                 show("volumes", &path)?;
-                container_spec::set_source(&mut spec, bind, path);
+                container_spec::set_source(&mut spec, &bind, path);
             }
+            drop(storage);
+            let more = container_spec::make_devices(&mut spec, &as_devices);
+            wanted.devices.extend(more);
+            let disks = attach_devices(&vm, &mut lock(&slots), &id, &wanted.devices)?;
+            let resources = spec["linux"]["resources"].take();
+            spec["linux"]["resources"] = resources.clone();
             let spec = serde_json::to_vec(&spec)
                 .map_err(|e| Status::new(Code::Internal, format!("container {id}: spec: {e}")))?;
-            Ok::<_, Status>((root, spec))
+            Ok::<_, Status>((root, spec, disks, resources))
         });
-        let (root, oci_spec) = prepared.await??;
+        let (root, oci_spec, disks, resources) = prepared.await??;
+        lock(&self.cpus).add(&request.id, &resources);
         Ok(Prepared {
-            rootfs: vec![Mount {
-                r#type: "bulkhead-share".into(),
-                source: root,
-                target: String::new(),
-                options: vec!["rbind".into()],
-            }],
+            rootfs: vec![root],
             oci_spec,
+            disks,
         })
     }
 
@@ -317,10 +389,34 @@ impl Home for VmHome {
         if let Ok(storage) = self.storage() {
             lock(&storage).remove(container);
         }
+        // CPUs that it was given stay until the next change.
+        let _ = lock(&self.cpus).remove(container);
+        if let Ok(guest) = self.guest() {
+            let mut disks = lock(&self.disks);
+            for slot in disks.release(container) {
+                if let Err(error) = guest.vm().detach_disk(slot) {
+                    tracing::warn!(container, slot, %error, "a disk cannot be taken out");
+                }
+            }
+        }
     }
 
     fn strip_resources(&self, resources: &mut serde_json::Map<String, Value>) {
         container_spec::strip_resources(resources);
+    }
+
+    async fn limits_change(&self, container: &str, resources: &Value) -> Answer<()> {
+        let _resizing = self.resizing.lock().await;
+        let before = lock(&self.cpus).now(container);
+        let change = lock(&self.cpus).update(container, resources);
+        let Some(change) = change else {
+            return Ok(());
+        };
+        let resized = self.resize(change).await;
+        if resized.is_err() {
+            lock(&self.cpus).set_back(container, before);
+        }
+        resized
     }
 
     async fn give_up(&self, reason: String) -> Answer<()> {
@@ -328,4 +424,133 @@ impl Home for VmHome {
         *lock(&self.given_up) = Some(reason);
         blocking(move || guest.vm().stop()).await
     }
+}
+
+/// A root that lies in the pod's share.
+fn shared_root(source: String) -> Mount {
+    Mount {
+        r#type: "bulkhead-share".into(),
+        source,
+        target: String::new(),
+        options: vec!["rbind".into()],
+    }
+}
+
+/// Gives the guest the layers of a container's image as a disk, if they are images and it has a
+/// slot for that. All pods of the node then read the same files of the host. `None`: the root is to
+/// be mounted on the host.
+fn by_layers(
+    vm: &Machine,
+    slots: &mut Disks,
+    storage: &mut Storage,
+    container: &str,
+    rootfs: &[Mount],
+) -> Option<Mount> {
+    if slots.is_empty() {
+        return None;
+    }
+    let layers = Layers::of(rootfs)?;
+    let given = disks::open_layers(&layers.files).and_then(|(files, key, lengths)| {
+        let what = "the image's layers";
+        let starts = joined_layout(&lengths).ok_or(disks::DiskError::Layers)?;
+        let serial = slots.attach(container, what, key, |slot, serial| {
+            let disk = DiskConfig {
+                source: DiskSource::Joined(files),
+                read_only: true,
+                serial: serial.to_owned(),
+            };
+            let failed = |source| disks::DiskError::Vm {
+                what: what.into(),
+                source: Box::new(source),
+            };
+            vm.attach_disk(slot, disk).map_err(failed)
+        })?;
+        Ok((serial, starts, lengths))
+    });
+    let fall_back = |reason: &dyn std::fmt::Display| {
+        tracing::info!(container, %reason, "its image is given by virtio-fs, not as a disk");
+    };
+    let (serial, starts, lengths) = match given {
+        Ok(given) => given,
+        Err(error) => {
+            fall_back(&error);
+            return None;
+        }
+    };
+    let (upper, work) = match storage.add_upper(container, &layers) {
+        Ok(paths) => paths,
+        Err(error) => {
+            fall_back(&error);
+            return None;
+        }
+    };
+    let mut options: Vec<String> = starts
+        .iter()
+        .zip(&lengths)
+        .map(|(start, length)| format!("layer={start}:{length}"))
+        .collect();
+    options.extend([format!("upper={upper}"), format!("work={work}")]);
+    Some(Mount {
+        r#type: LAYERS_MOUNT.into(),
+        source: serial,
+        target: String::new(),
+        options,
+    })
+}
+
+/// Puts block devices of the host into the VM's slots, for a container.
+fn attach_devices(
+    vm: &Machine,
+    slots: &mut Disks,
+    container: &str,
+    devices: &[HostDevice],
+) -> Answer<Vec<Disk>> {
+    let mut disks: Vec<Disk> = Vec::new();
+    for device in devices {
+        let (major, minor) = device.number;
+        if disks.iter().any(|d| (d.major, d.minor) == device.number) {
+            continue;
+        }
+        // Under two names it is one device: what may be written under one may be written.
+        let same = |d: &&HostDevice| d.number == device.number;
+        let read_only = devices.iter().filter(same).all(|d| d.read_only);
+        let what = format!("device {}", device.path);
+        let key = |read_only| Key::Device {
+            number: device.number,
+            read_only,
+        };
+        // Who only reads what others of the pod write sees what they do: by the same disk, to which
+        // the rules of its cgroup do not let it write.
+        if read_only && let Some(serial) = slots.share(container, &key(false)) {
+            disks.push(Disk {
+                serial,
+                major,
+                minor,
+                read_only: false,
+            });
+            continue;
+        }
+        let key = key(read_only);
+        let serial = slots.attach(container, &what, key, |slot, serial| {
+            let file = disks::open_device(&what, device.number, read_only)?;
+            let disk = DiskConfig {
+                source: DiskSource::File(file),
+                read_only,
+                serial: serial.to_owned(),
+            };
+            let what = what.clone();
+            vm.attach_disk(slot, disk)
+                .map_err(|source| disks::DiskError::Vm {
+                    what,
+                    source: Box::new(source),
+                })
+        })?;
+        disks.push(Disk {
+            serial,
+            major,
+            minor,
+            read_only,
+        });
+    }
+    Ok(disks)
 }

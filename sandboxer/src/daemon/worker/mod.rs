@@ -115,6 +115,11 @@ fn hand_over(vm: VmConfig) -> Result<(Wish, Vec<OwnedFd>), EngineError> {
         fds.push(match disk.source {
             DiskSource::Path(path) => open(&path, !disk.read_only)?,
             DiskSource::File(file) => file.into(),
+            // Layers of images, which are put into slots: there are none.
+            DiskSource::Joined(_) => {
+                let error = io::Error::from(io::ErrorKind::Unsupported);
+                return Err(EngineError::io(format!("disk {}", disk.serial))(error));
+            }
         });
         disks.push(Disk {
             read_only: disk.read_only,

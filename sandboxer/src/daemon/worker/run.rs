@@ -104,6 +104,8 @@ fn config(wish: &Wish, fds: &mut VecDeque<OwnedFd>) -> io::Result<(VmConfig, Fil
             true => Caching::Always,
             false => Caching::Auto,
         },
+        // Only for layers of images that are disks.
+        upper_layers: false,
     };
     let config = VmConfig {
         id: wish.id.clone(),

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use bulkhead_vmm::{Console, Vm, VmConfig, VmExit};
+use bulkhead_vmm::{Console, DiskConfig, Vm, VmConfig, VmExit};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde_json::Value;
@@ -59,6 +59,22 @@ impl MicroVm {
     /// The VM itself.
     pub fn vm(&self) -> &Vm {
         &self.vm
+    }
+
+    /// Puts a disk into a spare slot of the running VM. Blocks shortly.
+    ///
+    /// # Errors
+    /// As [`Vm::attach_disk`].
+    pub fn attach_disk(&self, slot: usize, disk: DiskConfig) -> Result<(), EngineError> {
+        Ok(self.vm.attach_disk(slot, disk)?)
+    }
+
+    /// Takes it out again. Blocks shortly.
+    ///
+    /// # Errors
+    /// As [`Vm::detach_disk`].
+    pub fn detach_disk(&self, slot: usize) -> Result<(), EngineError> {
+        Ok(self.vm.detach_disk(slot)?)
     }
 
     /// Readable once someone has asked the owner to stop the VM.

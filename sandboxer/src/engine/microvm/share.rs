@@ -140,6 +140,7 @@ impl PodShare {
                 root: checked.host.clone(),
                 read_only,
                 caching: Caching::Auto,
+                upper_layers: false,
             });
             return Ok(bind(format!("/run/bulkhead/{tag}")));
         }
@@ -175,6 +176,7 @@ impl PodShare {
             root: self.dir.join(sub),
             read_only: false,
             caching,
+            upper_layers: false,
         };
         let mut all = vec![device(TAG, "rootfs", Caching::Always)];
         if !self.mounted.is_empty() {

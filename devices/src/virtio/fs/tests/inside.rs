@@ -419,3 +419,79 @@ proptest::proptest! {
         fuzz_fs(&data);
     }
 }
+
+#[test]
+fn an_upper_layer_is_the_guests_but_not_its_place() {
+    let mut test = Test::with(|config| config.upper_layers = true);
+    for dir in ["upper-1/fs", "upper-1/work", "2/fs"] {
+        fs::create_dir_all(test.root().join(dir)).unwrap();
+    }
+    fs::write(test.root().join("upper-1/fs/f"), b"x").unwrap();
+    let holder = test.lookup(1, "upper-1").unwrap();
+    let layer = test.lookup(holder, "fs").unwrap();
+    let work = test.lookup(holder, "work").unwrap();
+    let file = test.lookup(layer, "f").unwrap();
+    let rename = |to: u64, old: &str, new: &str, flags: u32| {
+        [words64(&[to]), words32(&[flags, 0]), z(old), z(new)].concat()
+    };
+    let named = |head: &[u32], name: &str| [words32(head), z(name)].concat();
+    // Nothing is exchanged, added or taken away where the host looks for the layer.
+    for parent in [1, holder] {
+        let refused = [
+            (MKDIR, named(&[0o755, 0], "n")),
+            (MKNOD, named(&[libc::S_IFREG, 0, 0, 0], "n")),
+            (MKNOD, named(&[libc::S_IFCHR, 0, 0, 0], "n")),
+            (SYMLINK, [z("l"), z("/etc")].concat()),
+            (LINK, [words64(&[file]), z("l")].concat()),
+            (RMDIR, z("work")),
+            (RENAME2, rename(layer, "work", "n", 0)),
+            (RENAME2, rename(parent, "fs", "n", 0)),
+        ];
+        for (opcode, body) in refused {
+            assert_eq!(
+                test.request(opcode, parent, &body),
+                Err(libc::EPERM),
+                "opcode {opcode}"
+            );
+        }
+        assert_eq!(
+            test.create(parent, "n", libc::O_RDWR, 0o600),
+            Err(libc::EPERM)
+        );
+        let into = rename(parent, "f", "layer.erofs", 0);
+        assert_eq!(test.request(RENAME2, layer, &into), Err(libc::EPERM));
+    }
+    // Below, and in other roots, all goes on as usual, and what overlays need goes, too.
+    assert!(
+        test.request(RENAME2, layer, &rename(work, "f", "f", 0))
+            .is_ok()
+    );
+    let other = test.lookup(1, "2").unwrap();
+    assert!(test.request(MKDIR, other, &named(&[0o755, 0], "n")).is_ok());
+    let device = named(&[libc::S_IFCHR | 0o600, 0x103, 0, 0], "null");
+    assert_eq!(test.request(MKNOD, layer, &device), Err(libc::EPERM));
+    let whiteout = named(&[libc::S_IFCHR, 0, 0, 0], "gone");
+    match test.request(MKNOD, layer, &whiteout) {
+        Ok(_) => {
+            let made = fs::metadata(test.root().join("upper-1/fs/gone")).unwrap();
+            assert!(made.file_type().is_char_device() && made.rdev() == 0);
+        }
+        // A test machine whose containers may not make nodes.
+        Err(error) => assert_eq!(error, libc::EPERM),
+    }
+    let set = |name: &str| [words32(&[1, 0]), z(name), b"y".to_vec()].concat();
+    for name in ["trusted.other", "security.selinux", "trusted.overlay"] {
+        let answer = test.request(SETXATTR, layer, &set(name));
+        assert_eq!(answer, Err(libc::EOPNOTSUPP), "{name}");
+    }
+    let answer = test.request(SETXATTR, layer, &set("trusted.overlay.opaque"));
+    // Not every file system of a test machine has such attributes.
+    assert!(
+        answer.is_ok() || matches!(answer, Err(libc::EOPNOTSUPP | libc::EPERM)),
+        "{answer:?}"
+    );
+    let mut plain = Test::new();
+    let file = plain.create(1, "f", libc::O_RDWR, 0o600).unwrap().0;
+    let answer = plain.request(SETXATTR, file, &set("trusted.overlay.opaque"));
+    assert_eq!(answer, Err(libc::EOPNOTSUPP));
+}

@@ -1,0 +1,60 @@
+//! Pods whose limits change while they run.
+
+use anyhow::{Context, Result, ensure};
+use bulkhead_tests::cri::containerd::Node;
+use bulkhead_tests::cri::proto::*;
+use bulkhead_tests::cri::{TestPod, container, pod};
+
+use super::Test;
+use super::wide::pod_cgroup;
+
+pub const TESTS: &[Test] = &[("growth", false, growth)];
+
+fn limits(cpu_percent: i64, memory_mib: i64) -> LinuxContainerResources {
+    LinuxContainerResources {
+        cpu_period: 100_000,
+        cpu_quota: cpu_percent * 1000,
+        memory_limit_in_bytes: memory_mib << 20,
+        ..LinuxContainerResources::default()
+    }
+}
+
+/// A running VM gets more CPUs as its containers may use more, and the pod more of the host's; both
+/// go back.
+fn growth(node: &mut Node, handler: &str) -> Result<()> {
+    let mut config = pod("growth");
+    config.linux.get_or_insert_default().resources = Some(limits(100, 96));
+    let pod = TestPod::run(node, handler, config)?;
+    let mut spec = container("c", "busybox", &["sleep", "100000"]);
+    spec.linux.get_or_insert_default().resources = Some(limits(100, 64));
+    let c = pod.start(&spec)?;
+    let neighbour = pod.sleeper("neighbour")?;
+    let cpus = || -> Result<String> {
+        let text = pod.sh(&c, "grep -c ^processor /proc/cpuinfo; nproc")?;
+        let share = pod_cgroup(&pod.id, "cpu.max")?;
+        Ok(format!("{} {share}", text.trim().replace('\n', " ")))
+    };
+    ensure!(cpus()? == "1 1 100000 100000\n", "{}", cpus()?);
+    pod.cri.update(&c, limits(200, 64))?;
+    ensure!(cpus()? == "2 2 200000 100000\n", "{}", cpus()?);
+    let both = "for n in 1 2; do (i=0; while [ $i -lt 3000 ]; do i=$((i+1)); done) & done; wait";
+    pod.sh(&neighbour, both)?;
+    let threads = pod_cgroup(&pod.id, "cgroup.threads")?;
+    let vcpus = threads
+        .lines()
+        .filter_map(|id| std::fs::read_to_string(format!("/proc/{id}/comm")).ok())
+        .filter(|name| name.starts_with("vcpu"))
+        .count();
+    ensure!(
+        vcpus == 2,
+        "{vcpus} threads of CPUs are in the pod's cgroup"
+    );
+    // There are no more; the limit holds all the same.
+    pod.cri.update(&c, limits(500, 64))?;
+    ensure!(cpus()? == "2 2 500000 100000\n", "{}", cpus()?);
+    pod.cri.update(&c, limits(50, 64))?;
+    ensure!(cpus()? == "1 1 50000 100000\n", "{}", cpus()?);
+    pod.cri.update(&c, limits(150, 64))?;
+    ensure!(cpus()? == "2 2 150000 100000\n", "{}", cpus()?);
+    pod.remove().context("remove")
+}
