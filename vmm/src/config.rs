@@ -90,6 +90,8 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u64,
+    /// A file for guest memory ([`crate::memory::VmMemory::make_file`]); `None`: one is made.
+    pub memory: Option<File>,
     /// Back guest memory with 2 MiB pages of hugetlbfs.
     pub hugepages: bool,
     /// ELF `vmlinux` (PVH or 64-bit entry) or `bzImage`.
@@ -134,6 +136,7 @@ impl Default for VmConfig {
             kvm: None,
             vcpus: 1,
             memory_mib: 128,
+            memory: None,
             hugepages: false,
             kernel: PathBuf::new(),
             initramfs: None,
