@@ -99,6 +99,8 @@ pub struct VmConfig {
     pub max_vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u64,
+    /// A file for guest memory ([`crate::memory::VmMemory::make_file`]); `None`: one is made.
+    pub memory: Option<File>,
     /// Back guest memory with 2 MiB pages of hugetlbfs.
     pub hugepages: bool,
     /// ELF `vmlinux` (PVH or 64-bit entry) or `bzImage`.
@@ -144,6 +146,7 @@ impl Default for VmConfig {
             vcpus: 1,
             max_vcpus: 0,
             memory_mib: 128,
+            memory: None,
             hugepages: false,
             kernel: PathBuf::new(),
             initramfs: None,

@@ -31,7 +31,15 @@ impl VmMemory {
     /// # Errors
     /// When the host cannot give the address space, descriptors or huge pages.
     pub fn new(mib: u64, hugepages: bool) -> Result<Self, VmError> {
-        let size = mib << 20;
+        Self::over(Self::make_file(mib, hugepages)?, mib)
+    }
+
+    /// Makes the file for `mib` MiB of memory, for another process to map with [`VmMemory::over`]:
+    /// one that has not the privilege that transparent huge pages take.
+    ///
+    /// # Errors
+    /// As [`VmMemory::new`].
+    pub fn make_file(mib: u64, hugepages: bool) -> Result<File, VmError> {
         let what = || format!("guest memory of {mib} MiB");
         let huge_file = if hugepages { None } else { huge_tmpfs_file() };
         let transparent = huge_file.is_some();
@@ -39,14 +47,21 @@ impl VmMemory {
             Some(file) => file,
             None => memfd(hugepages).map_err(VmError::host(what()))?,
         };
-        file.set_len(size).map_err(VmError::host(what()))?;
+        file.set_len(mib << 20).map_err(VmError::host(what()))?;
         if !transparent {
             seal(&file).map_err(VmError::host(what()))?;
         }
-        let memory = Self::map(file, size)?;
-        if transparent {
-            memory.advise_huge();
-        }
+        Ok(file)
+    }
+
+    /// Maps a file of [`VmMemory::make_file`].
+    ///
+    /// # Errors
+    /// The host cannot give the address space.
+    pub fn over(file: File, mib: u64) -> Result<Self, VmError> {
+        let memory = Self::map(file, mib << 20)?;
+        // Without effect on a memfd.
+        memory.advise_huge();
         Ok(memory)
     }
 

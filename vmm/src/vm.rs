@@ -203,9 +203,13 @@ impl Frame {
         let kvm = kvm_check::open_checked(config.kvm.as_ref(), config.allow_emulated_kvm)?;
         let vm_fd = Arc::new(create_vm(&kvm)?);
         marks.add("kvm ready");
-        let memory = match memory {
-            Some(memory) => memory,
-            None => VmMemory::new(config.memory_mib, config.hugepages)?,
+        let memory = match (memory, &config.memory) {
+            (Some(memory), _) => memory,
+            (None, Some(file)) => {
+                let file = file.try_clone().map_err(VmError::host("guest memory"))?;
+                VmMemory::over(file, config.memory_mib)?
+            }
+            (None, None) => VmMemory::new(config.memory_mib, config.hugepages)?,
         };
         map_memory(&vm_fd, &memory)?;
         // Intel needs these pages for real mode; AMD ignores them.

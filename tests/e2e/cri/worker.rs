@@ -154,6 +154,8 @@ fn is_jailed(node: &mut Node, handler: &str) -> Result<()> {
             "/dev/kvm",
             "/dev/net/tun",
             "/memfd:",
+            // Guest memory: a file without a name.
+            "/#",
             "/rootfs",
             "/volumes",
             "/dev/null",
@@ -185,8 +187,9 @@ fn is_jailed(node: &mut Node, handler: &str) -> Result<()> {
         .trim()
         .parse()?;
     let own = process::memory_beside_files(pid, 64 << 20)?;
+    let keeper = process::memory_beside_files(keeper_of(&pod)?, 64 << 20)?;
     println!(
-        "  {handler}: worker {own:?}, its cgroup {} KiB",
+        "  {handler}, KiB: worker {own:?}, its cgroup {}, keeper {keeper:?}",
         memory >> 10
     );
     ensure!(memory >> 10 > own.guest / 2, "{memory} bytes: {own:?}");

@@ -99,8 +99,10 @@ fn run(about: &About) -> io::Result<()> {
     start_logging(&config);
     check_id("sandbox", &about.id).map_err(|e| io::Error::other(e.message))?;
     // Best effort: on a host without cgroups v2 the worker says what is missing.
-    let _ = std::fs::create_dir(CGROUP);
-    let _ = std::fs::write(Path::new(CGROUP).join("cgroup.procs"), "0");
+    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        let _ = std::fs::create_dir(CGROUP);
+        let _ = std::fs::write(Path::new(CGROUP).join("cgroup.procs"), "0");
+    }
     own_mounts()?;
     let kind = Vms::new(Arc::new(config.clone()), about.guests);
     let dir = kind.directory().join(&about.id);

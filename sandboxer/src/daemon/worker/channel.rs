@@ -66,7 +66,8 @@ pub struct Net {
     pub mtu: Option<u16>,
 }
 
-/// The VM to run. With it come, in this order: KVM, the kernel, the disks, the taps.
+/// The VM to run. With it come, in this order: KVM, the guest's memory, the kernel, the disks,
+/// the taps.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Wish {
     /// The pod's id.

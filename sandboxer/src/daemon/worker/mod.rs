@@ -27,6 +27,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use bulkhead_vmm::memory::VmMemory;
 use bulkhead_vmm::{Caching, DiskSource, VmConfig};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -109,7 +110,11 @@ fn hand_over(vm: VmConfig) -> Result<(Wish, Vec<OwnedFd>), EngineError> {
         file.map_err(EngineError::io(path.display().to_string()))
             .map(OwnedFd::from)
     };
-    let mut fds = vec![open(Path::new("/dev/kvm"), true)?, open(&vm.kernel, false)?];
+    let mut fds = vec![
+        open(Path::new("/dev/kvm"), true)?,
+        VmMemory::make_file(vm.memory_mib, vm.hugepages)?.into(),
+        open(&vm.kernel, false)?,
+    ];
     let mut disks = Vec::new();
     for disk in vm.disks {
         fds.push(match disk.source {

@@ -77,6 +77,7 @@ fn config(wish: &Wish, fds: &mut VecDeque<OwnedFd>) -> io::Result<(VmConfig, Fil
             .ok_or_else(|| io::Error::other("a descriptor is missing"))
     };
     let kvm = next()?;
+    let memory = File::from(next()?);
     let kernel = File::from(next()?);
     let mut disks = Vec::new();
     for disk in &wish.disks {
@@ -112,6 +113,7 @@ fn config(wish: &Wish, fds: &mut VecDeque<OwnedFd>) -> io::Result<(VmConfig, Fil
         kvm: Some(kvm),
         vcpus: wish.vcpus,
         memory_mib: wish.memory_mib,
+        memory: Some(memory),
         hugepages: wish.hugepages,
         kernel: format!("/proc/self/fd/{}", kernel.as_raw_fd()).into(),
         cmdline: wish.cmdline.clone(),
