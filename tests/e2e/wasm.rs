@@ -392,6 +392,21 @@ fn errors_are_one_line_and_say_what_to_do() {
     assert!(error.contains("unreachable"), "{error}");
     let (_, error) = run(&["--verbose", &trap.display().to_string()]);
     assert!(error.contains("at deep"), "{error}");
+    // Its core, but none of a program that ends by itself.
+    let core = place.path("core");
+    let core_arg = core.display().to_string();
+    let (code, error) = run(&["--core-dump", &core_arg, &trap.display().to_string()]);
+    assert_eq!(code, Some(134), "{error}");
+    let bytes = fs::read(&core).unwrap();
+    assert!(bytes.starts_with(b"\0asm"));
+    for section in [&b"corestack"[..], b"deep"] {
+        assert!(bytes.windows(section.len()).any(|w| w == section));
+    }
+    fs::remove_file(&core).unwrap();
+    let fine = place.wat("fine.wasm", r#"(module (func (export "_start")))"#);
+    let (code, error) = run(&["--core-dump", &core_arg, &fine.display().to_string()]);
+    assert_eq!((code, error.as_str()), (Some(0), ""));
+    assert!(!core.exists());
     let bomb = place.wat(
         "bomb.wasm",
         r#"(module (memory 1) (func (export "_start")
