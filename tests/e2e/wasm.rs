@@ -524,6 +524,31 @@ fn no_network_unless_asked_for() {
     );
 }
 
+/// A program's own sockets, with the network of the host and without any.
+#[test]
+fn a_command_connects_where_it_may() {
+    let place = Place::new();
+    let program = bulkhead_fixtures::component::ask().unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:8081").unwrap();
+    let server = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut request = [0; 19];
+        stream.read_exact(&mut request).unwrap();
+        stream.write_all(b"an answer\n").unwrap();
+        request
+    });
+    let mut command = place.vmmctl();
+    command.arg(&program);
+    let output = finish(command);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let mut command = place.vmmctl();
+    command.args(["--net", "host"]).arg(&program);
+    let output = finish(command);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(text(&output.stdout), "an answer\n");
+    assert_eq!(&server.join().unwrap(), b"GET /x HTTP/1.0\r\n\r\n");
+}
+
 /// A network namespace of its own with its loopback up. Needs root, as all of the network does.
 fn namespace() -> std::os::fd::OwnedFd {
     thread::spawn(|| {
@@ -612,6 +637,24 @@ fn sockets_are_the_pods_and_nobody_elses() {
     // The same address of the host is another place.
     let refused = request(address, "/").expect_err("the host's loopback");
     assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    // A program that connects finds who listens in its pod, not who listens on the host.
+    let ask = engine
+        .load(Source::File(&bulkhead_fixtures::component::ask().unwrap()))
+        .unwrap();
+    let asked = || {
+        let container = pod
+            .create(ContainerConfig::new("ask", ask.clone()))
+            .unwrap();
+        container.start().unwrap();
+        container.wait_for(PATIENCE).expect("ends").code
+    };
+    assert_eq!(asked(), 1);
+    let listener = in_namespace(&fd, || {
+        std::net::TcpListener::bind("127.0.0.1:8081").unwrap()
+    });
+    let server = thread::spawn(move || drop(listener.accept().unwrap()));
+    assert_eq!(asked(), 0);
+    server.join().unwrap();
     // Many at once: each has an instance of its own, and none is left.
     thread::scope(|scope| {
         for _ in 0..4 {

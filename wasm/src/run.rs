@@ -49,9 +49,11 @@ impl Setup {
         if self.has_network() {
             // The calling thread is in the pod's network namespace: that is the boundary. Names
             // are not asked from the host's library but by our own resolver (see `link`).
-            builder.inherit_network().allow_ip_name_lookup(false);
-        } else {
-            builder.allow_tcp(false).allow_udp(false);
+            builder
+                .inherit_network()
+                .allow_tcp(true)
+                .allow_udp(true)
+                .allow_ip_name_lookup(false);
         }
         builder
     }
