@@ -15,12 +15,16 @@ use bulkhead_tests::cri::containerd::{IoType, Node, OURS, Purpose};
 
 #[path = "cri/app.rs"]
 mod app;
+#[path = "cri/artifact.rs"]
+mod artifact;
 #[path = "cri/basic.rs"]
 mod basic;
 #[path = "cri/failure.rs"]
 mod failure;
 #[path = "cri/host.rs"]
 mod host;
+#[path = "cri/mixed.rs"]
+mod mixed;
 #[path = "cri/process.rs"]
 mod process;
 #[path = "cri/recovery.rs"]
@@ -91,6 +95,8 @@ fn run() -> Result<bool> {
         failure::TESTS,
         recovery::TESTS,
         wasm::TESTS,
+        mixed::TESTS,
+        artifact::TESTS,
         app::TESTS,
         process::TESTS,
         vmmctl::TESTS,

@@ -183,8 +183,10 @@ async fn serve(config: Arc<Config>, host_mounts: Option<File>) -> Result<(), Dae
     let vms = |guests, events| Controller::new(Vms::new(Arc::clone(&config), guests), events);
     let microvms = vms(Guests::Linux, events.clone());
     let app_pods = vms(Guests::App, events.clone());
-    let wasm_pods = Controller::new(Wasm::new(Arc::clone(&config)), events.clone());
-    let process_pods = Controller::new(Processes::new(Arc::clone(&config), host_mounts), events);
+    let processes = Processes::new(Arc::clone(&config), host_mounts);
+    let wasm = Wasm::new(Arc::clone(&config), processes.clone());
+    let wasm_pods = Controller::new(wasm, events.clone());
+    let process_pods = Controller::new(processes, events);
     // All sockets are there before any of them is served.
     let listeners = (
         bind(&config.socket)?,
