@@ -399,7 +399,7 @@ fn errors_are_one_line_and_say_what_to_do() {
     assert_eq!(code, Some(134), "{error}");
     let bytes = fs::read(&core).unwrap();
     assert!(bytes.starts_with(b"\0asm"));
-    for section in [&b"corestack"[..], b"deep"] {
+    for section in [&b"corestack"[..], b"coremodules"] {
         assert!(bytes.windows(section.len()).any(|w| w == section));
     }
     fs::remove_file(&core).unwrap();
