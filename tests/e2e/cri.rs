@@ -15,6 +15,8 @@ use bulkhead_tests::cri::containerd::{IoType, Isolation, Node, OURS, Purpose};
 
 #[path = "cri/app.rs"]
 mod app;
+#[path = "cri/artifact.rs"]
+mod artifact;
 #[path = "cri/basic.rs"]
 mod basic;
 #[path = "cri/failure.rs"]
@@ -23,6 +25,8 @@ mod failure;
 mod growth;
 #[path = "cri/host.rs"]
 mod host;
+#[path = "cri/mixed.rs"]
+mod mixed;
 #[path = "cri/process.rs"]
 mod process;
 #[path = "cri/recovery.rs"]
@@ -114,6 +118,8 @@ fn run() -> Result<bool> {
         storage::TESTS,
         growth::TESTS,
         wasm::TESTS,
+        mixed::TESTS,
+        artifact::TESTS,
         app::TESTS,
         process::TESTS,
         vmmctl::TESTS,

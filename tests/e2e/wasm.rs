@@ -392,6 +392,21 @@ fn errors_are_one_line_and_say_what_to_do() {
     assert!(error.contains("unreachable"), "{error}");
     let (_, error) = run(&["--verbose", &trap.display().to_string()]);
     assert!(error.contains("at deep"), "{error}");
+    // Its core, but none of a program that ends by itself.
+    let core = place.path("core");
+    let core_arg = core.display().to_string();
+    let (code, error) = run(&["--core-dump", &core_arg, &trap.display().to_string()]);
+    assert_eq!(code, Some(134), "{error}");
+    let bytes = fs::read(&core).unwrap();
+    assert!(bytes.starts_with(b"\0asm"));
+    for section in [&b"corestack"[..], b"coremodules"] {
+        assert!(bytes.windows(section.len()).any(|w| w == section));
+    }
+    fs::remove_file(&core).unwrap();
+    let fine = place.wat("fine.wasm", r#"(module (func (export "_start")))"#);
+    let (code, error) = run(&["--core-dump", &core_arg, &fine.display().to_string()]);
+    assert_eq!((code, error.as_str()), (Some(0), ""));
+    assert!(!core.exists());
     let bomb = place.wat(
         "bomb.wasm",
         r#"(module (memory 1) (func (export "_start")
@@ -509,6 +524,31 @@ fn no_network_unless_asked_for() {
     );
 }
 
+/// A program's own sockets, with the network of the host and without any.
+#[test]
+fn a_command_connects_where_it_may() {
+    let place = Place::new();
+    let program = bulkhead_fixtures::component::ask().unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:8081").unwrap();
+    let server = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut request = [0; 19];
+        stream.read_exact(&mut request).unwrap();
+        stream.write_all(b"an answer\n").unwrap();
+        request
+    });
+    let mut command = place.vmmctl();
+    command.arg(&program);
+    let output = finish(command);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let mut command = place.vmmctl();
+    command.args(["--net", "host"]).arg(&program);
+    let output = finish(command);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(text(&output.stdout), "an answer\n");
+    assert_eq!(&server.join().unwrap(), b"GET /x HTTP/1.0\r\n\r\n");
+}
+
 /// A network namespace of its own with its loopback up. Needs root, as all of the network does.
 fn namespace() -> std::os::fd::OwnedFd {
     thread::spawn(|| {
@@ -597,6 +637,24 @@ fn sockets_are_the_pods_and_nobody_elses() {
     // The same address of the host is another place.
     let refused = request(address, "/").expect_err("the host's loopback");
     assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    // A program that connects finds who listens in its pod, not who listens on the host.
+    let ask = engine
+        .load(Source::File(&bulkhead_fixtures::component::ask().unwrap()))
+        .unwrap();
+    let asked = || {
+        let container = pod
+            .create(ContainerConfig::new("ask", ask.clone()))
+            .unwrap();
+        container.start().unwrap();
+        container.wait_for(PATIENCE).expect("ends").code
+    };
+    assert_eq!(asked(), 1);
+    let listener = in_namespace(&fd, || {
+        std::net::TcpListener::bind("127.0.0.1:8081").unwrap()
+    });
+    let server = thread::spawn(move || drop(listener.accept().unwrap()));
+    assert_eq!(asked(), 0);
+    server.join().unwrap();
     // Many at once: each has an instance of its own, and none is left.
     thread::scope(|scope| {
         for _ in 0..4 {

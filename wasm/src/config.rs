@@ -13,6 +13,9 @@ pub struct EngineConfig {
     pub max_module_bytes: u64,
     /// Count instructions, so that [`crate::ContainerConfig::fuel`] works. Costs speed.
     pub fuel: bool,
+    /// Take down the state of a program that traps, so that [`crate::ContainerConfig::core_dump`]
+    /// works.
+    pub core_dumps: bool,
     /// Compiled programs kept mapped in this process, by number.
     pub loaded_programs: usize,
 }
@@ -46,6 +49,7 @@ impl Default for EngineConfig {
             cache: None,
             max_module_bytes: 100 << 20,
             fuel: false,
+            core_dumps: false,
             loaded_programs: 64,
         }
     }

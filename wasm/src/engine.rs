@@ -33,6 +33,7 @@ pub(crate) struct Inner {
     cache: Option<DiskCache>,
     max_module_bytes: u64,
     pub(crate) fuel: bool,
+    pub(crate) core_dumps: bool,
     /// What besides the program decides about its code.
     configuration: Vec<u8>,
     loaded: Mutex<LoadedPrograms>,
@@ -94,6 +95,7 @@ fn wasmtime_config(config: &EngineConfig) -> Config {
     c.wasm_backtrace_details(wasmtime::WasmBacktraceDetails::Enable);
     // Nobody unwinds through our stacks with the system's unwinder.
     c.native_unwind_info(false);
+    c.coredump_on_trap(config.core_dumps);
     c.memory_init_cow(true);
     if let Allocation::Pooling { instances } = config.allocation {
         let mut pool = PoolingAllocationConfig::new();
@@ -117,6 +119,19 @@ fn wasmtime_config(config: &EngineConfig) -> Config {
         c.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
     }
     c
+}
+
+/// Reads the usual form of a digest.
+fn digest_of(text: &str) -> Option<Sha> {
+    let digits = text.strip_prefix("sha256:")?.as_bytes();
+    let mut digest = Sha::default();
+    if digits.len() != 2 * digest.len() {
+        return None;
+    }
+    for (byte, pair) in digest.iter_mut().zip(digits.chunks_exact(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
+    }
+    Some(digest)
 }
 
 /// Collects what is hashed, so that all of it goes into a key.
@@ -156,6 +171,7 @@ impl Engine {
             cache: config.cache.as_ref().map(DiskCache::open).transpose()?,
             max_module_bytes: config.max_module_bytes,
             fuel: config.fuel,
+            core_dumps: config.core_dumps,
             configuration: configuration.0,
             loaded: Mutex::new(LoadedPrograms {
                 limit: config.loaded_programs,
@@ -194,6 +210,13 @@ impl Engine {
                 self.bytes(name, &digest, bytes)
             }
         }
+    }
+
+    /// A program that was made ready before, by the digest of its bytes (`sha256:` and hexadecimal
+    /// digits). It is neither read nor compiled.
+    pub fn find(&self, name: &str, digest: &str) -> Option<Program> {
+        let digest = digest_of(digest)?;
+        self.loaded(&digest).or_else(|| self.cached(name, &digest))
     }
 
     fn file(&self, name: &str, file: &File) -> Result<Program, WasmError> {

@@ -23,7 +23,7 @@ pub enum WasmError {
     },
     /// The file is larger than is compiled for anybody.
     #[error(
-        "{name}: {size} bytes of WebAssembly exceed the limit of {limit}; raise max_module_bytes if the program is trusted"
+        "{name}: {size} bytes of WebAssembly exceed the limit of {limit} (a daemon's is wasm.max_module_mib)"
     )]
     TooLarge {
         /// The program.

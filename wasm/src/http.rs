@@ -2,15 +2,16 @@
 //! a prepared one, gone afterwards.
 
 use std::convert::Infallible;
-use std::net::TcpListener as StdListener;
+use std::net::{SocketAddr, TcpListener as StdListener};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
+use hyper::header::{HOST, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper::{Request, Response, StatusCode};
+use hyper::{Request, Response, StatusCode, Version};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::sync::{Semaphore, oneshot};
@@ -125,9 +126,15 @@ async fn accept(setup: &Arc<Setup>, listener: StdListener, requests: Arc<Semapho
 
 async fn connection(setup: Arc<Setup>, stream: tokio::net::TcpStream, requests: Arc<Semaphore>) {
     let control = Arc::clone(&setup.inner.control);
+    let own = stream.local_addr().ok();
     let service = service_fn(|request| {
         let (setup, requests) = (Arc::clone(&setup), Arc::clone(&requests));
-        async move { Ok::<_, Infallible>(answer(setup, request, requests).await) }
+        async move {
+            Ok::<_, Infallible>(match with_host(request, own) {
+                Some(request) => answer(setup, request, requests).await,
+                None => error(StatusCode::BAD_REQUEST, "the request names no host\n"),
+            })
+        }
     });
     let connection = http1::Builder::new()
         .keep_alive(true)
@@ -139,6 +146,21 @@ async fn connection(setup: Arc<Setup>, stream: tokio::net::TcpStream, requests: 
         () = control.draining() => connection.as_mut().graceful_shutdown(),
     }
     let _ = connection.await;
+}
+
+/// Programs are told whom a request is for. Before HTTP 1.1 clients need not say so: then it is the
+/// address that they have connected to. `None`: this one had to.
+fn with_host<B>(mut request: Request<B>, own: Option<SocketAddr>) -> Option<Request<B>> {
+    if request.uri().authority().is_some() || request.headers().contains_key(HOST) {
+        return Some(request);
+    }
+    if request.version() > Version::HTTP_10 {
+        return None;
+    }
+    let own = own.map_or_else(|| "localhost".to_owned(), |own| own.to_string());
+    let host = HeaderValue::from_str(&own).ok()?;
+    request.headers_mut().insert(HOST, host);
+    Some(request)
 }
 
 fn error(status: StatusCode, text: &str) -> Response<WasiBody> {
@@ -299,4 +321,36 @@ async fn p3(
     });
     let (head, work) = tokio::join!(head, work);
     head.and(work.flatten()).map_err(after)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_clients_need_name_no_host() {
+        let own: SocketAddr = "10.0.0.1:8080".parse().expect("address");
+        let request = |version, host: Option<&str>| {
+            let mut request = Request::builder().version(version).uri("/x");
+            if let Some(host) = host {
+                request = request.header(HOST, host);
+            }
+            with_host(request.body(()).expect("request"), Some(own))
+        };
+        let told =
+            |request: Option<Request<()>>| Some(request?.headers()[HOST].to_str().ok()?.to_owned());
+        assert_eq!(
+            told(request(Version::HTTP_10, None)).as_deref(),
+            Some("10.0.0.1:8080")
+        );
+        assert_eq!(
+            told(request(Version::HTTP_10, Some("a"))).as_deref(),
+            Some("a")
+        );
+        assert_eq!(
+            told(request(Version::HTTP_11, Some("b"))).as_deref(),
+            Some("b")
+        );
+        assert!(request(Version::HTTP_11, None).is_none());
+    }
 }

@@ -97,6 +97,9 @@ pub struct ContainerConfig {
     pub deadline: Option<Duration>,
     /// Instructions it may execute; needs an engine with fuel.
     pub fuel: Option<u64>,
+    /// Where its memory and stack are written if it traps, as a core dump in the WebAssembly format;
+    /// needs an engine with core dumps. Not for requests of a server.
+    pub core_dump: Option<std::fs::File>,
     /// How a program that serves HTTP is reached.
     pub http: HttpConfig,
     /// It may make sockets and requests and look names up, where the pod has a network.
@@ -147,6 +150,7 @@ impl ContainerConfig {
             cpu_milli: None,
             deadline: None,
             fuel: None,
+            core_dump: None,
             http: HttpConfig::default(),
             sockets: true,
         }
@@ -206,6 +210,11 @@ impl Pod {
         if config.fuel.is_some() && !self.0.engine.0.fuel {
             return Err(unsupported(
                 "fuel needs an engine that counts instructions (EngineConfig::fuel)".into(),
+            ));
+        }
+        if config.core_dump.is_some() && !self.0.engine.0.core_dumps {
+            return Err(unsupported(
+                "core dumps need an engine that takes them (EngineConfig::core_dumps)".into(),
             ));
         }
         if kind.serves_http() && !self.0.threads.has_network() && config.function.is_none() {

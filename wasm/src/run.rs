@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use wasmtime::Store;
 use wasmtime::component::Val as ComponentVal;
+use wasmtime::{Store, WasmCoreDump};
 use wasmtime_wasi::filesystem::WasiFilesystemCtx;
-use wasmtime_wasi::{WasiCtxBuilder, WasiView};
+use wasmtime_wasi::{I32Exit, WasiCtxBuilder, WasiView};
 
 use crate::config::{MAX_RANDOM_BYTES, MAX_RESOURCES};
 use crate::exit::Exit;
@@ -49,9 +49,11 @@ impl Setup {
         if self.has_network() {
             // The calling thread is in the pod's network namespace: that is the boundary. Names
             // are not asked from the host's library but by our own resolver (see `link`).
-            builder.inherit_network().allow_ip_name_lookup(false);
-        } else {
-            builder.allow_tcp(false).allow_udp(false);
+            builder
+                .inherit_network()
+                .allow_tcp(true)
+                .allow_udp(true)
+                .allow_ip_name_lookup(false);
         }
         builder
     }
@@ -106,6 +108,27 @@ impl Setup {
             signal = control.killed() => Err(Exit::signal(signal)),
             done = timed => done.ok_or_else(Exit::deadline),
         }
+    }
+
+    /// Writes the core of a program that trapped, if anybody wants it.
+    fn dump<T: 'static, R>(
+        &self,
+        store: &mut Store<T>,
+        called: wasmtime::Result<R>,
+    ) -> wasmtime::Result<R> {
+        use std::io::Write;
+        if let Err(error) = &called
+            && let Some(mut file) = self.config.core_dump.as_ref()
+            && error.downcast_ref::<I32Exit>().is_none()
+            && let Some(core) = error.downcast_ref::<WasmCoreDump>()
+        {
+            let core = core.serialize(&mut *store, self.config.program.name());
+            if let Err(e) = file.write_all(&core) {
+                let text = format!("the core dump is incomplete: {e}\n");
+                self.stderr.log(&text);
+            }
+        }
+        called
     }
 
     fn exit_of(&self, error: &wasmtime::Error, instantiated: bool) -> Exit {
@@ -253,7 +276,8 @@ async fn core(
         )));
     }
     let mut results = vec![wasmtime::Val::I32(0); ty.results().len()];
-    function.call_async(&mut store, &[], &mut results).await?;
+    let called = function.call_async(&mut store, &[], &mut results).await;
+    setup.dump(&mut store, called)?;
     Ok(0)
 }
 
@@ -265,7 +289,8 @@ async fn command(
     let mut store = setup.component_store()?;
     let command = pre.instantiate_async(&mut store).await?;
     *instantiated = true;
-    let result = command.wasi_cli_run().call_run(&mut store).await?;
+    let called = command.wasi_cli_run().call_run(&mut store).await;
+    let result = setup.dump(&mut store, called)?;
     Ok(u8::from(result.is_err()))
 }
 
@@ -277,9 +302,11 @@ async fn command_p3(
     let mut store = setup.component_store()?;
     let command = pre.instantiate_async(&mut store).await?;
     *instantiated = true;
-    let result = store
+    let called = store
         .run_concurrent(async |accessor| command.wasi_cli_run().call_run(accessor).await)
-        .await??;
+        .await
+        .and_then(|called| called);
+    let result = setup.dump(&mut store, called)?;
     Ok(u8::from(result.is_err()))
 }
 
@@ -304,7 +331,8 @@ async fn named(
     }
     *instantiated = true;
     let mut results = vec![ComponentVal::Bool(false); ty.results().len()];
-    function.call_async(&mut store, &[], &mut results).await?;
+    let called = function.call_async(&mut store, &[], &mut results).await;
+    setup.dump(&mut store, called)?;
     Ok(u8::from(matches!(
         results.first(),
         Some(ComponentVal::Result(Err(_)))

@@ -208,8 +208,10 @@ async fn serve(
     };
     let microvms = vms(Guests::Linux).await?;
     let app_pods = vms(Guests::App).await?;
-    let wasm_pods = Controller::new(Wasm::new(Arc::clone(&config)), events.clone());
-    let process_pods = Controller::new(Processes::new(Arc::clone(&config), host_mounts), events);
+    let processes = Processes::new(Arc::clone(&config), host_mounts);
+    let wasm = Wasm::new(Arc::clone(&config), processes.clone());
+    let wasm_pods = Controller::new(wasm, events.clone());
+    let process_pods = Controller::new(processes, events);
     // All sockets are there before any of them is served.
     let listeners = (
         bind(&config.socket)?,

@@ -17,4 +17,5 @@ pub use layer::ContainerRoot;
 pub use manifest::ImageConfig;
 pub use source::{display_name, hex_digest};
 pub use store::{Image, Progress, Silent, Store};
+pub(crate) use wasm::is_module;
 pub use wasm::{WasmImage, open_in_image};

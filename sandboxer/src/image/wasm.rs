@@ -36,7 +36,7 @@ pub enum WasmImage {
 
 /// Media types of layers that are modules or components: those of the OCI artifact guidance, of
 /// runwasi and of its predecessors.
-fn is_module(media_type: &str) -> bool {
+pub(crate) fn is_module(media_type: &str) -> bool {
     matches!(
         media_type,
         "application/wasm"

@@ -95,6 +95,9 @@ struct RunArgs {
     /// Compile anew and keep nothing.
     #[arg(long)]
     no_cache: bool,
+    /// If the program traps, write its memory and stack to FILE (WebAssembly core dump).
+    #[arg(long, value_name = "FILE")]
+    core_dump: Option<PathBuf>,
     /// Write exit code, times and use of memory to FILE as JSON.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -148,10 +151,18 @@ pub fn run(args: Args, context: &Context) -> Result<u8, CliError> {
             directory: store.root().join("wasm-code"),
             max_bytes: CACHE_BYTES,
         }),
+        core_dumps: args.core_dump.is_some(),
         ..EngineConfig::default()
     })?;
     let image = store.get_wasm(&path, &mut Bar::new(&signals))?;
     let mut prepared = prepare(&args, &store, &engine, image, function)?;
+    // Not before it is known that there is something to run.
+    let core = args
+        .core_dump
+        .as_deref()
+        .map(CoreFile::create)
+        .transpose()?;
+    prepared.config.core_dump = core.as_ref().map(CoreFile::open).transpose()?;
     let pod = Pod::new(&engine, pod_config(&args)?);
     let command = prepared.config.args.clone();
     let container = pod.create(prepared.config)?;
@@ -160,7 +171,40 @@ pub fn run(args: Args, context: &Context) -> Result<u8, CliError> {
     let exit = wait(&container, &signals)?;
     // The root is unmounted before anything is reported.
     drop(prepared.root.take());
+    drop(core);
     report(&args, context, &command, &container, &exit, boot, begin)
+}
+
+/// The file of a core dump. It is removed if nothing was written.
+struct CoreFile<'a> {
+    path: &'a Path,
+    file: File,
+}
+
+impl<'a> CoreFile<'a> {
+    fn create(path: &'a Path) -> Result<Self, CliError> {
+        let file = File::create(path)
+            .map_err(|e| CliError::io(format!("core dump {}", path.display()), e))?;
+        Ok(Self { path, file })
+    }
+
+    fn open(&self) -> Result<File, CliError> {
+        let again = self.file.try_clone();
+        again.map_err(|e| CliError::io(format!("core dump {}", self.path.display()), e))
+    }
+}
+
+impl Drop for CoreFile<'_> {
+    fn drop(&mut self) {
+        // A device stays.
+        if self
+            .file
+            .metadata()
+            .is_ok_and(|m| m.is_file() && m.len() == 0)
+        {
+            let _ = std::fs::remove_file(self.path);
+        }
+    }
 }
 
 /// `path#function`; a file whose name holds a `#` is found first.

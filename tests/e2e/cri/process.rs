@@ -99,7 +99,7 @@ fn refusals(node: &mut Node, _: &str) -> Result<()> {
 }
 
 /// The agents of this host's pods: processes that were started as such.
-fn agents() -> Vec<i32> {
+pub fn agents() -> Vec<i32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
     pids.filter(|pid| {
@@ -110,7 +110,7 @@ fn agents() -> Vec<i32> {
 }
 
 /// Processes of this host whose command line holds some text.
-fn processes(text: &str) -> usize {
+pub fn processes(text: &str) -> usize {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries
         .filter_map(|e| fs::read(e.path().join("cmdline")).ok())
@@ -128,7 +128,7 @@ fn busy(node: &Node, name: &str) -> Result<(TestPod, String)> {
 }
 
 /// The pod has ended with whom containerd asks: 137; or that is gone, too: 255, as it says itself.
-fn lost(pod: &TestPod, c: &str, codes: &[i32]) -> Result<()> {
+pub fn lost(pod: &TestPod, c: &str, codes: &[i32]) -> Result<()> {
     let status = pod.cri.wait_exit(c, PATIENCE)?;
     ensure!(codes.contains(&status.exit_code), "{status:?}");
     let begin = Instant::now();

@@ -159,7 +159,13 @@ pub fn port_forward(node: &mut Node, handler: &str) -> Result<()> {
         "mkdir -p /tmp/www && echo forwarded > /tmp/www/x && httpd -p 127.0.0.1:8081 -h /tmp/www",
     )?;
     pod.until(&c, "wget -qO- http://127.0.0.1:8081/x", "forwarded")?;
-    let url = pod.cri.port_forward_url(&pod.id, 8081)?;
+    forwarded(&pod, 8081, "forwarded\n")?;
+    pod.remove()
+}
+
+/// Asks a port of a pod for `/x` by way of containerd, until the answer ends with some text.
+pub fn forwarded(pod: &TestPod, port: i32, wanted: &str) -> Result<()> {
+    let url = pod.cri.port_forward_url(&pod.id, port)?;
     let mut socket = WebSocket::connect(&url, "v4.channel.k8s.io")?;
     socket.send(0, b"GET /x HTTP/1.0\r\n\r\n")?;
     let mut all = Vec::new();
@@ -170,16 +176,16 @@ pub fn port_forward(node: &mut Node, handler: &str) -> Result<()> {
             String::from_utf8_lossy(&data)
         );
         all.extend(data);
-        if all.ends_with(b"forwarded\n") {
+        if all.ends_with(wanted.as_bytes()) {
             break;
         }
     }
     ensure!(
-        all.ends_with(b"forwarded\n"),
+        all.ends_with(wanted.as_bytes()),
         "{}",
         String::from_utf8_lossy(&all)
     );
-    pod.remove()
+    Ok(())
 }
 
 pub fn volumes(node: &mut Node, handler: &str) -> Result<()> {

@@ -6,4 +6,6 @@ pub mod fs;
 pub mod pods;
 pub mod report;
 pub mod wasm;
+pub mod wasm_beside;
+pub mod wasm_idle;
 pub mod wasm_soak;

@@ -149,6 +149,7 @@ impl Report {
         let first = all.first().context("no results")?;
         let mut report = Self::new(name, &first.peer, &first.peer_version);
         for row in &all {
+            report.beside(&row.peer, &row.peer_version);
             report.add(
                 &row.what,
                 &row.unit,
@@ -158,6 +159,7 @@ impl Report {
                 &row.command,
             );
         }
+        report.beside(&first.peer, &first.peer_version);
         Ok(report)
     }
 

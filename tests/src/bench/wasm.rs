@@ -22,18 +22,18 @@ use wasmtime_wasi::p1::WasiP1Ctx;
 
 use super::crun;
 use super::report::{Goal, Report, median};
+use super::wasm_idle;
 use crate::process::Guard;
 use crate::wasm::daemon::{Daemon, connect, run as run_task};
 use crate::wasm::{HELLO_BODY, http_component, wit};
 
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 const STARTS: usize = 300;
 const TASKS: usize = 1000;
 const PYTHON_ROUNDS: usize = 7;
 const REQUESTS: usize = 4000;
 const CLIENTS: usize = 8;
-const IDLE: usize = 1000;
-const COMMAND: &str = "bench wasm";
+pub(super) const COMMAND: &str = "bench wasm";
 
 /// Prints `.` and ends.
 pub(super) const DOT: &str = r#"(module
@@ -46,16 +46,6 @@ pub(super) const DOT: &str = r#"(module
     (i32.store (i32.const 4) (i32.const 1))
     (drop (call $write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 16)))))"#;
 const LOOP: &str = r#"(module (func (export "_start") (loop $l (br $l))))"#;
-/// Waits an hour.
-const SLEEP: &str = r#"(module
-  (import "wasi_snapshot_preview1" "poll_oneoff"
-    (func $poll (param i32 i32 i32 i32) (result i32)))
-  (memory (export "memory") 1)
-  (func (export "_start")
-    (i32.store (i32.const 16) (i32.const 1))
-    (i64.store (i32.const 24) (i64.const 3600000000000))
-    (drop (call $poll (i32.const 0) (i32.const 512) (i32.const 1) (i32.const 1024)))))"#;
-
 struct Bench {
     engine: Engine,
     scratch: tempfile::TempDir,
@@ -94,7 +84,8 @@ pub fn run() -> Result<Report> {
     bench.kills()?;
     bench.python()?;
     bench.http()?;
-    bench.idle()?;
+    wasm_idle::of_library(&bench.engine, &mut bench.report)?;
+    wasm_idle::of_daemon(&mut bench.report)?;
     Ok(bench.report)
 }
 
@@ -480,17 +471,13 @@ impl Bench {
                 peer.push(timed(&mut command)?);
             }
         }
-        let goal = if peer.is_empty() {
-            Goal::Shown
-        } else {
-            Goal::Ratio(1.1)
-        };
         self.report.add(
             "CPython 3.12 as a command; peer: wasmtime run, precompiled",
             "ms",
             &ours,
             &peer,
-            goal,
+            // Not met without the peer.
+            Goal::Ratio(1.1),
             "vmmctl wasm run python.wasm -- -c 'print(6*7)'",
         );
         Ok(())
@@ -557,90 +544,17 @@ impl Bench {
             Goal::Value(0.5),
             "peer: wasmtime serve --max-instance-reuse-count 1",
         );
-        let goal = if peer_time.is_empty() {
-            Goal::Shown
-        } else {
-            Goal::Ratio(1.0 / 0.9)
-        };
         self.report.add(
             "HTTP, time of 1,000 requests by 8 clients",
             "s",
             &time,
             &peer_time,
-            goal,
+            Goal::Ratio(1.0 / 0.9),
             "peer: wasmtime serve --max-instance-reuse-count 1",
         );
         drop(peer.take());
         container.signal(15)?;
         wait(&container)?;
-        Ok(())
-    }
-
-    /// What programs cost that wait.
-    fn idle(&mut self) -> Result<()> {
-        let program = self.load(SLEEP)?;
-        let before = pss_kib()?;
-        let mut all = Vec::new();
-        for _ in 0..IDLE {
-            let pod = self.pod();
-            let container = pod.create(ContainerConfig::new("c", program.clone()))?;
-            container.start()?;
-            all.push((pod, container));
-        }
-        for (_, container) in &all {
-            let begin = Instant::now();
-            while container.stats().memory_bytes == 0 {
-                if begin.elapsed() > PATIENCE {
-                    bail!("{container:?} does not start");
-                }
-                std::thread::yield_now();
-            }
-        }
-        let after = pss_kib()?;
-        self.report.add(
-            "memory of a waiting program in a pod of its own (1,000 of them)",
-            "KiB",
-            &[(after - before) / IDLE as f64],
-            &[],
-            Goal::Shown,
-            COMMAND,
-        );
-        let cpu = || nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF);
-        let switches = |usage: nix::sys::resource::Usage| usage.voluntary_context_switches();
-        let begin = switches(cpu()?);
-        std::thread::sleep(Duration::from_secs(3));
-        let wakes = switches(cpu()?) - begin;
-        self.report.add(
-            "wake-ups a second of a process with 1,000 waiting programs",
-            "1/s",
-            &[wakes as f64 / 3.0],
-            &[],
-            Goal::Value(1.0),
-            COMMAND,
-        );
-        for (_, container) in &all {
-            container.signal(9)?;
-        }
-        for (_, container) in &all {
-            container.wait()?;
-        }
-        drop(all);
-        // Pods whose programs have ended keep nothing but themselves.
-        let pods: Vec<Pod> = (0..IDLE).map(|_| self.pod()).collect();
-        for pod in &pods {
-            let container = pod.create(ContainerConfig::new("c", self.load(DOT)?))?;
-            container.start()?;
-            wait(&container)?;
-        }
-        std::thread::sleep(Duration::from_secs(4));
-        self.report.add(
-            "PSS of the process with 1,000 idle pods",
-            "MiB",
-            &[pss_kib()? / 1024.0],
-            &[],
-            Goal::Shown,
-            COMMAND,
-        );
         Ok(())
     }
 }
@@ -667,19 +581,6 @@ fn timed(command: &mut Command) -> Result<f64> {
     }
     check(&String::from_utf8_lossy(&output.stdout))?;
     Ok(time)
-}
-
-fn pss_kib() -> Result<f64> {
-    let text = fs::read_to_string("/proc/self/smaps_rollup")?;
-    text.lines()
-        .find_map(|line| {
-            line.strip_prefix("Pss:")?
-                .split_whitespace()
-                .next()?
-                .parse()
-                .ok()
-        })
-        .context("no Pss in smaps_rollup")
 }
 
 fn free_address() -> Result<SocketAddr> {

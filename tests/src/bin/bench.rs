@@ -1,10 +1,10 @@
-//! `bench boot|fs|pods|wasm …`, `bench wasm-soak COUNT`: see the modules of `bulkhead_tests::bench`.
+//! `bench boot|fs|pods|wasm|wasm-beside …`, `bench wasm-soak COUNT`: see the modules of `bulkhead_tests::bench`.
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use bulkhead_tests::bench::report::Report;
-use bulkhead_tests::bench::{boot, fs, pods, wasm, wasm_soak};
+use bulkhead_tests::bench::{boot, fs, pods, wasm, wasm_beside, wasm_soak};
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
@@ -52,6 +52,12 @@ fn main() -> Result<()> {
         "wasm" => {
             let out = PathBuf::from(args.next().context("bench wasm OUT_DIR")?);
             wasm::run()?.finish(&out)
+        }
+        "wasm-beside" => {
+            let usage = "bench wasm-beside SANDBOXER OUT_DIR";
+            let sandboxer = PathBuf::from(args.next().context(usage)?);
+            let out = PathBuf::from(args.next().context(usage)?);
+            wasm_beside::run(&sandboxer)?.finish(&out)
         }
         "wasm-soak" => {
             let count = args.next().context("bench wasm-soak COUNT")?.parse()?;

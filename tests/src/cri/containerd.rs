@@ -334,7 +334,11 @@ impl Node {
         Ok(fs::write(file, serde_json::to_string(&conf)?)?)
     }
 
-    fn ctr(&self, args: &[&str]) -> Result<()> {
+    /// containerd's own command, in CRI's namespace.
+    ///
+    /// # Errors
+    /// It fails; with what it says.
+    pub fn ctr(&self, args: &[&str]) -> Result<String> {
         let output = Command::new("ctr")
             .args(["--address", SOCKET, "--namespace", "k8s.io"])
             .args(args)
@@ -343,7 +347,7 @@ impl Node {
         if !output.status.success() {
             bail!("ctr {args:?}: {}", String::from_utf8_lossy(&output.stderr));
         }
-        Ok(())
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     fn import(&self, name: &str) -> Result<()> {
@@ -351,6 +355,7 @@ impl Node {
             .with_context(|| format!("image {name} is missing: run `just fixtures`"))?;
         let tar = image.oci_tar.display().to_string();
         self.ctr(&["images", "import", "--all-platforms", &tar])
+            .map(drop)
     }
 
     /// runc wants an image whose program sleeps for ever: busybox's, with another command.
@@ -401,6 +406,7 @@ impl Node {
             bail!("tar failed");
         }
         self.ctr(&["images", "import", "--all-platforms", &tar])
+            .map(drop)
     }
 }
 

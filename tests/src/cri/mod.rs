@@ -4,6 +4,7 @@
 pub mod containerd;
 pub mod grpc;
 pub mod proto;
+pub mod registry;
 mod testpod;
 mod websocket;
 
@@ -116,6 +117,21 @@ impl Cri {
     pub fn pods(&self) -> Result<Vec<PodSandbox>> {
         let answer: ListPodSandboxResponse = self.call("ListPodSandbox", &Nothing {})?;
         Ok(answer.items)
+    }
+
+    /// PullImage, of `runtime.v1.ImageService`.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn pull(&self, image: &str) -> Result<String> {
+        let request = PullImageRequest {
+            image: Some(ImageSpec {
+                image: image.to_owned(),
+            }),
+        };
+        let path = "/runtime.v1.ImageService/PullImage";
+        let answer: PullImageResponse = self.client.call(path, &request, CALL)?;
+        Ok(answer.image_ref)
     }
 
     /// CreateContainer.

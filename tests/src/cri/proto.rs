@@ -245,6 +245,18 @@ pub struct ContainerMetadata {
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
+pub struct PullImageRequest {
+    #[prost(message, optional, tag = "1")]
+    pub image: Option<ImageSpec>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct PullImageResponse {
+    #[prost(string, tag = "1")]
+    pub image_ref: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
 pub struct ImageSpec {
     #[prost(string, tag = "1")]
     pub image: String,

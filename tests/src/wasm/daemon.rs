@@ -165,10 +165,7 @@ impl Daemon {
     /// # Errors
     /// It cannot be written.
     pub fn image(&self, name: &str, program: &[u8]) -> Result<PathBuf> {
-        let root = self.dir().join("images").join(name);
-        fs::create_dir_all(&root)?;
-        fs::write(root.join("app.wasm"), program)?;
-        Ok(root)
+        image(self.dir(), name, program)
     }
 
     /// Prepares a container of `image`, with `change` made to its OCI spec.
@@ -182,46 +179,71 @@ impl Daemon {
         args: &[&str],
         change: impl FnOnce(&mut Value),
     ) -> Result<Bundle> {
-        let dir = self.dir().join("bundles").join(id);
-        fs::create_dir_all(&dir)?;
-        let mut spec = json!({
-            "ociVersion": "1.2.0",
-            "process": {"args": args, "cwd": "/", "env": []},
-            "root": {"path": "rootfs"},
-            "mounts": [],
-            "linux": {"resources": {}},
-        });
-        change(&mut spec);
-        fs::write(dir.join("config.json"), serde_json::to_vec(&spec)?)?;
-        let fifo = |name: &str| -> Result<(String, File)> {
-            let path = dir.join(name);
-            nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU)?;
-            let reader = File::options()
-                .read(true)
-                .custom_flags(libc::O_NONBLOCK)
-                .open(&path)?;
-            Ok((path.display().to_string(), reader))
-        };
-        let (stdout, out) = fifo("stdout")?;
-        let (stderr, err) = fifo("stderr")?;
-        Ok(Bundle {
-            create: CreateTaskRequest {
-                id: id.to_owned(),
-                bundle: dir.display().to_string(),
-                rootfs: vec![Mount {
-                    r#type: "bind".into(),
-                    source: image.display().to_string(),
-                    target: String::new(),
-                    options: vec!["rbind".into(), "rw".into()],
-                }],
-                stdout,
-                stderr,
-                ..CreateTaskRequest::default()
-            },
-            out,
-            err,
-        })
+        bundle(self.dir(), id, image, args, change)
     }
+}
+
+/// Makes an image directory with one file, below `dir`.
+///
+/// # Errors
+/// It cannot be written.
+pub fn image(dir: &Path, name: &str, program: &[u8]) -> Result<PathBuf> {
+    let root = dir.join("images").join(name);
+    fs::create_dir_all(&root)?;
+    fs::write(root.join("app.wasm"), program)?;
+    Ok(root)
+}
+
+/// Prepares a container of `image` in a bundle below `dir`, with `change` made to its OCI spec.
+///
+/// # Errors
+/// The bundle cannot be written.
+pub fn bundle(
+    dir: &Path,
+    id: &str,
+    image: &Path,
+    args: &[&str],
+    change: impl FnOnce(&mut Value),
+) -> Result<Bundle> {
+    let dir = dir.join("bundles").join(id);
+    fs::create_dir_all(&dir)?;
+    let mut spec = json!({
+        "ociVersion": "1.2.0",
+        "process": {"args": args, "cwd": "/", "env": []},
+        "root": {"path": "rootfs"},
+        "mounts": [],
+        "linux": {"resources": {}},
+    });
+    change(&mut spec);
+    fs::write(dir.join("config.json"), serde_json::to_vec(&spec)?)?;
+    let fifo = |name: &str| -> Result<(String, File)> {
+        let path = dir.join(name);
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU)?;
+        let reader = File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&path)?;
+        Ok((path.display().to_string(), reader))
+    };
+    let (stdout, out) = fifo("stdout")?;
+    let (stderr, err) = fifo("stderr")?;
+    Ok(Bundle {
+        create: CreateTaskRequest {
+            id: id.to_owned(),
+            bundle: dir.display().to_string(),
+            rootfs: vec![Mount {
+                r#type: "bind".into(),
+                source: image.display().to_string(),
+                target: String::new(),
+                options: vec!["rbind".into(), "rw".into()],
+            }],
+            stdout,
+            stderr,
+            ..CreateTaskRequest::default()
+        },
+        out,
+        err,
+    })
 }
 
 /// A request that names a sandbox.

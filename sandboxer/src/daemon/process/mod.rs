@@ -47,7 +47,7 @@ const IPC_SYSCTLS: [&str; 8] = [
 pub type ProcessSandbox = AgentSandbox<Arc<HostHome>>;
 
 /// Pods of ordinary containers.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Processes {
     config: Arc<Config>,
     /// The host's mount namespace, in which volumes are found; `None`: ours.
@@ -130,20 +130,12 @@ impl Kind for Processes {
                 "user namespaces are not supported by bulkhead-process: leave hostUsers out".into(),
             );
         }
-        let sysctls = wish.linux.iter().flat_map(|l| l.sysctls.keys());
-        for name in sysctls {
-            check_sysctl(name, &options)?;
-        }
-        Ok(())
+        check_sysctls(wish)
     }
 
     async fn start(&self, plan: Plan) -> Answer<ProcessSandbox> {
         let home = Arc::new(HostHome::default());
-        let this = Self {
-            config: Arc::clone(&self.config),
-            mounts: self.mounts.clone(),
-        };
-        match this.start_in(&plan, &home).await {
+        match self.clone().start_in(&plan, &home).await {
             Ok(()) => Ok(AgentSandbox::new(home, plan.streams)),
             Err(error) => {
                 blocking(move || home.take_down_now()).await?;
@@ -172,14 +164,32 @@ fn parent(wish: &PodSandboxConfig) -> PathBuf {
     cgroup::expand(parent)
 }
 
-/// Refuses what would change the host.
-fn check_sysctl(name: &str, options: &NamespaceOptions) -> Result<(), String> {
-    let path = match name.contains('/') {
+/// Refuses sysctls of a pod that would change the host.
+///
+/// # Errors
+/// The reason.
+pub fn check_sysctls(wish: &PodSandboxConfig) -> Result<(), String> {
+    let options = namespace_options(wish);
+    let mut names = wish.linux.iter().flat_map(|l| l.sysctls.keys());
+    names.try_for_each(|name| check_sysctl(name, &options))
+}
+
+/// Where a sysctl is below `/proc/sys`.
+pub fn sysctl_path(name: &str) -> String {
+    match name.contains('/') {
         true => name.to_owned(),
         false => name.replace('.', "/"),
-    };
+    }
+}
+
+/// Refuses what would change the host.
+fn check_sysctl(name: &str, options: &NamespaceOptions) -> Result<(), String> {
+    let path = sysctl_path(name);
+    let plain = |part: &str| !matches!(part, "" | "." | "..");
     let ipc = IPC_SYSCTLS.contains(&path.as_str()) || path.starts_with("fs/mqueue/");
-    let reason = if path.starts_with("net/") {
+    let reason = if !path.split('/').all(plain) {
+        Some("that is no name of one")
+    } else if path.starts_with("net/") {
         (options.network == NODE).then_some("the pod has the host's network")
     } else if ipc {
         (options.ipc == NODE).then_some("the pod has the host's IPC")
@@ -244,6 +254,8 @@ mod tests {
             ("kernel.panic", false),
             ("vm.swappiness", false),
             ("network", false),
+            ("net/../kernel/panic", false),
+            ("net//kernel", false),
         ] {
             assert_eq!(check_sysctl(name, &own).is_ok(), pods_own, "{name}");
             assert!(check_sysctl(name, &hosts).is_err(), "{name}");

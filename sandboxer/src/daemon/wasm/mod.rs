@@ -2,6 +2,8 @@
 //! the runtime `bulkhead-wasm`. The programs run on threads of this process, in `bulkhead-wasm`'s
 //! engine; see `docs/wasm.md`.
 
+mod artifact;
+mod ordinary;
 mod root;
 mod sandbox;
 mod spec;
@@ -9,21 +11,25 @@ mod stdio;
 
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use bulkhead_protocol::rpc::{Code, Status};
 use bulkhead_wasm::{
     Allocation, CacheConfig, Engine, EngineConfig, Network, PodConfig, Resolver, ThreadHook,
 };
 
+use super::agent::setup::{USUAL_SYSCTLS, sysctls};
 use super::cgroup::{CpuShare, Threads, clean_threads};
 use super::config::Config;
 use super::pod::blocking;
+use super::process::{Processes, check_sysctls, sysctl_path};
 use super::proto::{NODE, PodSandboxConfig};
 use super::sandbox::{Answer, Kind, Plan};
 use super::state::State;
 use super::storage::Storage;
 use super::vm::resources;
+use ordinary::Ordinary;
+use sandbox::Running;
 pub use sandbox::WasmSandbox;
 
 /// Pods of one daemon.
@@ -37,14 +43,17 @@ pub struct Wasm {
     config: Arc<Config>,
     /// Made when first needed: it reserves a lot of address space.
     engine: Arc<OnceLock<Engine>>,
+    /// For what is no wasm program in its pods.
+    processes: Processes,
 }
 
 impl Wasm {
-    /// Without an engine yet.
-    pub fn new(config: Arc<Config>) -> Self {
+    /// Without an engine yet. `processes` makes the ordinary containers of its pods.
+    pub fn new(config: Arc<Config>, processes: Processes) -> Self {
         Self {
             config,
             engine: Arc::default(),
+            processes,
         }
     }
 }
@@ -64,18 +73,20 @@ impl Kind for Wasm {
         MAX_PODS
     }
 
-    fn check(&self, _: &PodSandboxConfig) -> Result<(), String> {
-        Ok(())
+    fn check(&self, wish: &PodSandboxConfig) -> Result<(), String> {
+        check_sysctls(wish)
     }
 
     async fn start(&self, plan: Plan) -> Answer<WasmSandbox> {
         let (config, engine) = (Arc::clone(&self.config), Arc::clone(&self.engine));
-        blocking(move || build(&config, &engine, plan)).await?
+        let ordinary = Ordinary::new(self.processes.clone(), plan.clone());
+        blocking(move || build(&config, &engine, ordinary, plan)).await?
     }
 
     fn clean(&self, state: &State) {
         // Its network namespace was only looked at, its programs have ended with their process.
         clean_threads(&state.id);
+        self.processes.clean(state);
     }
 }
 
@@ -101,7 +112,12 @@ fn engine(config: &Config, kept: &OnceLock<Engine>) -> Answer<Engine> {
     Ok(kept.get_or_init(|| made).clone())
 }
 
-fn build(config: &Config, kept: &OnceLock<Engine>, plan: Plan) -> Answer<WasmSandbox> {
+fn build(
+    config: &Config,
+    kept: &OnceLock<Engine>,
+    ordinary: Ordinary,
+    plan: Plan,
+) -> Answer<WasmSandbox> {
     let internal = |e: String| Status::new(Code::Internal, e);
     let engine = engine(config, kept)?;
     let storage = Storage::create(&plan.dir).map_err(|e| internal(e.to_string()))?;
@@ -111,6 +127,7 @@ fn build(config: &Config, kept: &OnceLock<Engine>, plan: Plan) -> Answer<WasmSan
         path => {
             let file =
                 File::open(path).map_err(|e| internal(format!("network namespace {path}: {e}")))?;
+            let file = set_network_sysctls(file, Arc::clone(&plan.wish)).map_err(internal)?;
             Network::Namespace(file.into())
         }
     };
@@ -138,7 +155,50 @@ fn build(config: &Config, kept: &OnceLock<Engine>, plan: Plan) -> Answer<WasmSan
             ..PodConfig::default()
         },
     );
-    Ok(WasmSandbox::new(engine, pod, storage, threads, plan))
+    let running = Running {
+        engine,
+        pod,
+        dir: plan.dir.clone(),
+        namespace: plan.namespace.clone(),
+        containerd: config.containerd_ttrpc.clone(),
+        max_module_bytes: config.wasm.max_module_mib.saturating_mul(1 << 20),
+        storage: Mutex::new(Some(storage)),
+        threads: Mutex::new(threads),
+    };
+    Ok(WasmSandbox::new(running, ordinary, plan))
+}
+
+/// Sets those of the pod's sysctls that belong to a network namespace, in this one. Others are for
+/// ordinary containers: a wasm program has nothing they are about.
+fn set_network_sysctls(namespace: File, wish: Arc<PodSandboxConfig>) -> Result<File, String> {
+    use nix::sched::{CloneFlags, setns};
+    // On a thread that ends with it: what `/proc/sys/net` shows is the namespace of who opens it.
+    let work = move || {
+        setns(&namespace, CloneFlags::CLONE_NEWNET)
+            .map_err(|e| format!("entering the pod's network namespace: {e}"))?;
+        for (name, value) in sysctls(USUAL_SYSCTLS, &wish) {
+            let path = sysctl_path(&name);
+            if !path.starts_with("net/") {
+                continue;
+            }
+            let written = std::fs::write(PathBuf::from("/proc/sys").join(&path), &value);
+            let asked_for = wish
+                .linux
+                .as_ref()
+                .is_some_and(|l| l.sysctls.contains_key(&name));
+            match written {
+                Err(e) if asked_for => return Err(format!("sysctl {name} = {value:?}: {e}")),
+                Err(error) => tracing::debug!(%error, name, "a usual sysctl is not set"),
+                Ok(()) => {}
+            }
+        }
+        Ok(namespace)
+    };
+    let thread = std::thread::Builder::new().name("wasm-sysctl".into());
+    let thread = thread.spawn(work).map_err(|e| format!("a thread: {e}"))?;
+    thread
+        .join()
+        .map_err(|_| "setting sysctls failed".to_owned())?
 }
 
 fn wants_host_network(wish: &PodSandboxConfig) -> bool {

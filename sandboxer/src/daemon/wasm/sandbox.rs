@@ -1,7 +1,10 @@
-//! A running pod of wasm programs as the front sees it.
+//! A running pod of wasm programs as the front sees it. What is no such program is handed on to
+//! [`Ordinary`].
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -11,11 +14,15 @@ use bulkhead_protocol::rpc::{Code, Status};
 use bulkhead_protocol::task::*;
 use bulkhead_protocol::types::Mount;
 use bulkhead_wasm::{self as engine, ContainerConfig, Engine, Program, Reason, Source, WasmError};
+use nix::fcntl::OFlag;
 use tokio::sync::Notify;
 
+use super::Ordinary;
+use super::artifact::Containerd;
 use super::root;
 use super::spec::{self, Wish};
 use super::stdio::{self, Held};
+use crate::daemon::agent::AgentProcess;
 use crate::daemon::cgroup::Threads;
 use crate::daemon::events::{Event, Events, now};
 use crate::daemon::pod::blocking;
@@ -25,6 +32,7 @@ use crate::daemon::stdio::Names;
 use crate::daemon::storage::{Storage, StorageError};
 use crate::daemon::streaming::Streams;
 use crate::daemon::task::read_spec;
+use crate::fsutil;
 use crate::image::open_in_image;
 use crate::timeouts;
 
@@ -37,14 +45,21 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// What blocking calls need.
 #[derive(Debug)]
-struct Running {
-    engine: Engine,
-    pod: engine::Pod,
-    dir: PathBuf,
+pub(super) struct Running {
+    pub(super) engine: Engine,
+    pub(super) pod: engine::Pod,
+    /// The pod's directory.
+    pub(super) dir: PathBuf,
+    /// containerd's, of the pod.
+    pub(super) namespace: String,
+    /// containerd's socket of events.
+    pub(super) containerd: PathBuf,
+    /// Largest program that is read.
+    pub(super) max_module_bytes: u64,
     /// `None`: taken down.
-    storage: Mutex<Option<Storage>>,
+    pub(super) storage: Mutex<Option<Storage>>,
     /// Where its threads are counted, and held to the pod's share of CPU.
-    threads: Mutex<Option<Threads>>,
+    pub(super) threads: Mutex<Option<Threads>>,
 }
 
 /// A running pod.
@@ -56,6 +71,16 @@ pub struct WasmSandbox {
     streams: Arc<Streams>,
     running: Arc<Running>,
     programs: Mutex<HashMap<String, engine::Container>>,
+    ordinary: Ordinary,
+}
+
+/// A process of a container.
+#[derive(Debug)]
+pub enum PodProcess {
+    /// A wasm program.
+    Wasm(WasmProcess),
+    /// Of an ordinary container.
+    Ordinary(AgentProcess),
 }
 
 /// A container's program.
@@ -104,46 +129,25 @@ fn precondition(error: impl ToString) -> Status {
 
 impl WasmSandbox {
     /// Ready for containers.
-    pub(super) fn new(
-        engine: Engine,
-        pod: engine::Pod,
-        storage: Storage,
-        threads: Option<Threads>,
-        plan: Plan,
-    ) -> Self {
+    pub(super) fn new(running: Running, ordinary: Ordinary, plan: Plan) -> Self {
         Self {
             id: plan.id,
             namespace: plan.namespace,
             events: plan.events,
             streams: plan.streams,
-            running: Arc::new(Running {
-                engine,
-                pod,
-                dir: plan.dir,
-                storage: Mutex::new(Some(storage)),
-                threads: Mutex::new(threads),
-            }),
+            running: Arc::new(running),
             programs: Mutex::default(),
+            ordinary,
         }
     }
 
-    fn program(&self, container: &str) -> Answer<engine::Container> {
-        lock(&self.programs).get(container).cloned().ok_or_else(|| {
-            Status::new(Code::NotFound, format!("there is no container {container}"))
-        })
-    }
-}
-
-impl Sandbox for WasmSandbox {
-    type Process = WasmProcess;
-
-    async fn ended(&self) -> OwnEnd {
-        // There is nothing that could end but its programs.
-        std::future::pending().await
+    /// The program of a container; `None`: it is an ordinary one.
+    fn program(&self, container: &str) -> Option<engine::Container> {
+        lock(&self.programs).get(container).cloned()
     }
 
-    /// First in peace, then by force.
-    async fn shut_down(&self, grace: Duration) {
+    /// Asks the wasm programs to end: first in peace, then by force.
+    async fn end_programs(&self, grace: Duration) {
         let programs: Vec<_> = lock(&self.programs).values().cloned().collect();
         for (signal, time) in [(libc::SIGTERM, grace), (libc::SIGKILL, END_TIME)] {
             if time.is_zero() {
@@ -166,9 +170,82 @@ impl Sandbox for WasmSandbox {
         }
         tracing::warn!(sandbox = self.id, "a program does not end");
     }
+}
+
+impl WasmProcess {
+    async fn wait(&self, sandbox: &WasmSandbox, of: &Of) -> Exit {
+        let exit = tokio::select! {
+            exit = self.program.ended() => exit,
+            () = self.discarded.notified() => {
+                return Exit { status: KILLED, at: now() };
+            }
+        };
+        if exit.reason == Reason::OutOfMemory {
+            let event = Event::Oom(TaskId {
+                container_id: of.container.clone(),
+            });
+            sandbox.events.send(&sandbox.namespace, event);
+        }
+        let words = exit.message.as_deref().and_then(|m| m.lines().next());
+        let words = words.map(|line| format!("wasm: {line}"));
+        let mut held = self.held.lock().await;
+        held.finish(words.as_deref(), timeouts::drain()).await;
+        drop(held);
+        Exit {
+            status: exit.code.into(),
+            at: now(),
+        }
+    }
+
+    /// One that runs is ended: containerd asks for that by a Kill before, but not always.
+    fn delete(&self) {
+        let _ = self.program.signal(libc::SIGKILL);
+        if self.program.status() == engine::Status::Created {
+            self.discarded.notify_one();
+        }
+    }
+
+    fn kill(&self, request: &KillRequest) -> Answer<()> {
+        let signal = i32::try_from(request.signal).map_err(|_| {
+            Status::new(
+                Code::InvalidArgument,
+                format!("there is no signal {}", request.signal),
+            )
+        })?;
+        if self.program.status() == engine::Status::Created && signal == libc::SIGKILL {
+            // As runc does: what never started ends.
+            self.discarded.notify_one();
+            return Ok(());
+        }
+        self.program.signal(signal).map_err(precondition)
+    }
+}
+
+impl Sandbox for WasmSandbox {
+    type Process = PodProcess;
+
+    async fn ended(&self) -> OwnEnd {
+        // Of the wasm part, there is nothing that could end but its programs.
+        self.ordinary.ended().await
+    }
+
+    async fn shut_down(&self, grace: Duration) {
+        tokio::join!(self.end_programs(grace), self.ordinary.shut_down(grace));
+    }
 
     fn take_down(&self) {
-        lock(&self.programs).clear();
+        self.ordinary.take_down();
+        let programs = std::mem::take(&mut *lock(&self.programs));
+        // Where nobody has asked them to end, as when the agent has died.
+        for program in programs.values() {
+            let _ = program.signal(libc::SIGKILL);
+        }
+        for program in programs.values() {
+            if program.status() != engine::Status::Created {
+                program.wait_for(END_TIME);
+            }
+        }
+        drop(programs);
         // Mounts go with it.
         *lock(&self.running.storage) = None;
         self.running.pod.close();
@@ -178,7 +255,7 @@ impl Sandbox for WasmSandbox {
     }
 
     fn info(&self) -> Option<String> {
-        None
+        self.ordinary.running().and_then(|o| o.info())
     }
 
     fn figures(&self) -> Vec<Figure> {
@@ -195,37 +272,44 @@ impl Sandbox for WasmSandbox {
             .unwrap_or_default()
     }
 
-    async fn create(&self, request: &CreateTaskRequest) -> Answer<(WasmProcess, u32)> {
+    async fn create(&self, request: &CreateTaskRequest) -> Answer<(PodProcess, u32)> {
         let names = Names {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
             terminal: request.terminal,
         };
-        let stdio::Connected {
-            stdin,
-            stdout,
-            stderr,
-            held,
-        } = stdio::connect(&names, &self.streams)?;
-        let running = Arc::clone(&self.running);
+        let (running, streams) = (Arc::clone(&self.running), Arc::clone(&self.streams));
         let (id, bundle) = (request.id.clone(), request.bundle.clone());
         let rootfs = request.rootfs.clone();
-        let program = blocking(move || {
-            let mut config = prepare(&running, &id, Path::new(&bundle), &rootfs)?;
+        let made = blocking(move || {
+            let Some(mut config) = prepare(&running, &id, Path::new(&bundle), &rootfs)? else {
+                return Ok(None);
+            };
+            // On a thread of the runtime, too.
+            let stdio::Connected {
+                stdin,
+                stdout,
+                stderr,
+                held,
+            } = stdio::connect(&names, &streams)?;
             config.stdin = stdin;
             config.stdout = stdout;
             config.stderr = stderr;
-            running.pod.create(config).map_err(|e| engine_failed(&e))
-        })
-        .await??;
+            let program = running.pod.create(config).map_err(|e| engine_failed(&e))?;
+            Ok(Some((program, held)))
+        });
+        let Some((program, held)) = made.await?? else {
+            let (process, pid) = self.ordinary.started().await?.create(request).await?;
+            return Ok((PodProcess::Ordinary(process), pid));
+        };
         lock(&self.programs).insert(request.id.clone(), program.clone());
         let process = WasmProcess {
             program,
             held: tokio::sync::Mutex::new(held),
             discarded: Notify::new(),
         };
-        Ok((process, std::process::id()))
+        Ok((PodProcess::Wasm(process), std::process::id()))
     }
 
     fn discard(&self, container: &str) {
@@ -233,93 +317,103 @@ impl Sandbox for WasmSandbox {
         if let Some(storage) = lock(&self.running.storage).as_mut() {
             storage.remove(container);
         }
+        if let Some(ordinary) = self.ordinary.running() {
+            ordinary.discard(container);
+        }
     }
 
-    async fn exec(&self, _: &ExecProcessRequest) -> Answer<WasmProcess> {
-        Err(no_exec())
+    async fn exec(&self, request: &ExecProcessRequest) -> Answer<PodProcess> {
+        if self.program(&request.id).is_some() {
+            return Err(no_exec());
+        }
+        let process = self.ordinary.get()?.exec(request).await?;
+        Ok(PodProcess::Ordinary(process))
     }
 
-    async fn start(&self, process: &WasmProcess, _: &Of) -> Answer<u32> {
-        let program = process.program.clone();
-        // It may have to make a thread.
-        let started = blocking(move || program.start()).await?;
-        started.map_err(precondition)?;
-        Ok(std::process::id())
-    }
-
-    async fn wait(&self, process: &WasmProcess, of: &Of) -> Option<Exit> {
-        let exit = tokio::select! {
-            exit = process.program.ended() => exit,
-            () = process.discarded.notified() => {
-                return Some(Exit { status: KILLED, at: now() });
+    async fn start(&self, process: &PodProcess, of: &Of) -> Answer<u32> {
+        match process {
+            PodProcess::Wasm(process) => {
+                let program = process.program.clone();
+                // It may have to make a thread.
+                let started = blocking(move || program.start()).await?;
+                started.map_err(precondition)?;
+                Ok(std::process::id())
             }
-        };
-        if exit.reason == Reason::OutOfMemory {
-            let event = Event::Oom(TaskId {
-                container_id: of.container.clone(),
-            });
-            self.events.send(&self.namespace, event);
+            PodProcess::Ordinary(process) => self.ordinary.get()?.start(process, of).await,
         }
-        let words = exit.message.as_deref().and_then(|m| m.lines().next());
-        let words = words.map(|line| format!("wasm: {line}"));
-        let mut held = process.held.lock().await;
-        held.finish(words.as_deref(), timeouts::drain()).await;
-        drop(held);
-        Some(Exit {
-            status: exit.code.into(),
-            at: now(),
-        })
     }
 
-    async fn delete(&self, process: &WasmProcess, _: &Of) -> Answer<()> {
-        // One that runs is ended: containerd asks for that by a Kill before, but not always.
-        let _ = process.program.signal(libc::SIGKILL);
-        if process.program.status() == engine::Status::Created {
-            process.discarded.notify_one();
+    async fn wait(&self, process: &PodProcess, of: &Of) -> Option<Exit> {
+        match process {
+            PodProcess::Wasm(process) => Some(process.wait(self, of).await),
+            PodProcess::Ordinary(process) => self.ordinary.get().ok()?.wait(process, of).await,
         }
-        Ok(())
     }
 
-    async fn kill(&self, process: &WasmProcess, request: &KillRequest) -> Answer<()> {
-        let signal = i32::try_from(request.signal).map_err(|_| {
-            Status::new(
-                Code::InvalidArgument,
-                format!("there is no signal {}", request.signal),
-            )
-        })?;
-        if process.program.status() == engine::Status::Created && signal == libc::SIGKILL {
-            // As runc does: what never started ends.
-            process.discarded.notify_one();
-            return Ok(());
+    async fn delete(&self, process: &PodProcess, of: &Of) -> Answer<()> {
+        match process {
+            PodProcess::Wasm(process) => {
+                process.delete();
+                Ok(())
+            }
+            PodProcess::Ordinary(process) => self.ordinary.get()?.delete(process, of).await,
         }
-        process.program.signal(signal).map_err(precondition)
     }
 
-    async fn resize(&self, _: &WasmProcess, _: &ResizePtyRequest) -> Answer<()> {
-        // There is no terminal whose size could change; clients ask all the same.
-        Ok(())
+    async fn kill(&self, process: &PodProcess, request: &KillRequest) -> Answer<()> {
+        match process {
+            PodProcess::Wasm(process) => process.kill(request),
+            PodProcess::Ordinary(process) => self.ordinary.get()?.kill(process, request).await,
+        }
     }
 
-    async fn close_stdin(&self, process: &WasmProcess) {
-        process.held.lock().await.close_stdin();
+    async fn resize(&self, process: &PodProcess, request: &ResizePtyRequest) -> Answer<()> {
+        match process {
+            // There is no terminal whose size could change; clients ask all the same.
+            PodProcess::Wasm(_) => Ok(()),
+            PodProcess::Ordinary(process) => self.ordinary.get()?.resize(process, request).await,
+        }
     }
 
-    async fn pids(&self, _: &str) -> Answer<PidsResponse> {
-        // It has threads of ours, no process of its own.
-        Ok(PidsResponse {
-            processes: Vec::new(),
-        })
+    async fn close_stdin(&self, process: &PodProcess) {
+        match process {
+            PodProcess::Wasm(process) => process.held.lock().await.close_stdin(),
+            PodProcess::Ordinary(process) => {
+                if let Some(ordinary) = self.ordinary.running() {
+                    ordinary.close_stdin(process).await;
+                }
+            }
+        }
+    }
+
+    async fn pids(&self, container: &str) -> Answer<PidsResponse> {
+        match self.program(container) {
+            // It has threads of ours, no process of its own.
+            Some(_) => Ok(PidsResponse {
+                processes: Vec::new(),
+            }),
+            None => self.ordinary.get()?.pids(container).await,
+        }
     }
 
     async fn pause(&self, container: &str) -> Answer<()> {
-        self.program(container)?.pause().map_err(precondition)
+        match self.program(container) {
+            Some(program) => program.pause().map_err(precondition),
+            None => self.ordinary.get()?.pause(container).await,
+        }
     }
 
     async fn resume(&self, container: &str) -> Answer<()> {
-        self.program(container)?.resume().map_err(precondition)
+        match self.program(container) {
+            Some(program) => program.resume().map_err(precondition),
+            None => self.ordinary.get()?.resume(container).await,
+        }
     }
 
-    async fn update(&self, _: UpdateTaskRequest) -> Answer<()> {
+    async fn update(&self, request: UpdateTaskRequest) -> Answer<()> {
+        if self.program(&request.id).is_none() {
+            return self.ordinary.get()?.update(request).await;
+        }
         Err(Status::new(
             Code::Unimplemented,
             "the limits of a running wasm program cannot be changed: start it anew",
@@ -327,18 +421,22 @@ impl Sandbox for WasmSandbox {
     }
 
     async fn stats(&self, container: &str) -> Answer<Metrics> {
-        Ok(metrics(&self.program(container)?.stats()))
+        match self.program(container) {
+            Some(program) => Ok(metrics(&program.stats())),
+            None => self.ordinary.get()?.stats(container).await,
+        }
     }
 }
 
-/// Blocking part: files and program.
+/// Blocking part: files and program. `None`: it is an ordinary one.
 fn prepare(
     running: &Running,
     id: &str,
     bundle: &Path,
     rootfs: &[Mount],
-) -> Answer<ContainerConfig> {
-    let wish = spec::read(&read_spec(bundle)?)?;
+) -> Answer<Option<ContainerConfig>> {
+    let oci = read_spec(bundle)?;
+    let entry = spec::entry(&oci)?;
     let path = match lock(&running.storage).as_mut() {
         Some(storage) => storage
             .add_root(id, rootfs)
@@ -349,8 +447,26 @@ fn prepare(
     let number = PathBuf::from(path);
     let number = number.file_name().map(Path::new).unwrap_or(&number);
     let host = running.dir.join("rootfs").join(number);
+    let mut found = None;
+    if !entry.is_named_wasm() && !begins_as_wasm(&host, &entry.program) {
+        // Without any file in it, it may be an artifact.
+        if is_empty(&host) {
+            found = artifact(running, id, &entry.program)?;
+        }
+        if found.is_none() {
+            // The agent mounts it for itself.
+            if let Some(storage) = lock(&running.storage).as_mut() {
+                storage.remove(id);
+            }
+            return Ok(None);
+        }
+    }
+    let wish = spec::read(&oci)?;
     root::complete(&host, &wish.binds, wish.read_only)?;
-    let program = load(&running.engine, &host, &wish)?;
+    let program = match found {
+        Some(program) => program,
+        None => load(running, id, &host, &wish)?,
+    };
     let mut config = ContainerConfig::new(id, program);
     let Wish {
         function,
@@ -379,42 +495,120 @@ fn prepare(
         || std::thread::available_parallelism().map_or(1, usize::from),
         |milli| usize::try_from(milli.div_ceil(1000)).unwrap_or(1),
     );
-    Ok(config)
+    Ok(Some(config))
 }
 
-/// Finds the program as the container would see it.
-fn load(engine: &Engine, root: &Path, wish: &Wish) -> Answer<Program> {
-    let shown: String = wish
-        .program
-        .display()
-        .to_string()
-        .chars()
-        .take(200)
-        .collect();
-    // As runc's shim words it: containerd and kubelet take NotFound for something else.
-    let refused = |reason: String| {
-        Status::new(
-            Code::Unknown,
-            format!("OCI runtime create failed: {shown}: {reason}"),
-        )
+/// Whether the image has a wasm program of this name, whatever that is. Others are not looked for:
+/// an ordinary program may be anywhere, in `PATH` or on a volume.
+fn begins_as_wasm(root: &Path, program: &Path) -> bool {
+    let head = || -> io::Result<Vec<u8>> {
+        let root = fsutil::open_dir(root)?;
+        // Not opened yet: in an image it may be a device of this host.
+        let found = fsutil::open_in_root(&root, program.as_os_str(), OFlag::O_PATH)?;
+        let found = File::from(found);
+        let mut head = Vec::new();
+        if found.metadata()?.is_file() {
+            let path = format!("/proc/self/fd/{}", found.as_raw_fd());
+            File::open(path)?.take(8).read_to_end(&mut head)?;
+        }
+        Ok(head)
     };
-    let file = File::from(
-        open_in_image(root, &wish.program).map_err(|e| refused(format!("{e} in the image")))?,
-    );
-    let name = wish
-        .program
+    head().is_ok_and(|head| Engine::is_wasm(&head))
+}
+
+fn is_empty(root: &Path) -> bool {
+    std::fs::read_dir(root).is_ok_and(|mut entries| entries.next().is_none())
+}
+
+/// The name of a program for people.
+fn shown(program: &Path) -> String {
+    let text = program.display().to_string();
+    text.chars().take(200).collect()
+}
+
+/// As runc's shim words it: containerd and kubelet take NotFound for something else.
+fn refused(program: &Path, reason: impl std::fmt::Display) -> Status {
+    let text = format!("OCI runtime create failed: {}: {reason}", shown(program));
+    Status::new(Code::Unknown, text)
+}
+
+/// The last part of a program's path.
+fn file_name(program: &Path) -> String {
+    program
         .file_name()
-        .map_or_else(|| shown.clone().into(), |n| n.to_string_lossy());
-    let source = Source::Open {
-        name: &name,
-        file: &file,
+        .map_or_else(|| shown(program), |n| n.to_string_lossy().into_owned())
+}
+
+/// Finds the program as the container would see it, or in an image that has no files.
+fn load(running: &Running, id: &str, root: &Path, wish: &Wish) -> Answer<Program> {
+    let opened = match open_in_image(root, &wish.program) {
+        Ok(fd) => File::from(fd),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let reason = format!("{e} in the image");
+            return match artifact(running, id, &wish.program) {
+                Ok(Some(program)) => Ok(program),
+                Ok(None) => Err(refused(&wish.program, reason)),
+                Err(other) => {
+                    let reason = format!("{reason}; nor is it an artifact: {}", other.message);
+                    Err(refused(&wish.program, reason))
+                }
+            };
+        }
+        Err(e) => return Err(refused(&wish.program, format!("{e} in the image"))),
     };
-    engine.load(source).map_err(|e| match e {
-        WasmError::Invalid { .. } => refused(format!(
-            "{e}; ordinary programs are not run in a wasm pod: give the pod another runtime class"
-        )),
-        e => refused(e.to_string()),
-    })
+    let source = Source::Open {
+        name: &file_name(&wish.program),
+        file: &opened,
+    };
+    running
+        .engine
+        .load(source)
+        .map_err(|e| refused(&wish.program, e))
+}
+
+/// What there is of an artifact's module.
+enum Found {
+    /// It was made ready before.
+    Ready(Program),
+    /// Its bytes.
+    Bytes(bytes::Bytes),
+}
+
+/// The program of an image whose layer is the module itself. Blocks.
+fn artifact(running: &Running, id: &str, program: &Path) -> Answer<Option<Program>> {
+    let name = file_name(program);
+    let found = tokio::runtime::Handle::current().block_on(async {
+        let containerd = Containerd::connect(&running.containerd, &running.namespace).await?;
+        let Some(module) = containerd.module_of(id, &name).await? else {
+            return Ok(None);
+        };
+        if let Some(known) = running.engine.find(&name, &module.digest) {
+            return Ok(Some(Found::Ready(known)));
+        }
+        if module.size > running.max_module_bytes {
+            let (size, limit) = (module.size, running.max_module_bytes);
+            return Err(refused(
+                program,
+                format!("its module has {size} bytes; the limit is {limit} (wasm.max_module_mib)"),
+            ));
+        }
+        let bytes = containerd
+            .read(&module.digest, running.max_module_bytes)
+            .await?;
+        Ok(Some(Found::Bytes(bytes)))
+    })?;
+    match found {
+        None => Ok(None),
+        Some(Found::Ready(program)) => Ok(Some(program)),
+        Some(Found::Bytes(bytes)) => {
+            let source = Source::Bytes {
+                name: &name,
+                bytes: &bytes,
+            };
+            let loaded = running.engine.load(source);
+            loaded.map(Some).map_err(|e| refused(program, e))
+        }
+    }
 }
 
 /// What a program uses, in the form of a cgroup's statistics.

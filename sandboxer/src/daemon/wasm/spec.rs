@@ -64,30 +64,70 @@ fn strings(value: &Value) -> Result<Vec<String>, Status> {
         .collect())
 }
 
-/// Reads the spec.
+/// What a container is to run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The file, in the container's tree.
+    pub program: PathBuf,
+    /// The function named behind `#`, unless it is the usual one.
+    pub function: Option<String>,
+    /// The file as it was named.
+    name: String,
+    cwd: String,
+}
+
+impl Entry {
+    /// Its name says that it is a wasm program.
+    pub fn is_named_wasm(&self) -> bool {
+        self.name.ends_with(".wasm")
+    }
+}
+
+/// Reads what the container is to run.
+///
+/// # Errors
+/// Nothing.
+pub fn entry(spec: &Value) -> Result<Entry, Status> {
+    let process = &spec["process"];
+    let first = process["args"].get(0).and_then(Value::as_str);
+    let Some(first) = first.filter(|name| !name.is_empty()) else {
+        return Err(invalid("the container names no program"));
+    };
+    let (name, function) = match first.rsplit_once('#') {
+        // runwasi writes the default out.
+        Some((name, "_start")) => (name, None),
+        Some((name, function)) if !function.is_empty() => (name, Some(function.to_owned())),
+        _ => (first, None),
+    };
+    let cwd = match process["cwd"].as_str() {
+        None | Some("") => "/",
+        Some(cwd) => cwd,
+    };
+    Ok(Entry {
+        // An absolute one replaces the directory.
+        program: Path::new(cwd).join(name),
+        function,
+        name: name.to_owned(),
+        cwd: cwd.to_owned(),
+    })
+}
+
+/// Reads the spec of a wasm program.
 ///
 /// # Errors
 /// It asks for what a wasm program cannot have.
 pub fn read(spec: &Value) -> Result<Wish, Status> {
     let process = &spec["process"];
+    let Entry {
+        program,
+        function,
+        name,
+        cwd,
+    } = entry(spec)?;
     let mut args = strings(&process["args"])?;
-    let Some(first) = args.first_mut() else {
-        return Err(invalid("the container names no program"));
-    };
-    let mut function = None;
-    if let Some((path, name)) = first.clone().rsplit_once('#')
-        && !name.is_empty()
-    {
-        // runwasi writes the default out.
-        function = (name != "_start").then(|| name.to_owned());
-        *first = path.to_owned();
+    if let Some(first) = args.first_mut() {
+        *first = name;
     }
-    let cwd = match process["cwd"].as_str() {
-        None | Some("") => "/",
-        Some(cwd) => cwd,
-    };
-    // An absolute one replaces the directory.
-    let program = Path::new(cwd).join(first.as_str());
     let env = strings(&process["env"])?
         .into_iter()
         .filter_map(|v| {
@@ -100,7 +140,7 @@ pub fn read(spec: &Value) -> Result<Wish, Status> {
         program,
         function,
         env,
-        cwd: cwd.to_owned(),
+        cwd,
         user: user(&process["user"])?,
         binds: binds(spec)?,
         read_only: spec["root"]["readonly"] == true,
@@ -240,6 +280,18 @@ mod tests {
         assert_eq!((wish.function, wish.cwd.as_str()), (None, "/"));
         assert!(read(&json!({})).is_err());
         assert_eq!(milli(i64::MAX, 1), Some(u32::MAX));
+    }
+
+    #[test]
+    fn the_name_tells_wasm_programs() {
+        let of = |arg: &str| entry(&json!({"process": {"args": [arg], "cwd": "/app"}}));
+        let named = |arg: &str| of(arg).expect("read").is_named_wasm();
+        assert!(named("/x.wasm") && named("x.wasm#run") && named("x.wasm#_start"));
+        assert!(!named("/bin/sh") && !named("app#run") && !named("/x.wasm/sh"));
+        let app = of("app#run").expect("read");
+        assert_eq!(app.program, Path::new("/app/app"));
+        assert_eq!(app.function.as_deref(), Some("run"));
+        assert!(of("").is_err() && entry(&json!({"process": {"args": [7]}})).is_err());
     }
 
     proptest::proptest! {
