@@ -72,6 +72,35 @@ pub fn guest_image() -> Result<PathBuf> {
     current("rootfs.erofs")
 }
 
+/// The app kernel.
+///
+/// # Errors
+/// When it is not built.
+pub fn app_kernel() -> Result<PathBuf> {
+    let path = cache()?.join("current/appkernel");
+    if !path.exists() {
+        bail!("{} is missing: run `just appkernel`", path.display());
+    }
+    Ok(path.canonicalize()?)
+}
+
+/// The programs of `tests/guest`.
+///
+/// # Errors
+/// When they are not built.
+pub fn guest_programs() -> Result<PathBuf> {
+    let build = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/build");
+    let output = std::process::Command::new(&build)
+        .arg("--print-path")
+        .output()
+        .with_context(|| build.display().to_string())?;
+    let path = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    if !output.status.success() {
+        bail!("the programs of tests/guest are not built: run tests/guest/build");
+    }
+    Ok(path.into())
+}
+
 /// The guest kernel that keeps no rule (tests/hostile).
 ///
 /// # Errors
