@@ -90,7 +90,10 @@ fn watch(root: &Path, arguments: &str) -> Result<u64, Finding> {
         // Ends with the output, which ends with the guard.
         thread::spawn(move || {
             for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
-                if sender.send(String::from_utf8_lossy(&line).into_owned()).is_err() {
+                if sender
+                    .send(String::from_utf8_lossy(&line).into_owned())
+                    .is_err()
+                {
                     return;
                 }
             }

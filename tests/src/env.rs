@@ -89,16 +89,11 @@ pub fn app_kernel() -> Result<PathBuf> {
 /// # Errors
 /// When they are not built.
 pub fn guest_programs() -> Result<PathBuf> {
-    let build = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/build");
-    let output = std::process::Command::new(&build)
-        .arg("--print-path")
-        .output()
-        .with_context(|| build.display().to_string())?;
-    let path = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-    if !output.status.success() {
-        bail!("the programs of tests/guest are not built: run tests/guest/build");
+    let path = cache()?.join("current/guest-programs");
+    if !path.exists() {
+        bail!("{} is missing: run tests/guest/build", path.display());
     }
-    Ok(path.into())
+    Ok(path.canonicalize()?)
 }
 
 /// The guest kernel that keeps no rule (tests/hostile).

@@ -40,7 +40,10 @@ pub fn version() -> Result<String> {
     let output = Command::new("runc").arg("--version").output();
     let output = output.context("runc is not installed")?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let version = text.lines().next().and_then(|l| l.split_whitespace().last());
+    let version = text
+        .lines()
+        .next()
+        .and_then(|l| l.split_whitespace().last());
     Ok(version.unwrap_or("unknown").to_owned())
 }
 
@@ -64,7 +67,9 @@ impl Bundle {
         for set in ["bounding", "effective", "permitted"] {
             spec["process"]["capabilities"][set] = json!(CAPABILITIES);
         }
-        let mounts = spec["mounts"].as_array_mut().context("mounts of runc's spec")?;
+        let mounts = spec["mounts"]
+            .as_array_mut()
+            .context("mounts of runc's spec")?;
         for (from, to) in binds {
             mounts.push(json!({
                 "destination": to, "source": from, "type": "bind", "options": ["rbind", "ro"],

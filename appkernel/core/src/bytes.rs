@@ -2,6 +2,17 @@
 
 use alloc::collections::VecDeque;
 
+/// Adds bytes at the end, all or none: false when there is no memory for them in one piece, which is no
+/// reason to end a kernel.
+#[must_use]
+pub fn add(queue: &mut VecDeque<u8>, from: &[u8]) -> bool {
+    let fits = queue.try_reserve(from.len()).is_ok();
+    if fits {
+        queue.extend(from);
+    }
+    fits
+}
+
 /// Takes the first bytes out of the queue, as many as there is room for; gives how many.
 pub fn take(queue: &mut VecDeque<u8>, to: &mut [u8]) -> usize {
     let count = copy(queue, to);
@@ -33,7 +44,7 @@ mod tests {
         queue.extend([0, 0, 0, 0, 0, 1]);
         let mut to = [9; 5];
         assert_eq!(take(&mut queue, &mut to), 5);
-        queue.extend([2, 3, 4, 5, 6]);
+        assert!(add(&mut queue, &[2, 3, 4, 5, 6]));
         assert!(!queue.as_slices().1.is_empty(), "it does not wrap");
         assert_eq!(copy(&queue, &mut to), 5);
         assert_eq!(to, [1, 2, 3, 4, 5]);

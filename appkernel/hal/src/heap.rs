@@ -46,7 +46,11 @@ fn frames_in_need(order: usize) -> Option<u64> {
     }
     // SAFETY: only `ask_for_help` writes it, with a function of this type.
     let help = unsafe { core::mem::transmute::<*mut (), fn() -> bool>(help) };
-    if help() { frames::allocate(order) } else { None }
+    if help() {
+        frames::allocate(order)
+    } else {
+        None
+    }
 }
 
 /// The list for so many bytes, or the order of frames.

@@ -23,7 +23,10 @@ pub fn any_taken() -> bool {
 
 fn count(by: usize) {
     // One CPU, and interrupts that take locks have given them back when they return.
-    TAKEN.store(TAKEN.load(Ordering::Relaxed).wrapping_add(by), Ordering::Relaxed);
+    TAKEN.store(
+        TAKEN.load(Ordering::Relaxed).wrapping_add(by),
+        Ordering::Relaxed,
+    );
 }
 
 // SAFETY: the value is reached through the guard only, and there is one guard at a time.

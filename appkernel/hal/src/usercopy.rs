@@ -73,7 +73,11 @@ pub fn read(to: &mut [u8], from: u64) -> Result<(), Fault> {
 /// # Errors
 /// When not all of it can be written.
 pub fn write_frame(to: u64, frame: u64, offset: usize, len: usize) -> Result<(), Fault> {
-    if !is_user(to, len) || offset.checked_add(len).is_none_or(|end| end > crate::PAGE as usize) {
+    if !is_user(to, len)
+        || offset
+            .checked_add(len)
+            .is_none_or(|end| end > crate::PAGE as usize)
+    {
         return Err(Fault);
     }
     let from = crate::direct(frame) as u64 + offset as u64;

@@ -246,9 +246,12 @@ impl Mm {
 
     /// Changes what may be done with a range.
     pub fn protect(&mut self, start: u64, end: u64, protection: u8) -> Result<(), Errno> {
-        if !self.areas.covers(start, end) || self.areas.count() >= MAX_AREAS {
+        if self.areas.count() >= MAX_AREAS {
             return Err(Errno::ENOMEM);
         }
+        // What is before a hole changes all the same.
+        let whole = end;
+        let end = self.areas.covered_to(start).min(end);
         self.areas.protect(start, end, protection);
         // Pages that may do less than before lose it now; more comes by faults.
         self.table.visit(start, end, |address, entry| {
@@ -267,6 +270,9 @@ impl Mm {
             }
             cpu::invalidate(address);
         });
+        if end < whole {
+            return Err(Errno::ENOMEM);
+        }
         Ok(())
     }
 
@@ -390,7 +396,14 @@ impl Mm {
 
     /// The page of a file was brought: those around it that are in the cache come along, since each
     /// fault costs more than they do.
-    fn bring_neighbours(&mut self, page: u64, area: &Area<Arc<Mapping>>, node: &fuse::Node, offset: u64, flags: u64) {
+    fn bring_neighbours(
+        &mut self,
+        page: u64,
+        area: &Area<Arc<Mapping>>,
+        node: &fuse::Node,
+        offset: u64,
+        flags: u64,
+    ) {
         let window = page / AROUND * AROUND;
         let (start, end) = (window.max(area.start), (window + AROUND).min(area.end));
         let first = (offset + (start - area.start)) / PAGE;

@@ -335,7 +335,10 @@ fn appkernel(seconds: u64) -> Result<ExitCode> {
             ("FAILED", 0)
         }
     };
-    println!("test result: {word}. {passed} passed; {} failed; 0 ignored", 1 - passed);
+    println!(
+        "test result: {word}. {passed} passed; {} failed; 0 ignored",
+        1 - passed
+    );
     Ok(if passed == 1 {
         ExitCode::SUCCESS
     } else {

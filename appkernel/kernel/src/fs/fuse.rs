@@ -14,7 +14,7 @@ use appkernel_core::fuse::{
 };
 use appkernel_core::locks::Locks;
 use appkernel_hal::sync::Mutex;
-use appkernel_hal::{clock, frames};
+use appkernel_hal::{PAGE, clock, frames};
 
 use super::memory::new_device;
 use super::node::{Owner, kind};
@@ -479,6 +479,17 @@ impl Node {
             .u32(change.gid.unwrap_or(0))
             .u32(0);
         self.attribute_call(Op::Setattr, &body)?;
+        // A page that is mapped stays; what is past the new end of it is zeros.
+        if let Some(size) = change.size
+            && let Some(frame) = self.state.lock().pages.get(&(size / PAGE))
+        {
+            // SAFETY: the cache owns the frame, and the state is locked.
+            let bytes = unsafe { frames::bytes(*frame) };
+            bytes
+                .get_mut((size % PAGE) as usize..)
+                .unwrap_or_default()
+                .fill(0);
+        }
         Ok(())
     }
 

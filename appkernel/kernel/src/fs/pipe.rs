@@ -260,7 +260,9 @@ impl Pipe {
                     return None;
                 }
                 let count = room.min(rest.len());
-                state.data.extend(rest.get(..count).unwrap_or_default());
+                if !bytes::add(&mut state.data, rest.get(..count).unwrap_or_default()) {
+                    return Some(Err(Errno::ENOMEM));
+                }
                 state.came += count as u64;
                 Some(Ok(count))
             };

@@ -303,15 +303,17 @@ impl Socket {
                     return None;
                 }
                 let count = room.min(rest.len());
+                let under_way: usize = state.files.iter().map(|(_, f)| f.len()).sum();
+                if !files.is_empty() && under_way + files.len() > MAX_FILES {
+                    return Some(Err(Errno::ETOOMANYREFS));
+                }
+                if !bytes::add(&mut state.input, rest.get(..count).unwrap_or_default()) {
+                    return Some(Err(Errno::ENOBUFS));
+                }
                 if !files.is_empty() {
-                    let under_way: usize = state.files.iter().map(|(_, f)| f.len()).sum();
-                    if under_way + files.len() > MAX_FILES {
-                        return Some(Err(Errno::ETOOMANYREFS));
-                    }
                     let at = state.came;
                     state.files.push_back((at, core::mem::take(&mut files)));
                 }
-                state.input.extend(rest.get(..count).unwrap_or_default());
                 state.came += count as u64;
                 Some(Ok(count))
             };

@@ -114,8 +114,8 @@ fn write(c: &Call<'_>, address: u64, count: u64, at: Option<u64>) -> Result {
         && count > 0
     {
         let start = match at {
+            _ if file.flags() & flag::APPEND != 0 => node.attributes()?.size,
             Some(at) => at,
-            None if file.flags() & flag::APPEND != 0 => node.attributes()?.size,
             None => *file.offset.lock(),
         };
         count = count.min(may_grow(c.task, start)?);

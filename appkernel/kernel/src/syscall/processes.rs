@@ -148,7 +148,9 @@ fn clone3(c: &Call<'_>) -> Result {
     if word(8) != 0 || word(9) != 0 {
         return Err(Errno::EINVAL);
     }
-    let top = stack.checked_add(stack_bytes).filter(|top| *top <= USER_END);
+    let top = stack
+        .checked_add(stack_bytes)
+        .filter(|top| *top <= USER_END);
     clone(
         c,
         &CloneArguments {
