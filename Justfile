@@ -92,7 +92,7 @@ supply-chain:
 lint:
     cargo fmt --all --check
     cargo clippy --workspace --all-targets -- -D warnings
-    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build tests/deb/build tests/deb/check tests/critest/critest tests/supply-chain/check tests/ltp/build tests/ltp/driver.sh tests/programs/src/git.sh tests/programs/src/compile.sh
+    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build tests/deb/build tests/deb/check tests/critest/critest tests/supply-chain/check tests/ltp/build tests/ltp/driver.sh tests/guest/build tests/programs/src/git.sh tests/programs/src/compile.sh
 
 # Before any compiler runs: is the disk large enough?
 _disk:
@@ -126,7 +126,7 @@ test-full: _disk
 lab *ARGS:
     tests/lab/lab {{ARGS}}
 
-# Benchmarks: boot, fs, pods (or parts of it), wasm. Prints a table and writes target/bench/NAME.json
+# Benchmarks: boot, fs, appkernel and pods (or parts of them), wasm. Prints a table and writes target/bench/NAME.json
 bench NAME *PARTS: _disk build guest appkernel fixtures
     tests/run bench {{NAME}} {{PARTS}}
 
@@ -138,7 +138,7 @@ soak KIND COUNT: _disk build guest fixtures
 critest FOCUS="": _disk build guest fixtures
     tests/run critest "{{FOCUS}}"
 
-# Fuzz one target for some seconds; without arguments, list the targets
+# Fuzz one target for some seconds; without arguments, list the targets (appkernel plays in the lab)
 fuzz NAME="" SECONDS="60":
     tests/run fuzz "{{NAME}}" "{{SECONDS}}"
 

@@ -61,6 +61,8 @@ impl SandboxService for Service {
             cpus_online: online_cpus(),
             memory_bytes: memory_bytes(),
             features,
+            // Linux does not count them.
+            unknown_calls: None,
         })
     }
 

@@ -3,6 +3,8 @@
 
 #[path = "appkernel/net.rs"]
 mod net;
+#[path = "appkernel/parity.rs"]
+mod parity;
 
 use std::fs;
 use std::io::Write;
@@ -374,7 +376,7 @@ fn calls_are_printed_when_asked_for() {
     let root = Root::new("busybox");
     let ran = root.boot("app.strace app.run=/bin/true", &[], b"");
     assert_eq!(ran.code, 0, "{ran:?}");
-    assert!(ran.log.contains("exit_group(0x0"), "{ran:?}");
+    assert!(ran.log.contains("exit_group(0"), "{ran:?}");
 }
 
 /// `vmmctl run --sandbox app`: the kernel is driven by the agent's protocol.
@@ -503,6 +505,20 @@ fn volumes_proc_and_memory_files_are_where_programs_look_for_them() {
 }
 
 #[test]
+fn the_calls_of_a_container_are_printed_as_strace_does() {
+    let app = App::new("busybox");
+    let (code, output, errors) = app.run(&["--strace"], &["cat", "/etc/hostname", "/none"], b"");
+    assert_eq!(code, 1, "{output} {errors}");
+    for wanted in [
+        "open(\"/none\", 0, 0) = -1 ENOENT",
+        "open(\"/etc/hostname\", 0, 0) = 3",
+        "exit_group(1",
+    ] {
+        assert!(errors.contains(wanted), "no {wanted:?} in {errors}");
+    }
+}
+
+#[test]
 fn a_terminal_is_one() {
     let app = App::new("busybox");
     let (code, output, errors) = app.run(
@@ -547,6 +563,9 @@ fn programs_are_added_and_signals_arrive() {
     assert_eq!((code, text.as_str()), (5, "added\nsh\n"), "{errors}");
     let (code, _, errors) = exec(&["nosuch"]);
     assert_eq!(code, 127, "{errors}");
+    let output_of_inspect = app.vmmctl().args(["inspect", "box"]).output().unwrap();
+    let seen: serde_json::Value = serde_json::from_slice(&output_of_inspect.stdout).unwrap();
+    assert!(seen["vm"]["unknown_calls"].is_u64(), "{seen}");
     let (code, text, errors) = exec(&["kill", "-TERM", "1"]);
     assert_eq!(code, 0, "{text} {errors}");
     line.clear();

@@ -72,6 +72,30 @@ pub fn guest_image() -> Result<PathBuf> {
     current("rootfs.erofs")
 }
 
+/// The app kernel.
+///
+/// # Errors
+/// When it is not built.
+pub fn app_kernel() -> Result<PathBuf> {
+    let path = cache()?.join("current/appkernel");
+    if !path.exists() {
+        bail!("{} is missing: run `just appkernel`", path.display());
+    }
+    Ok(path.canonicalize()?)
+}
+
+/// The programs of `tests/guest`.
+///
+/// # Errors
+/// When they are not built.
+pub fn guest_programs() -> Result<PathBuf> {
+    let path = cache()?.join("current/guest-programs");
+    if !path.exists() {
+        bail!("{} is missing: run tests/guest/build", path.display());
+    }
+    Ok(path.canonicalize()?)
+}
+
 /// The guest kernel that keeps no rule (tests/hostile).
 ///
 /// # Errors

@@ -136,6 +136,8 @@ pub struct VmConfig {
     pub seccomp: bool,
     /// Runs even where KVM is emulated and far too slow.
     pub allow_emulated_kvm: bool,
+    /// Counts the instructions of the first vCPU before its first program, by single steps.
+    pub count_instructions: bool,
 }
 
 impl Default for VmConfig {
@@ -164,6 +166,7 @@ impl Default for VmConfig {
             crash_core: None,
             seccomp: true,
             allow_emulated_kvm: false,
+            count_instructions: false,
         }
     }
 }
@@ -214,6 +217,12 @@ impl VmConfig {
                     "{} MiB is more than this host has ({host_mib} MiB): give less",
                     self.memory_mib
                 ),
+            );
+        }
+        if self.count_instructions && self.gdb.is_some() {
+            return config(
+                "count instructions",
+                "it steps as a debugger does: leave gdb out".into(),
             );
         }
         if self.hugepages && !self.memory_mib.is_multiple_of(2) {

@@ -31,6 +31,7 @@ pub mod memory;
 pub mod seccomp;
 pub mod snapshot;
 pub mod stats;
+mod steps;
 mod vm;
 mod wiring;
 

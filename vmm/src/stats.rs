@@ -96,6 +96,9 @@ pub struct VmStats {
     pub timeline: Timeline,
     /// Counters of each device.
     pub devices: BTreeMap<String, serde_json::Value>,
+    /// Instructions before the first one of a program, where they are counted and it came so far.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub instructions_to_user: Option<u64>,
     /// Guest memory that the host has given so far, in bytes.
     pub memory_resident_bytes: u64,
 }

@@ -142,6 +142,7 @@ pub struct Vm {
     pub(crate) exit: Arc<ExitSlot>,
     phase: Mutex<Phase>,
     marks: Arc<Marks>,
+    counted: Option<Arc<crate::steps::Counted>>,
     kvm_vm_stats: Option<KvmStats>,
     kvm_vcpu_stats: Mutex<Vec<KvmStats>>,
     pub(crate) loaded: Option<Loaded>,
@@ -276,6 +277,15 @@ impl Frame {
             }
             None => (None, None),
         };
+        let counted = match (config.count_instructions, self.vcpu_fds.first()) {
+            (true, Some(first)) => {
+                first
+                    .set_guest_debug(&crate::steps::stepping())
+                    .map_err(VmError::kvm("KVM_SET_GUEST_DEBUG"))?;
+                Some(Arc::new(crate::steps::Counted::default()))
+            }
+            _ => None,
+        };
         let env = VcpuEnv {
             pio: Arc::clone(&devices.pio),
             mmio: Arc::clone(&devices.mmio),
@@ -284,6 +294,7 @@ impl Frame {
             marks: Arc::clone(&self.marks),
             debug_stops,
             confined: config.seccomp,
+            counted: counted.clone(),
         };
         let mut vcpus = Vec::with_capacity(self.vcpu_fds.len());
         let count = config.vcpus;
@@ -305,6 +316,7 @@ impl Frame {
             exit,
             phase: Mutex::new(Phase::Created),
             marks: self.marks,
+            counted,
             kvm_vm_stats,
             kvm_vcpu_stats: Mutex::new(kvm_vcpu_stats),
             loaded,
@@ -640,6 +652,7 @@ impl Vm {
             kvm_vm,
             kvm_vcpus,
             timeline: self.marks.timeline(),
+            instructions_to_user: self.counted.as_ref().and_then(|c| c.before_user()),
             devices: self.devices.metrics(),
             memory_resident_bytes: resident_bytes(&self.memory),
         }

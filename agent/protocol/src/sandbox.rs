@@ -91,6 +91,9 @@ pub struct GetInfoResponse {
     /// `network`, `freezer`.
     #[prost(string, repeated, tag = "8")]
     pub features: Vec<String>,
+    /// System calls that programs made and the guest's kernel has not; of kernels that count them.
+    #[prost(uint64, optional, tag = "9")]
+    pub unknown_calls: Option<u64>,
 }
 
 /// One step of the guest's boot.

@@ -34,6 +34,8 @@ pub struct Options {
     pub cwd: String,
     /// `app.strace`: print system calls.
     pub strace: bool,
+    /// `quiet`: say nothing about the start.
+    pub quiet: bool,
 }
 
 fn number(text: &str) -> Option<u64> {
@@ -107,6 +109,7 @@ impl Options {
                 "app.root" => options.root = value.to_string(),
                 "app.cwd" => options.cwd = value.to_string(),
                 "app.strace" => options.strace = true,
+                "quiet" => options.quiet = true,
                 _ => {}
             }
         }

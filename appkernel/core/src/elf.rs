@@ -75,7 +75,8 @@ impl Header {
     /// # Errors
     /// `ENOEXEC` if it is not a program for this machine.
     pub fn parse(bytes: &[u8]) -> Result<Self, Errno> {
-        let ident = [0x7f, b'E', b'L', b'F', 2, 1, 1];
+        // As Linux: neither class nor byte order are looked at, the machine says it all.
+        let ident = [0x7f, b'E', b'L', b'F'];
         let header = Self {
             entry: u64_at(bytes, 24),
             relocatable: u16_at(bytes, 16) == ET_DYN,

@@ -7,6 +7,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod bytes;
 pub mod cmdline;
 pub mod elf;
 pub mod errno;
@@ -19,6 +20,7 @@ pub mod packet;
 pub mod syscalls;
 pub mod sysv;
 pub mod terminal;
+pub mod trace;
 pub mod virtio_mmio;
 pub mod vma;
 pub mod vsock;

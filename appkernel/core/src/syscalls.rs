@@ -55,7 +55,7 @@ const PRESENT: &[(u16, Support)] = &[
     (24, Supported), (25, Partial("no MREMAP_DONTUNMAP")), (26, Supported), (27, Partial("all pages are said to be there")),
     (28, Partial("MADV_DONTNEED; others are hints")), (29, Partial("no huge pages")), (30, Supported), (31, Supported), (32, Supported), (33, Supported),
     (34, Supported), (35, Supported), (36, Partial("all processor time counts as user time")), (37, Supported), (38, Partial("all processor time counts as user time")), (39, Supported),
-    (40, Supported), (41, Partial("AF_UNIX, AF_INET, AF_INET6: streams, datagrams; of AF_NETLINK the questions about interfaces; no raw sockets")), (42, Supported), (43, Supported), (44, Partial("no out-of-band data")), (45, Partial("no out-of-band data")), (46, Partial("files but unix sockets are passed, credentials are not")), (47, Partial("as sendmsg")), (48, Supported), (49, Supported), (50, Supported), (51, Supported), (52, Supported), (53, Supported), (54, Partial("time limits, linger, address reuse, no-delay and v6-only have effect; others are kept and given back")), (55, Supported), (56, Partial("no namespaces; no CLONE_PARENT, CLONE_PIDFD; working directory is never shared by processes")),
+    (40, Supported), (41, Partial("AF_UNIX, AF_INET, AF_INET6: streams, datagrams; of AF_NETLINK the questions about interfaces; no raw sockets")), (42, Supported), (43, Supported), (44, Partial("no out-of-band data")), (45, Partial("no out-of-band data")), (46, Partial("files but unix sockets are passed, credentials are not")), (47, Partial("as sendmsg")), (48, Supported), (49, Supported), (50, Supported), (51, Supported), (52, Supported), (53, Supported), (54, Partial("time limits, linger, address reuse, no-delay and v6-only have effect; others are kept and given back")), (55, Supported), (56, Partial("no namespaces; no CLONE_PARENT; working directory is never shared by processes")),
     (57, Supported), (58, Supported), (59, Partial("EAGAIN when the first thread of several has ended")),
     (60, Supported), (61, Partial("no resource usage")),
     (62, Supported), (63, Supported),
@@ -78,31 +78,45 @@ const PRESENT: &[(u16, Support)] = &[
     (202, Partial("FUTEX_WAIT, FUTEX_WAKE, their bitset forms (any bit), FUTEX_REQUEUE and FUTEX_CMP_REQUEUE")),
     (203, Supported), (204, Supported), (213, Supported), (217, Supported), (218, Supported),
     (220, Supported), (221, Partial("accepted, changes nothing")), (222, Supported), (223, Supported), (224, Supported), (225, Supported), (226, Supported), (228, Supported), (229, Supported), (230, Supported), (231, Supported), (232, Supported), (233, Partial("one epoll within another, no more")), (234, Supported),
-    (235, Supported), (247, Partial("no P_PIDFD, no resource usage")),
+    (235, Supported), (247, Partial("no resource usage")),
     (251, Partial("kept and given back; all are scheduled the same")), (252, Partial("kept and given back; all are scheduled the same")), (253, Supported), (254, Partial(WATCHED)), (255, Supported), (257, Partial("as open")), (258, Supported), (259, Partial("as mknod")), (260, Partial(NO_ACL)), (261, Supported), (262, Supported), (263, Supported), (264, Supported),
     (265, Supported), (266, Supported), (267, Supported), (268, Partial(NO_ACL)), (269, Partial(NO_ACL)),
     (270, Partial("as select")), (271, Supported),
     (272, Partial("files only: no namespaces")), (273, Partial("accepted, not used: robust futexes are not woken at a thread's end")), (275, Supported), (276, Supported),
     (280, Supported), (281, Supported), (282, Supported), (283, Partial("not told when the clock is set")), (284, Supported), (285, Partial("the size only: nothing is reserved, no holes are punched")), (286, Supported), (287, Supported), (288, Supported), (289, Supported), (290, Supported), (291, Supported), (292, Supported), (293, Supported), (294, Supported), (295, Supported), (296, Supported), (297, Supported), (299, Partial("the time limit is not heeded")), (302, Partial(LIMITS)),
-    (306, Supported), (307, Supported), (309, Supported), (314, Partial("kept and given back; all are scheduled the same")), (315, Partial("kept and given back; all are scheduled the same")), (316, Partial("RENAME_NOREPLACE only")), (318, Supported), (319, Partial("no seals, no huge pages")), (325, Supported), (327, Partial("flags change nothing but where it is written")), (328, Partial("flags change nothing but where it is written")), (332, Partial("no birth times, no mount ids")), (436, Partial("no CLOSE_RANGE_UNSHARE")), (439, Partial(NO_ACL)), (441, Supported),
+    (306, Supported), (307, Supported), (309, Supported), (314, Partial("kept and given back; all are scheduled the same")), (315, Partial("kept and given back; all are scheduled the same")), (316, Partial("RENAME_NOREPLACE only")), (318, Supported), (319, Partial("no seals, no huge pages")), (325, Supported), (326, Supported), (327, Partial("flags change nothing but where it is written")), (328, Partial("flags change nothing but where it is written")), (332, Partial("no birth times, no mount ids")), (424, Supported), (434, Supported), (435, Partial("as clone; no chosen numbers, no cgroup")), (436, Supported), (438, Partial("of processes that the caller may send signals to")), (439, Partial(NO_ACL)), (441, Supported),
 ];
+
+/// Numbers of calls are below.
+pub const NUMBERS: usize = 512;
+
+/// By number: every call looks here.
+static TABLE: [Support; NUMBERS] = {
+    let mut table = [Missing; NUMBERS];
+    let mut i = 0;
+    while i < PRESENT.len() {
+        table[PRESENT[i].0 as usize] = PRESENT[i].1;
+        i += 1;
+    }
+    table
+};
+
+/// How far the call of a number is there.
+pub fn support(number: u64) -> Support {
+    let index = usize::try_from(number).unwrap_or(usize::MAX);
+    TABLE.get(index).copied().unwrap_or(Missing)
+}
 
 /// The call of a number, if Linux has one.
 pub fn find(number: u64) -> Option<Call> {
-    let number = u16::try_from(number).ok()?;
     let index = names::NAMES
-        .binary_search_by_key(&number, |(n, _)| *n)
+        .binary_search_by_key(&number, |(n, _)| u64::from(*n))
         .ok()?;
-    let support = PRESENT
-        .binary_search_by_key(&number, |(n, _)| *n)
-        .ok()
-        .and_then(|i| PRESENT.get(i))
-        .map_or(Missing, |(_, support)| *support);
     let (number, name) = *names::NAMES.get(index)?;
     Some(Call {
         number,
         name,
-        support,
+        support: support(number.into()),
     })
 }
 
@@ -150,6 +164,8 @@ mod tests {
         assert_eq!(find(59).unwrap().name, "execve");
         assert_eq!(find(101).unwrap().support, Missing);
         assert_eq!(find(u64::MAX), None);
+        assert_eq!(support(u64::MAX), Missing);
+        assert!(PRESENT.iter().all(|(n, s)| support(u64::from(*n)) == *s));
     }
 
     #[test]

@@ -96,6 +96,15 @@ impl<F: Clone> Areas<F> {
         at >= end
     }
 
+    /// The first address from `start` on that is not mapped.
+    pub fn covered_to(&self, start: u64) -> u64 {
+        let mut at = start;
+        while let Some(area) = self.find(at) {
+            at = area.end;
+        }
+        at
+    }
+
     /// Adds an area, in place of what is there.
     pub fn insert(&mut self, area: Area<F>) {
         if area.start < area.end {
@@ -200,6 +209,9 @@ mod tests {
         );
         assert!(!areas.covers(10 * PAGE, 20 * PAGE));
         assert!(areas.covers(14 * PAGE, 20 * PAGE));
+        assert_eq!(areas.covered_to(11 * PAGE), 12 * PAGE);
+        assert_eq!(areas.covered_to(15 * PAGE), 20 * PAGE);
+        assert_eq!(areas.covered_to(13 * PAGE), 13 * PAGE);
         areas.insert(area(11, 17));
         assert_eq!(shown(&areas), [(10, 11, 1), (11, 17, 1), (17, 20, 1)]);
         assert!(areas.find(20 * PAGE).is_none() && areas.find(20 * PAGE - 1).is_some());

@@ -12,6 +12,9 @@ pub const STACK_ORDER: usize = 2;
 /// Of the kernel's own threads: they decode what the host sends, which nests.
 const THREAD_STACK_ORDER: usize = 5;
 
+/// What the lowest word of a stack holds.
+const STACK_END: u64 = 0x5354_4143_4b5f_454e;
+
 /// Bytes of the vector registers: x87 and SSE, header, upper halves of AVX.
 const AREA: usize = 512 + 64 + 256;
 
@@ -102,6 +105,8 @@ impl Context {
             area.add(24).cast::<u32>().write(0x1f80);
             area.add(512).cast::<u64>().write(3);
         }
+        // SAFETY: the stack is ours and not in use; it is far larger than a word.
+        unsafe { direct(stack).cast::<u64>().write(STACK_END) };
         let mut context = Self {
             stack,
             order,
@@ -129,6 +134,12 @@ impl Context {
             words.add(6).write(trap_return_address());
         }
         self.pointer = pointer;
+    }
+
+    /// Whether the lowest word of the stack is as it was: below it lies somebody else's memory.
+    fn is_whole(&self) -> bool {
+        // SAFETY: the stack is ours and mapped.
+        unsafe { direct(self.stack).cast::<u64>().read_volatile() == STACK_END }
     }
 
     /// Top of the kernel stack (virtual).
@@ -240,6 +251,11 @@ impl Drop for Context {
 /// # Safety
 /// Both must stay where they are until then, and `previous` be the running one. No lock is held.
 pub unsafe fn switch(previous: *mut Context, next: *const Context, page_table: u64) {
+    // SAFETY: the caller's.
+    assert!(
+        unsafe { (*previous).is_whole() },
+        "a kernel stack was too small"
+    );
     // SAFETY: the caller's; `pointer` of `next` was made by `start_at` or an earlier switch. Kernel
     // addresses are the same in every page table.
     unsafe {

@@ -115,6 +115,13 @@ pub fn invalidate(address: u64) {
     unsafe { asm!("invlpg [{}]", in(reg) address, options(nostack, preserves_flags)) };
 }
 
+/// Forgets what the CPU knows of all pages of programs.
+pub fn forget_programs() {
+    // SAFETY: the table in use is loaded again. The kernel's own entries are not marked global, but
+    // they never change.
+    unsafe { write_cr3(read_cr3()) };
+}
+
 /// Time stamp counter.
 pub fn tsc() -> u64 {
     // SAFETY: exists on every x86-64.

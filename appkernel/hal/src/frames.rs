@@ -76,9 +76,22 @@ pub fn allocate_user() -> Option<u64> {
     Some(frame)
 }
 
+/// As `allocate_user`, of any content: the caller writes all of it.
+pub fn allocate_user_unwritten() -> Option<u64> {
+    if is_scarce() {
+        return None;
+    }
+    with(Frames::allocate_page)?.map(|frame| u64::from(frame) * PAGE)
+}
+
 /// Whether only the kernel's reserve is left: nothing more is started for programs then.
 pub fn is_scarce() -> bool {
     with(|frames| frames.available()).is_none_or(|free| free < RESERVE)
+}
+
+/// Whether the kernel itself has used up half of its reserve.
+pub fn is_critical() -> bool {
+    with(|frames| frames.available()).is_none_or(|free| free < RESERVE / 2)
 }
 
 /// One more owner of a frame.

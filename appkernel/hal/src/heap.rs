@@ -2,6 +2,7 @@
 
 use core::alloc::{GlobalAlloc, Layout};
 use core::ptr::null_mut;
+use core::sync::atomic::{AtomicPtr, Ordering};
 
 use crate::sync::Mutex;
 use crate::{PAGE, direct, frames};
@@ -22,6 +23,33 @@ impl Heap {
     #[expect(clippy::new_without_default, reason = "const, for a static")]
     pub const fn new() -> Self {
         Self(Mutex::new(Lists([0; CLASSES])))
+    }
+}
+
+/// What gives memory back when there is none left: caches. Whoever allocates may hold any lock, so it
+/// takes only those that are free; it says whether it freed anything.
+static HELP: AtomicPtr<()> = AtomicPtr::new(null_mut());
+
+/// Names what gives memory back.
+pub fn ask_for_help(help: fn() -> bool) {
+    HELP.store(help as *mut (), Ordering::Relaxed);
+}
+
+/// Frames in a row, also those that caches give back.
+fn frames_in_need(order: usize) -> Option<u64> {
+    if let Some(frame) = frames::allocate(order) {
+        return Some(frame);
+    }
+    let help = HELP.load(Ordering::Relaxed);
+    if help.is_null() {
+        return None;
+    }
+    // SAFETY: only `ask_for_help` writes it, with a function of this type.
+    let help = unsafe { core::mem::transmute::<*mut (), fn() -> bool>(help) };
+    if help() {
+        frames::allocate(order)
+    } else {
+        None
     }
 }
 
@@ -46,22 +74,25 @@ unsafe impl GlobalAlloc for Heap {
         }
         let class = match class(&layout) {
             Ok(class) => class,
-            Err(order) => return frames::allocate(order).map_or(null_mut(), direct),
+            Err(order) => return frames_in_need(order).map_or(null_mut(), direct),
         };
+        let is_empty = self.0.lock().0.get(class).is_some_and(|head| *head == 0);
+        // Without the lock: what is given back was in pieces too.
+        let fresh = if is_empty { frames_in_need(0) } else { None };
         let mut lists = self.0.lock();
         let Some(head) = lists.0.get_mut(class) else {
             return null_mut();
         };
-        if *head == 0 {
-            let Some(frame) = frames::allocate(0) else {
-                return null_mut();
-            };
+        if let Some(frame) = fresh {
             let size = (SMALLEST << class) as u64;
             for at in (0..PAGE / size).map(|i| frame + i * size) {
                 // SAFETY: a fresh frame, cut into pieces that each hold the address of the next.
                 unsafe { direct(at).cast::<u64>().write(*head) };
                 *head = at;
             }
+        }
+        if *head == 0 {
+            return null_mut();
         }
         let piece = direct(*head);
         // SAFETY: a piece in the list holds the next one's address.

@@ -102,7 +102,8 @@ impl PageTable {
     /// Visits the entries that are there from `start` to `end`; the visitor may change them.
     pub fn visit(&mut self, start: u64, end: u64, mut f: impl FnMut(u64, &mut u64)) {
         let mut address = start;
-        while address < end.min(USER_END) {
+        let end = end.min(USER_END);
+        while address < end {
             // Skips what has no table at the level where it is missing.
             let mut at = self.root;
             let mut skip = None;
@@ -119,13 +120,60 @@ impl PageTable {
                 address = ((address >> level) + 1) << level;
                 continue;
             }
-            // SAFETY: as above; the reference ends with the call.
-            let slot = unsafe { &mut *table(at).add((address >> 12 & 511) as usize) };
-            if *slot & PRESENT != 0 {
-                f(address, slot);
+            // All of the last table that is wanted, without looking for it again.
+            let last = ((address >> 21) + 1) << 21;
+            while address < end.min(last) {
+                // SAFETY: as above; the reference ends with the call.
+                let slot = unsafe { &mut *table(at).add((address >> 12 & 511) as usize) };
+                if *slot & PRESENT != 0 {
+                    f(address, slot);
+                }
+                address += PAGE;
             }
-            address += PAGE;
         }
+    }
+
+    /// Puts the entries of a range into another table, which then owns the frames too. With
+    /// `copy_on_write` neither may write them any more; the CPU may still believe it can until
+    /// `cpu::forget_programs`.
+    ///
+    /// # Errors
+    /// No memory for the other's tables; what is there already stays there.
+    pub fn share_with(
+        &mut self,
+        other: &mut Self,
+        (start, end): (u64, u64),
+        copy_on_write: bool,
+    ) -> Result<(), NoMemory> {
+        // The other's last table, and the addresses it is for.
+        let mut last: Option<(u64, *mut u64)> = None;
+        let mut result = Ok(());
+        self.visit(start, end, |address, entry| {
+            if result.is_err() {
+                return;
+            }
+            let first = match last {
+                Some((of, first)) if of == address >> 21 => first,
+                _ => match other.entry(address & !0x1f_ffff, true) {
+                    Some(first) => {
+                        last = Some((address >> 21, first));
+                        first
+                    }
+                    None => {
+                        result = Err(NoMemory);
+                        return;
+                    }
+                },
+            };
+            if copy_on_write {
+                *entry = (*entry & !WRITABLE) | COPY_ON_WRITE;
+            }
+            frames::share(frame_of(*entry));
+            // SAFETY: an index below 512 in a table of the other's own; nothing was there, as the
+            // areas of one address space do not overlap and the other is new.
+            unsafe { first.add((address >> 12 & 511) as usize).write(*entry) };
+        });
+        result
     }
 
     /// Takes out and frees what is mapped from `start` to `end`.
@@ -140,14 +188,15 @@ impl PageTable {
 
 impl Drop for PageTable {
     fn drop(&mut self) {
-        self.clear(0, USER_END);
-        free(self.root, 3);
+        // No CPU uses it, so nothing has to be forgotten: another one was loaded since.
+        free(self.root, 4);
     }
 }
 
+/// Frees what an entry of a level leads to: a page (0), or a table and all below it.
 fn free(at: u64, level: u32) {
-    let entries = if level == 3 { 256 } else { 512 };
     if level > 0 {
+        let entries = if level == 4 { 256 } else { 512 };
         for index in 0..entries {
             // SAFETY: an index below 512 in a table of ours, which nobody uses any more.
             let entry = unsafe { table(at).add(index).read() };

@@ -2,7 +2,7 @@
 
 use core::cell::UnsafeCell;
 use core::ops::{Deref, DerefMut};
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// Mutual exclusion. With one CPU and interrupts off in the kernel, a lock that is taken can only
 /// have been taken by who wants it again, or by a task that sleeps with it: both are mistakes of
@@ -11,6 +11,22 @@ use core::sync::atomic::{AtomicBool, Ordering};
 pub struct Mutex<T> {
     taken: AtomicBool,
     value: UnsafeCell<T>,
+}
+
+/// Locks that are taken now, by whomever: the running task, with one CPU.
+static TAKEN: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether any lock is taken: then nobody else may run.
+pub fn any_taken() -> bool {
+    TAKEN.load(Ordering::Relaxed) > 0
+}
+
+fn count(by: usize) {
+    // One CPU, and interrupts that take locks have given them back when they return.
+    TAKEN.store(
+        TAKEN.load(Ordering::Relaxed).wrapping_add(by),
+        Ordering::Relaxed,
+    );
 }
 
 // SAFETY: the value is reached through the guard only, and there is one guard at a time.
@@ -32,6 +48,7 @@ impl<T> Mutex<T> {
             !self.taken.swap(true, Ordering::Acquire),
             "a lock was taken twice, or held while sleeping"
         );
+        count(1);
         Guard { lock: self }
     }
 
@@ -39,7 +56,10 @@ impl<T> Mutex<T> {
     pub fn try_lock(&self) -> Option<Guard<'_, T>> {
         let free = !self.taken.swap(true, Ordering::Acquire);
         // Not `then_some`: a guard that is made and dropped would free the lock of another.
-        free.then(|| Guard { lock: self })
+        free.then(|| {
+            count(1);
+            Guard { lock: self }
+        })
     }
 }
 
@@ -66,6 +86,7 @@ impl<T> DerefMut for Guard<'_, T> {
 
 impl<T> Drop for Guard<'_, T> {
     fn drop(&mut self) {
+        count(1usize.wrapping_neg());
         self.lock.taken.store(false, Ordering::Release);
     }
 }

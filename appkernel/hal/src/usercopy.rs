@@ -68,6 +68,27 @@ pub fn read(to: &mut [u8], from: u64) -> Result<(), Fault> {
     }
 }
 
+/// Writes bytes of a frame to a program, which may have the same frame in its memory.
+///
+/// # Errors
+/// When not all of it can be written.
+pub fn write_frame(to: u64, frame: u64, offset: usize, len: usize) -> Result<(), Fault> {
+    if !is_user(to, len)
+        || offset
+            .checked_add(len)
+            .is_none_or(|end| end > crate::PAGE as usize)
+    {
+        return Err(Fault);
+    }
+    let from = crate::direct(frame) as u64 + offset as u64;
+    // SAFETY: the range is within a frame, which the direct map covers; there is no reference to its
+    // bytes, so it does not matter whether they change. The range of `to` was checked.
+    match unsafe { copy(to, from, len) } {
+        0 => Ok(()),
+        _ => Err(Fault),
+    }
+}
+
 /// Writes to a program.
 ///
 /// # Errors

@@ -8,7 +8,7 @@ use appkernel_core::elf::{HEADER, Header, Segments};
 use appkernel_core::errno::Errno;
 use appkernel_core::vma::{Area, Backing, EXECUTE, READ, WRITE};
 use appkernel_hal::trap::Frame;
-use appkernel_hal::{PAGE, cpu};
+use appkernel_hal::{PAGE, USER_END, cpu};
 
 use crate::container::Container;
 use crate::fs;
@@ -21,6 +21,8 @@ const PROGRAM_BASE: u64 = 0x5555_5555_4000;
 /// Arguments and environment together, in bytes (Linux: a quarter of the stack's limit, which is four
 /// times as much; here they are in one piece on the way).
 pub const ARGUMENTS_MAX: usize = 512 << 10;
+/// Bytes of one of them with its end, as Linux has it.
+pub const ARGUMENT_MAX: usize = 128 << 10;
 /// Scripts whose interpreter is a script, at most (as Linux).
 const SCRIPT_DEPTH: usize = 5;
 const SCRIPT_LINE: usize = 256;
@@ -72,7 +74,9 @@ impl Image {
     /// Registers at its first instruction.
     pub fn frame(&self) -> Frame {
         Frame {
-            rip: self.entry,
+            // The file says where; an address that is none would be a fault of the kernel's when it
+            // goes there, so it is the first that no program has: a fault of the program's.
+            rip: self.entry.min(USER_END),
             rsp: self.stack,
             cs: cpu::USER_CODE.into(),
             ss: cpu::USER_DATA.into(),
@@ -90,11 +94,38 @@ pub struct Context<'a> {
     pub credentials: &'a Credentials,
 }
 
+/// Why there is no program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// The caller goes on, with this error.
+    Refused(Errno),
+    /// The file is a program whose parts cannot be put where it wants them. Linux finds that when the
+    /// old program is gone already, and ends the process by SIGSEGV.
+    Fatal,
+}
+
+impl From<Errno> for Failure {
+    fn from(error: Errno) -> Self {
+        Self::Refused(error)
+    }
+}
+
 /// Reads the program and makes its memory.
 ///
 /// # Errors
-/// As execve(2).
+/// As execve(2), without a process that could be ended.
 pub fn load(request: &Request, context: Context<'_>) -> Result<Image, Errno> {
+    replace(request, context).map_err(|failure| match failure {
+        Failure::Refused(error) => error,
+        Failure::Fatal => Errno::ENOEXEC,
+    })
+}
+
+/// The same for a process that has a program already.
+///
+/// # Errors
+/// As execve(2).
+pub fn replace(request: &Request, context: Context<'_>) -> Result<Image, Failure> {
     let called = request.path.clone();
     let mut request = request.clone();
     // Programs count on a name: since 5.18 they always get one.
@@ -105,11 +136,11 @@ pub fn load(request: &Request, context: Context<'_>) -> Result<Image, Errno> {
         let found = fs::resolve(context.container, context.cwd, &request.path, true)?;
         let node = found.node;
         if !node.is_regular() {
-            return Err(Errno::EACCES);
+            return Err(Errno::EACCES.into());
         }
         let attributes = node.attributes()?;
         if attributes.mode & 0o111 == 0 || !context.credentials.may(&attributes, 1) {
-            return Err(Errno::EACCES);
+            return Err(Errno::EACCES.into());
         }
         let mut head = vec![0; SCRIPT_LINE];
         let len = node.read(0, &mut head)?;
@@ -121,7 +152,7 @@ pub fn load(request: &Request, context: Context<'_>) -> Result<Image, Errno> {
         let image = program(&node, found.path, &request, context)?;
         return Ok(Image { called, ..image });
     }
-    Err(Errno::ELOOP)
+    Err(Errno::ELOOP.into())
 }
 
 /// The request for a script's interpreter.
@@ -161,22 +192,42 @@ struct Loaded {
     base: u64,
 }
 
-fn read_elf(node: &Node) -> Result<(Header, Segments), Errno> {
+fn read_elf(node: &Node) -> Result<(Header, Segments), Failure> {
     let mut bytes = [0; HEADER];
     if node.read(0, &mut bytes)? < HEADER {
-        return Err(Errno::ENOEXEC);
+        return Err(Errno::ENOEXEC.into());
     }
     let header = Header::parse(&bytes)?;
     let mut table = vec![0; header.table_bytes()];
     if node.read(header.table_offset, &mut table)? < table.len() {
-        return Err(Errno::ENOEXEC);
+        return Err(Errno::ENOEXEC.into());
     }
-    let segments = Segments::parse(&table)?;
+    let segments = Segments::parse(&table).map_err(|_| Failure::Fatal)?;
     Ok((header, segments))
 }
 
-fn map(mm: &mut Mm, node: &Node, path: &[u8], wanted: u64) -> Result<Loaded, Errno> {
+fn map(mm: &mut Mm, node: &Node, path: &[u8], wanted: u64) -> Result<Loaded, Failure> {
     let (header, segments) = read_elf(node)?;
+    let base = map_segments(mm, node, path, wanted, &header, &segments).map_err(|e| match e {
+        Errno::ENOMEM => Failure::Refused(e),
+        _ => Failure::Fatal,
+    })?;
+    Ok(Loaded {
+        header,
+        segments,
+        base,
+    })
+}
+
+/// Maps the segments; gives what is added to their addresses.
+fn map_segments(
+    mm: &mut Mm,
+    node: &Node,
+    path: &[u8],
+    wanted: u64,
+    header: &Header,
+    segments: &Segments,
+) -> Result<u64, Errno> {
     let file = Mapping::new(node.clone(), path.to_vec(), false);
     let (start, end) = segments.extent();
     let base = match (header.relocatable, wanted) {
@@ -239,11 +290,7 @@ fn map(mm: &mut Mm, node: &Node, path: &[u8], wanted: u64) -> Result<Loaded, Err
         }
         mm.brk_start = mm.brk_start.max(memory_end.next_multiple_of(PAGE));
     }
-    Ok(Loaded {
-        header,
-        segments,
-        base,
-    })
+    Ok(base)
 }
 
 fn program(
@@ -251,11 +298,11 @@ fn program(
     path: Vec<u8>,
     request: &Request,
     context: Context<'_>,
-) -> Result<Image, Errno> {
+) -> Result<Image, Failure> {
     let mut mm = Mm::new()?;
     let loaded = map(&mut mm, node, &path, PROGRAM_BASE)?;
     mm.brk = mm.brk_start;
-    let mut entry = loaded.base + loaded.header.entry;
+    let mut entry = loaded.base.saturating_add(loaded.header.entry);
     let mut loader_base = 0;
     if let Some((offset, len)) = loaded.segments.interpreter {
         let mut name = vec![
@@ -266,16 +313,16 @@ fn program(
                 .ok_or(Errno::ENOEXEC)?
         ];
         if node.read(offset, &mut name)? < name.len() || name.pop() != Some(0) {
-            return Err(Errno::ENOEXEC);
+            return Err(Errno::ENOEXEC.into());
         }
         let found = fs::resolve(context.container, context.cwd, &name, true)?;
         let brk = mm.brk_start;
         let loader = map(&mut mm, &found.node, &found.path, 0)?;
         mm.brk_start = brk;
         if loader.segments.interpreter.is_some() {
-            return Err(Errno::ENOEXEC);
+            return Err(Errno::ENOEXEC.into());
         }
-        entry = loader.base + loader.header.entry;
+        entry = loader.base.saturating_add(loader.header.entry);
         loader_base = loader.base;
     }
     mm.map(Area {
@@ -303,7 +350,17 @@ fn stack(
     request: &Request,
     credentials: &Credentials,
 ) -> Result<u64, Errno> {
+    let all = request.arguments.iter().chain(&request.environment);
+    let total: usize = all.map(|s| s.len() + 1).sum();
+    if total > ARGUMENTS_MAX {
+        return Err(Errno::E2BIG);
+    }
+    // In one piece, which there may be none of.
     let mut strings: Vec<u8> = Vec::new();
+    let names = request.path.len() + 64;
+    strings
+        .try_reserve_exact(total + names)
+        .map_err(|_| Errno::ENOMEM)?;
     let mut put = |bytes: &[u8]| {
         let at = strings.len() as u64;
         strings.extend(bytes);
@@ -318,9 +375,6 @@ fn stack(
     let arguments: Vec<u64> = request.arguments.iter().map(|a| put(a)).collect();
     let environment: Vec<u64> = request.environment.iter().map(|e| put(e)).collect();
     let end = put(b"");
-    if strings.len() > ARGUMENTS_MAX {
-        return Err(Errno::E2BIG);
-    }
     let base = (STACK_TOP - 16 - strings.len() as u64) & !15;
     mm.write(base, &strings)?;
     let first = arguments.first().copied().unwrap_or(end);
@@ -339,7 +393,7 @@ fn stack(
         (at::PHNUM, loaded.header.count.into()),
         (at::PAGESZ, PAGE),
         (at::BASE, loader_base),
-        (at::ENTRY, loaded.base + loaded.header.entry),
+        (at::ENTRY, loaded.base.wrapping_add(loaded.header.entry)),
         (at::UID, credentials.uid.into()),
         (at::EUID, credentials.euid.into()),
         (at::GID, credentials.gid.into()),

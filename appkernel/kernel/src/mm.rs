@@ -10,6 +10,7 @@ use appkernel_hal::paging::{
 };
 use appkernel_hal::{PAGE, cpu, frames};
 
+use crate::fs::fuse;
 use crate::fs::node::Node;
 
 /// Mappings are placed below; the stack lies above.
@@ -23,6 +24,9 @@ pub const LOWEST: u64 = 0x1_0000;
 /// As Linux' `vm.max_map_count`.
 const MAX_AREAS: usize = 65530;
 
+/// What lies around a page that is touched: as much as the host gives at once.
+const AROUND: u64 = 16 * PAGE;
+
 /// Parts of a page, as `Mm::weight` counts them.
 pub const WHOLE: u64 = 1024;
 
@@ -32,6 +36,17 @@ pub enum Access {
     Read,
     Write,
     Execute,
+}
+
+impl Access {
+    /// Protections of which one is enough.
+    fn needs(self) -> u8 {
+        match self {
+            Self::Read => READ | WRITE | EXECUTE,
+            Self::Write => WRITE,
+            Self::Execute => EXECUTE,
+        }
+    }
 }
 
 /// A file that is mapped.
@@ -83,6 +98,8 @@ pub struct Mm {
     locked: Areas<()>,
     /// What is mapped from now on stays too.
     pub lock_future: bool,
+    /// Pages that came with those that were touched, since somebody last took the number.
+    pub came_along: u64,
 }
 
 impl Mm {
@@ -122,6 +139,7 @@ impl Mm {
             brk: 0,
             locked: Areas::default(),
             lock_future: false,
+            came_along: 0,
         })
     }
 
@@ -228,9 +246,12 @@ impl Mm {
 
     /// Changes what may be done with a range.
     pub fn protect(&mut self, start: u64, end: u64, protection: u8) -> Result<(), Errno> {
-        if !self.areas.covers(start, end) || self.areas.count() >= MAX_AREAS {
+        if self.areas.count() >= MAX_AREAS {
             return Err(Errno::ENOMEM);
         }
+        // What is before a hole changes all the same.
+        let whole = end;
+        let end = self.areas.covered_to(start).min(end);
         self.areas.protect(start, end, protection);
         // Pages that may do less than before lose it now; more comes by faults.
         self.table.visit(start, end, |address, entry| {
@@ -249,6 +270,9 @@ impl Mm {
             }
             cpu::invalidate(address);
         });
+        if end < whole {
+            return Err(Errno::ENOMEM);
+        }
         Ok(())
     }
 
@@ -264,27 +288,22 @@ impl Mm {
             // A child has none of it.
             locked: Areas::default(),
             lock_future: false,
+            came_along: 0,
         };
+        let mut result = Ok(());
         for area in self.areas.iter() {
-            let shared = area.shared;
-            let mut result = Ok(());
-            self.table.visit(area.start, area.end, |address, entry| {
-                if result.is_err() {
-                    return;
-                }
-                if !shared {
-                    *entry = (*entry & !WRITABLE) | COPY_ON_WRITE;
-                    cpu::invalidate(address);
-                }
-                frames::share(frame_of(*entry));
-                if child.table.set(address, *entry).is_err() {
-                    frames::release(frame_of(*entry), 0);
-                    result = Err(Errno::ENOMEM);
-                }
-            });
-            result?;
+            let range = (area.start, area.end);
+            result = self
+                .table
+                .share_with(&mut child.table, range, !area.shared)
+                .map_err(|_| Errno::ENOMEM);
+            if result.is_err() {
+                break;
+            }
         }
-        Ok(child)
+        // Also when it failed: what was shared may not be written any more.
+        cpu::forget_programs();
+        result.map(|()| child)
     }
 
     /// The frame behind an address of a shared mapping; `None` for memory of the process alone.
@@ -299,6 +318,12 @@ impl Mm {
         Ok(Some(frame_of(self.table.get(address))))
     }
 
+    /// Whether what is mapped at an address allows the access; `None` if nothing is.
+    pub fn allows(&self, address: u64, access: Access) -> Option<bool> {
+        let area = self.areas.find(address)?;
+        Some(area.protection & access.needs() != 0)
+    }
+
     /// Brings the page at an address.
     ///
     /// # Errors
@@ -307,12 +332,7 @@ impl Mm {
     pub fn fault(&mut self, address: u64, access: Access) -> Result<(), Errno> {
         let page = address & !(PAGE - 1);
         let area = self.areas.find(page).ok_or(Errno::EFAULT)?.clone();
-        let needed = match access {
-            Access::Read => READ | WRITE | EXECUTE,
-            Access::Write => WRITE,
-            Access::Execute => EXECUTE,
-        };
-        if area.protection & needed == 0 {
+        if area.protection & access.needs() == 0 {
             return Err(Errno::EFAULT);
         }
         let mut flags = PRESENT | USER;
@@ -364,7 +384,44 @@ impl Mm {
         self.table.set(page, frame | flags).map_err(|_| {
             frames::release(frame, 0);
             Errno::ENOMEM
-        })
+        })?;
+        if let Backing::File(file, offset) = &area.backing
+            && let Node::Share(node) = &file.node
+            && access != Access::Write
+        {
+            self.bring_neighbours(page, &area, node, *offset, flags);
+        }
+        Ok(())
+    }
+
+    /// The page of a file was brought: those around it that are in the cache come along, since each
+    /// fault costs more than they do.
+    fn bring_neighbours(
+        &mut self,
+        page: u64,
+        area: &Area<Arc<Mapping>>,
+        node: &fuse::Node,
+        offset: u64,
+        flags: u64,
+    ) {
+        let window = page / AROUND * AROUND;
+        let (start, end) = (window.max(area.start), (window + AROUND).min(area.end));
+        let first = (offset + (start - area.start)) / PAGE;
+        let last = (offset + (end - area.start)) / PAGE;
+        let table = &mut self.table;
+        let mut count = 0;
+        node.cached_pages(first, last, |index, frame| {
+            let address = start + (index - first) * PAGE;
+            if address == page || table.get(address) & PRESENT != 0 {
+                return;
+            }
+            frames::share(frame);
+            match table.set(address, frame | flags) {
+                Ok(()) => count += 1,
+                Err(_) => frames::release(frame, 0),
+            }
+        });
+        self.came_along += count;
     }
 
     /// The page is there, but not with all rights the area gives.
@@ -482,7 +539,7 @@ impl Mm {
 }
 
 fn copy(from: u64) -> Result<u64, Errno> {
-    let frame = frames::allocate_user().ok_or(Errno::ENOMEM)?;
+    let frame = frames::allocate_user_unwritten().ok_or(Errno::ENOMEM)?;
     // SAFETY: the new frame is ours alone; the other is only read, and nobody writes it meanwhile.
     let (to, from) = unsafe { (frames::bytes(frame), frames::bytes(from)) };
     to.copy_from_slice(from);

@@ -360,8 +360,8 @@ fn stop_process(task: &Task, signal: Signal) {
     tell_parent(task, code::STOPPED, signal);
 }
 
-/// The program did something it may not.
-pub fn fault(signal: Signal, frame: &Frame, address: u64) {
+/// The program did something it may not; `code` says what, as a handler is told.
+pub fn fault((signal, code): (Signal, i32), frame: &Frame, address: u64) {
     let task = task::current();
     let action = task.handlers().lock().get(signal);
     let mut pending = task.pending.lock();
@@ -379,11 +379,7 @@ pub fn fault(signal: Signal, frame: &Frame, address: u64) {
         return;
     }
     let info = Info {
-        code: if signal == Signal::SEGV {
-            1
-        } else {
-            code::KERNEL
-        },
+        code,
         address,
         ..Info::default()
     };

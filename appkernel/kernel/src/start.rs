@@ -37,6 +37,7 @@ extern "C" fn kernel_main(start: u64) -> ! {
     };
     hal::frames::init(&info);
     hal::boot::drop_identity_map();
+    hal::heap::ask_for_help(fs::fuse::shrink_in_need);
     hal::clock::init();
     hal::apic::init();
     let options = Options::parse(info.cmdline);
@@ -54,7 +55,7 @@ extern "C" fn kernel_main(start: u64) -> ! {
         ram_end: ram_end.unwrap_or(0),
     };
     let Some(program) = options.run.first().cloned() else {
-        serve(machine, tsc);
+        serve(machine, (!options.quiet).then_some(tsc));
     };
     let share = machine.devices.iter().find(|device| {
         Fuse::tag_of(device, machine.ram_end).is_some_and(|tag| tag == options.root)
@@ -112,7 +113,9 @@ extern "C" fn kernel_main(start: u64) -> ! {
         fatal(format_args!("no memory for the first program"));
     };
     task::begin(first.id);
-    announce(tsc, "the first program");
+    if !options.quiet {
+        announce(tsc, "the first program");
+    }
     drop((first, request, options, container));
     hal::cpu::boot_mark(mark::FIRST_PROGRAM);
     task::start(thread)
@@ -148,7 +151,7 @@ extern "C" fn rest() -> ! {
 }
 
 /// Waits for the host to say what to run.
-fn serve(machine: Machine, tsc: u64) -> ! {
+fn serve(machine: Machine, announced: Option<u64>) -> ! {
     let root = Node::Memory(fs::memory::new(Some(0), 0o755));
     let container = Arc::new(Container::new(0, "", root, true));
     if let Err(reason) = agent::prepare(machine) {
@@ -159,7 +162,9 @@ fn serve(machine: Machine, tsc: u64) -> ! {
     let Some(thread) = task::init(&container, agent::run) else {
         fatal(format_args!("no memory for the kernel's own thread"));
     };
-    announce(tsc, "the agent");
+    if let Some(tsc) = announced {
+        announce(tsc, "the agent");
+    }
     drop(container);
     task::start(thread)
 }

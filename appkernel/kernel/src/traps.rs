@@ -7,7 +7,7 @@ use appkernel_hal::{USER_END, apic, clock, cpu, trap};
 
 use crate::mm::Access;
 use crate::net::stack;
-use crate::signal::{self, Signal};
+use crate::signal::{self, Signal, code};
 use crate::{fs, log, task};
 
 /// IOAPIC pin of the serial port.
@@ -74,17 +74,21 @@ extern "C" fn kernel_trap(frame: &mut Frame) {
     }
 }
 
+/// What was tried, by the error code of a page fault.
+fn access(frame: &Frame) -> Access {
+    if frame.code & fault::FETCH != 0 {
+        Access::Execute
+    } else if frame.code & fault::WRITE != 0 {
+        Access::Write
+    } else {
+        Access::Read
+    }
+}
+
 fn exception(frame: &mut Frame) {
     let address = cpu::read_cr2();
     if frame.vector == PAGE_FAULT && (frame.from_user() || address < USER_END) {
-        let access = if frame.code & fault::FETCH != 0 {
-            Access::Execute
-        } else if frame.code & fault::WRITE != 0 {
-            Access::Write
-        } else {
-            Access::Read
-        };
-        if address < USER_END && task::fault(address, access) {
+        if address < USER_END && task::fault(address, access(frame)) {
             return;
         }
         if frame.from_user() && task::is_ending() {
@@ -92,12 +96,16 @@ fn exception(frame: &mut Frame) {
         }
     }
     if frame.from_user() {
-        let signal = match frame.vector {
-            0 | 16 | 19 => Signal::FPE,
-            1 | 3 => Signal::TRAP,
-            6 => Signal::ILL,
-            17 => Signal::BUS,
-            _ => Signal::SEGV,
+        // With what siginfo calls it: a division by zero, no such instruction, no alignment.
+        let (signal, address) = match frame.vector {
+            PAGE_FAULT => (task::fault_signal(address, access(frame)), address),
+            0 => ((Signal::FPE, 1), frame.rip),
+            16 | 19 => ((Signal::FPE, 7), frame.rip),
+            1 => ((Signal::TRAP, 2), frame.rip),
+            3 => ((Signal::TRAP, code::KERNEL), 0),
+            6 => ((Signal::ILL, 2), frame.rip),
+            17 => ((Signal::BUS, 1), 0),
+            _ => ((Signal::SEGV, code::KERNEL), 0),
         };
         signal::fault(signal, frame, address);
         return;

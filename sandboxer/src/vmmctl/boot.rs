@@ -111,6 +111,9 @@ pub struct Args {
     /// Write how it ended, times and counters to FILE as JSON.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
+    /// Count the guest's instructions before its first program (slow); they are in the report.
+    #[arg(long, requires = "report")]
+    count_instructions: bool,
     /// Do not hold the VM's threads to the system calls they need, to look for a fault.
     #[arg(long)]
     no_seccomp: bool,
@@ -255,6 +258,7 @@ fn start_and_watch(
         crash_core: args.crash_core,
         seccomp: !args.no_seccomp,
         allow_emulated_kvm: args.allow_emulated_kvm,
+        count_instructions: args.count_instructions,
         ..VmConfig::default()
     };
     let console = if args.quiet {

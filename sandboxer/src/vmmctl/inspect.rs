@@ -2,12 +2,14 @@
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde_json::Value;
 
 use super::error::CliError;
 use super::{Context, print, print_json};
 use crate::engine::Sandbox;
+use crate::engine::agent::Agent;
 
 /// Show a VM's configuration, memory map, devices and queues.
 #[derive(Debug, clap::Args)]
@@ -37,7 +39,14 @@ pub fn run(args: &Args, context: &Context) -> Result<u8, CliError> {
         print_json(&remote.registers()?)?;
         return Ok(0);
     }
-    let vm = remote.inspect()?;
+    let mut vm = remote.inspect()?;
+    if found.state.kind == "appkernel" && found.state.mode != "boot" && !args.boot {
+        // A guest that does not answer is looked at all the more.
+        vm["unknown_calls"] = match unknown_calls(remote) {
+            Ok(count) => count.into(),
+            Err(e) => format!("not known: {e}").into(),
+        };
+    }
     if let Some(path) = &args.svg {
         std::fs::write(path, svg(&vm["timeline"], &found.state.id))
             .map_err(|e| CliError::io(format!("drawing {}", path.display()), e))?;
@@ -54,6 +63,17 @@ pub fn run(args: &Args, context: &Context) -> Result<u8, CliError> {
     let state = serde_json::to_value(&found.state).map_err(|e| CliError::io("state", e.into()))?;
     print_json(&serde_json::json!({"state": state, "vm": vm}))?;
     Ok(0)
+}
+
+/// System calls that the app kernel's programs made and it has not.
+fn unknown_calls(sandbox: Arc<dyn Sandbox>) -> Result<Option<u64>, CliError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| CliError::io("starting the runtime", e))?;
+    let info = runtime.block_on(async { Agent::connect(sandbox).await?.hello().await });
+    runtime.shutdown_background();
+    Ok(info?.unknown_calls)
 }
 
 struct Stage {

@@ -106,6 +106,9 @@ pub struct Args {
     /// Appended to the guest kernel's command line.
     #[arg(long, value_name = "TEXT", default_value = "")]
     cmdline: String,
+    /// With --sandbox app: print the program's system calls on standard error, as strace does.
+    #[arg(long)]
+    strace: bool,
     /// Back guest memory with huge pages of the host.
     #[arg(long)]
     hugepages: bool,
@@ -248,6 +251,11 @@ type Boot = (PathBuf, Option<PathBuf>);
 /// Finds what the guest boots from; what the app kernel has not is refused.
 fn guest_files(args: &Args) -> Result<Boot, CliError> {
     if args.sandbox == Sandbox::Microvm {
+        if args.strace {
+            let text = "--strace: the app kernel prints its programs' system calls, Linux does not; \
+                        give --sandbox app, or run strace in the container";
+            return Err(CliError::new("not_supported", text));
+        }
         let files = GuestFiles::find(args.kernel.as_deref(), args.guest_image.as_deref())?;
         return Ok((files.kernel, Some(files.image)));
     }
@@ -332,6 +340,7 @@ fn prepare(
             match args.sandbox {
                 Sandbox::Microvm =>
                     "root=/dev/vda rootfstype=erofs ro init=/sbin/agent dummy.numdummies=0 ",
+                Sandbox::App if args.strace => "app.strace ",
                 Sandbox::App => "",
             },
             args.cmdline
@@ -353,7 +362,8 @@ fn prepare(
         allow_emulated_kvm: args.allow_emulated_kvm || !kvm.usable(),
         ..VmConfig::default()
     };
-    let console = (context.verbose > 1).then(stderr).transpose()?;
+    let shows_console = context.verbose > 1 || args.strace;
+    let console = shows_console.then(stderr).transpose()?;
     let vm_begin = Instant::now();
     let vm = Arc::new(MicroVm::create(config, ConsoleHub::new(console))?);
     dir.update(|s| {

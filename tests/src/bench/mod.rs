@@ -1,5 +1,6 @@
 //! Benchmarks: each prints a table and writes `target/bench/NAME.json`.
 
+pub mod appkernel;
 pub mod boot;
 pub mod crun;
 pub mod fs;

@@ -1,16 +1,16 @@
-//! `bench boot|fs|pods|wasm|wasm-beside …`, `bench wasm-soak COUNT`: see the modules of `bulkhead_tests::bench`.
+//! `bench boot|fs|appkernel|pods|wasm|wasm-beside …`, `bench wasm-soak COUNT`: see the modules of `bulkhead_tests::bench`.
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use bulkhead_tests::bench::report::Report;
-use bulkhead_tests::bench::{boot, fs, pods, wasm, wasm_beside, wasm_soak};
+use bulkhead_tests::bench::{appkernel, boot, fs, pods, wasm, wasm_beside, wasm_soak};
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let what = args
         .next()
-        .context("which benchmark? boot, fs, pods or wasm")?;
+        .context("which benchmark? boot, fs, appkernel, pods or wasm")?;
     match what.as_str() {
         "boot" | "fs" => {
             let mut path = || args.next().map(PathBuf::from);
@@ -38,6 +38,16 @@ fn main() -> Result<()> {
                 _ => boot::run(&inputs, samples, linux, args.next().is_some())?,
             };
             report.finish(&out)
+        }
+        "appkernel" => {
+            let usage = "bench appkernel VMMCTL PROGRAMS OUT_DIR [PART…]";
+            let mut path = || args.next().map(PathBuf::from).context(usage);
+            let (vmmctl, programs, out) = (path()?, path()?, path()?);
+            let mut parts: Vec<String> = args.collect();
+            if parts.is_empty() {
+                parts = appkernel::PARTS.map(str::to_owned).into();
+            }
+            appkernel::run(&vmmctl, &programs, &parts)?.finish(&out)
         }
         "pods" => {
             let usage = "bench pods SANDBOXER OUT_DIR [PART…]";

@@ -1,6 +1,8 @@
 //! Fuzzing without a fuzzing engine: seeds are mutated at random (not guided by coverage) and fed
 //! to everything that reads bytes of guests or images. `fuzz list`, `fuzz TARGET SECONDS`,
-//! `fuzz TARGET --replay FILE`.
+//! `fuzz TARGET --replay FILE`. One target is played in a VM and needs KVM: `fuzz appkernel SECONDS`,
+//! random system calls on the app kernel (`FUZZ_SEED`, and `FUZZ_ROUNDS=FIRST+COUNT` to play some of
+//! its rounds again).
 //!
 //! An input that makes a target panic is written to `target/fuzz/TARGET-HASH` and named.
 
@@ -17,6 +19,7 @@ use bulkhead_devices::virtio::fs::fuzz_fs;
 use bulkhead_devices::virtio::vsock::fuzz_vsock;
 use bulkhead_protocol::frame::Decoder;
 use bulkhead_sandboxer::image::{Silent, Store};
+use bulkhead_tests::calls::{self, Length};
 use sha2::{Digest, Sha256};
 
 struct Target {
@@ -309,6 +312,40 @@ fn fuzz(target: &Target, length: Duration, out: &Path) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Random system calls in the app kernel's VM. The last line is as the tests' programs have it, for
+/// the one who counts.
+fn appkernel(seconds: u64) -> Result<ExitCode> {
+    let variable = |name| std::env::var(name).ok();
+    let seed = variable("FUZZ_SEED").and_then(|s| s.parse().ok());
+    let seed: u64 = seed.unwrap_or_else(|| u64::from(std::process::id()) << 20 | 0x9E37);
+    let rounds = variable("FUZZ_ROUNDS");
+    let rounds = rounds.as_deref().and_then(|r| r.split_once('+'));
+    let length = match rounds {
+        Some((first, count)) => Length::Rounds(first.parse()?, count.parse()?),
+        None => Length::Seconds(seconds),
+    };
+    let played = calls::play(seed, length);
+    let (word, passed) = match &played {
+        Ok(count) => {
+            println!("appkernel: {count} rounds, no finding (seed {seed})");
+            ("ok", 1)
+        }
+        Err(finding) => {
+            println!("appkernel: FINDING: {finding:#}");
+            ("FAILED", 0)
+        }
+    };
+    println!(
+        "test result: {word}. {passed} passed; {} failed; 0 ignored",
+        1 - passed
+    );
+    Ok(if passed == 1 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
 fn main() -> Result<ExitCode> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let name = args.first().context("usage: fuzz list | TARGET SECONDS")?;
@@ -317,6 +354,9 @@ fn main() -> Result<ExitCode> {
             .iter()
             .for_each(|target| println!("{}", target.name));
         return Ok(ExitCode::SUCCESS);
+    }
+    if name == "appkernel" {
+        return appkernel(args.get(1).map_or(Ok(60), |s| s.parse())?);
     }
     let Some(target) = TARGETS.iter().find(|target| target.name == name) else {
         bail!("there is no target {name}: `fuzz list` names them");

@@ -10,13 +10,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 
-use kvm_bindings::kvm_run;
+use kvm_bindings::{kvm_guest_debug, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::bus::Bus;
 use crate::error::VmError;
 use crate::layout;
 use crate::seccomp;
+use crate::steps::Steps;
 use crate::vm::{ExitSlot, VmExit};
 
 /// Enough for device code that runs on behalf of a register access.
@@ -87,6 +88,8 @@ pub(crate) struct VcpuEnv {
     pub(crate) debug_stops: Option<mpsc::Sender<u8>>,
     /// Whether the thread is held to the system calls of its role.
     pub(crate) confined: bool,
+    /// Where instructions are counted, if they are.
+    pub(crate) counted: Option<Arc<crate::steps::Counted>>,
 }
 
 /// A vCPU and its thread.
@@ -279,17 +282,21 @@ struct Runner {
     fd: VcpuFd,
     env: VcpuEnv,
     shared: Arc<VcpuShared>,
+    steps: Option<Steps>,
 }
 
 impl Runner {
     fn new(index: u8, mut fd: VcpuFd, env: VcpuEnv, shared: Arc<VcpuShared>) -> Self {
         let run: *mut kvm_run = fd.get_kvm_run();
         KVM_RUN.with(|cell| cell.set(run));
+        // Those of the others say nothing about the way to the first program.
+        let counted = env.counted.clone().filter(|_| index == 0);
         Self {
             index,
             fd,
             env,
             shared,
+            steps: counted.map(Steps::new),
         }
     }
 
@@ -413,6 +420,10 @@ impl Runner {
                 count(&exits.other);
                 Some(VmExit::Reset)
             }
+            Ok(VcpuExit::Debug(stop)) if self.steps.is_some() => {
+                count(&exits.other);
+                self.count_step(stop.pc)
+            }
             Ok(VcpuExit::Debug(_)) => {
                 count(&exits.other);
                 self.stop_for_debugger();
@@ -457,6 +468,21 @@ impl Runner {
                 ))),
             },
         }
+    }
+
+    /// Counts a step; with the first program there is nothing more to count.
+    fn count_step(&mut self, pc: u64) -> Option<VmExit> {
+        let done = self.steps.as_mut().is_some_and(|steps| steps.step(pc));
+        if !done {
+            return None;
+        }
+        self.steps = None;
+        self.env.marks.add("first instruction of a program");
+        let error = self.fd.set_guest_debug(&kvm_guest_debug::default()).err()?;
+        Some(VmExit::Error(format!(
+            "single steps on vCPU {} cannot be ended: {error}",
+            self.index
+        )))
     }
 
     /// Parks this vCPU and tells the debugger.

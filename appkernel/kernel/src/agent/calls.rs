@@ -331,6 +331,7 @@ impl Agent {
                     cpus_online: 1,
                     memory_bytes: total as u64 * 4096,
                     features: Vec::new(),
+                    unknown_calls: Some(crate::syscall::unknown()),
                 })
             }
             SandboxCall::Check(_) => done(),

@@ -301,9 +301,10 @@ impl File {
             Kind::Pipe(..) if at.is_some() => Err(Errno::ESPIPE),
             Kind::Pipe(pipe, _) => pipe.write(from, self.waits()),
             Kind::Regular(node, Some(handle)) => {
+                // To the end also where a place is given, as Linux does.
                 let offset = match at {
+                    _ if self.flags() & flag::APPEND != 0 => node.attributes()?.size,
                     Some(at) => at,
-                    None if self.flags() & flag::APPEND != 0 => node.attributes()?.size,
                     None => *self.offset.lock(),
                 };
                 let count = node.write(*handle, offset, from)?;

@@ -14,7 +14,7 @@ use appkernel_core::fuse::{
 };
 use appkernel_core::locks::Locks;
 use appkernel_hal::sync::Mutex;
-use appkernel_hal::{clock, frames};
+use appkernel_hal::{PAGE, clock, frames};
 
 use super::memory::new_device;
 use super::node::{Owner, kind};
@@ -98,6 +98,21 @@ pub fn mounted(tag: &str) -> Option<Arc<Fuse>> {
 pub fn shrink_all() -> usize {
     let all = ALL.lock().clone();
     all.iter().map(|fuse| fuse.shrink()).sum()
+}
+
+/// The same in the middle of anything: what is locked is left alone.
+pub fn shrink_in_need() -> bool {
+    let Some(all) = ALL.try_lock() else {
+        return false;
+    };
+    let mut freed = 0;
+    for fuse in all.iter() {
+        let Some(nodes) = fuse.nodes.try_lock() else {
+            continue;
+        };
+        freed += nodes.values().map(|node| node.shrink()).sum::<usize>();
+    }
+    freed > 0
 }
 
 /// A file of the share.
@@ -236,23 +251,7 @@ impl Fuse {
     /// Frees pages of the cache that nobody has mapped.
     pub fn shrink(&self) -> usize {
         let nodes: Vec<_> = self.nodes.lock().values().map(Arc::clone).collect();
-        let mut freed = 0;
-        for node in nodes {
-            // A node in use is skipped: it may be the one that needs the memory.
-            let Some(mut state) = node.state.try_lock() else {
-                continue;
-            };
-            let NodeState { pages, dirty, .. } = &mut *state;
-            pages.retain(|index, frame| {
-                if frames::owners(*frame) > 1 || dirty.contains(index) {
-                    return true;
-                }
-                frames::release(*frame, 0);
-                freed += 1;
-                false
-            });
-        }
-        freed
+        nodes.iter().map(|node| node.shrink()).sum()
     }
 
     fn enter(&self, entry: &Entry) -> Arc<Node> {
@@ -379,6 +378,25 @@ impl Drop for NodeState {
 }
 
 impl Node {
+    /// Frees pages of the cache that nobody has mapped.
+    fn shrink(&self) -> usize {
+        // A node in use is skipped: it may be the one that needs the memory.
+        let Some(mut state) = self.state.try_lock() else {
+            return 0;
+        };
+        let mut freed = 0;
+        let NodeState { pages, dirty, .. } = &mut *state;
+        pages.retain(|index, frame| {
+            if frames::owners(*frame) > 1 || dirty.contains(index) {
+                return true;
+            }
+            frames::release(*frame, 0);
+            freed += 1;
+            false
+        });
+        freed
+    }
+
     fn fuse(&self) -> Result<Arc<Fuse>, Errno> {
         self.fuse.upgrade().ok_or(Errno::EIO)
     }
@@ -461,6 +479,17 @@ impl Node {
             .u32(change.gid.unwrap_or(0))
             .u32(0);
         self.attribute_call(Op::Setattr, &body)?;
+        // A page that is mapped stays; what is past the new end of it is zeros.
+        if let Some(size) = change.size
+            && let Some(frame) = self.state.lock().pages.get(&(size / PAGE))
+        {
+            // SAFETY: the cache owns the frame, and the state is locked.
+            let bytes = unsafe { frames::bytes(*frame) };
+            bytes
+                .get_mut((size % PAGE) as usize..)
+                .unwrap_or_default()
+                .fill(0);
+        }
         Ok(())
     }
 
@@ -699,6 +728,8 @@ impl Node {
             if more.is_empty() {
                 break;
             }
+            // In one piece: of a very large directory there is none.
+            all.try_reserve(more.len()).map_err(|_| Errno::ENOMEM)?;
             all.extend(more);
         }
         Ok(all)

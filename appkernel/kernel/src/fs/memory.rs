@@ -358,15 +358,12 @@ impl Node {
 
     /// All entries of the directory.
     pub fn entries(&self) -> Result<Vec<DirEntry>, Errno> {
-        let children: Vec<(Vec<u8>, Arc<Self>)> = {
-            let mut state = self.state.lock();
-            let entries = state.directory()?;
-            entries
-                .iter()
-                .map(|(name, node)| (name.clone(), Arc::clone(node)))
-                .collect()
-        };
-        let mut all = Vec::with_capacity(children.len() + 2);
+        let mut state = self.state.lock();
+        let children = state.directory()?;
+        let mut all = Vec::new();
+        // In one piece: of a very large directory there may be none.
+        all.try_reserve_exact(children.len() + 2)
+            .map_err(|_| Errno::ENOMEM)?;
         let mut add = |name: &[u8], ino: u64, mode: u32| {
             all.push(DirEntry {
                 ino,
@@ -378,7 +375,7 @@ impl Node {
         add(b".", self.number, kind::DIRECTORY);
         add(b"..", self.number, kind::DIRECTORY);
         for (name, node) in children {
-            add(&name, node.number, node.attributes().mode);
+            add(name, node.number, node.attributes().mode);
         }
         Ok(all)
     }

@@ -5,6 +5,7 @@ use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use appkernel_core::bytes;
 use appkernel_core::errno::Errno;
 use appkernel_hal::frames;
 use appkernel_hal::sync::Mutex;
@@ -194,7 +195,10 @@ impl Pipe {
 
     /// A copy of the first bytes in it.
     pub fn peek(&self, most: usize) -> Vec<u8> {
-        self.state.lock().data.iter().take(most).copied().collect()
+        let state = self.state.lock();
+        let mut copy = alloc::vec![0; most.min(state.data.len())];
+        bytes::copy(&state.data, &mut copy);
+        copy
     }
 
     /// Takes bytes out that were seen by `peek`.
@@ -223,10 +227,7 @@ impl Pipe {
             if state.data.is_empty() {
                 return (state.writers == 0).then_some(0);
             }
-            let count = to.len().min(state.data.len());
-            for (slot, byte) in to.iter_mut().zip(state.data.drain(..count)) {
-                *slot = byte;
-            }
+            let count = bytes::take(&mut state.data, to);
             state.taken += count as u64;
             Some(count)
         };
@@ -259,7 +260,9 @@ impl Pipe {
                     return None;
                 }
                 let count = room.min(rest.len());
-                state.data.extend(rest.iter().take(count));
+                if !bytes::add(&mut state.data, rest.get(..count).unwrap_or_default()) {
+                    return Some(Err(Errno::ENOMEM));
+                }
                 state.came += count as u64;
                 Some(Ok(count))
             };

@@ -3,6 +3,7 @@
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 
+use appkernel_core::bytes;
 use appkernel_core::errno::Errno;
 
 use super::{
@@ -302,15 +303,17 @@ impl Socket {
                     return None;
                 }
                 let count = room.min(rest.len());
+                let under_way: usize = state.files.iter().map(|(_, f)| f.len()).sum();
+                if !files.is_empty() && under_way + files.len() > MAX_FILES {
+                    return Some(Err(Errno::ETOOMANYREFS));
+                }
+                if !bytes::add(&mut state.input, rest.get(..count).unwrap_or_default()) {
+                    return Some(Err(Errno::ENOBUFS));
+                }
                 if !files.is_empty() {
-                    let under_way: usize = state.files.iter().map(|(_, f)| f.len()).sum();
-                    if under_way + files.len() > MAX_FILES {
-                        return Some(Err(Errno::ETOOMANYREFS));
-                    }
                     let at = state.came;
                     state.files.push_back((at, core::mem::take(&mut files)));
                 }
-                state.input.extend(rest.iter().take(count));
                 state.came += count as u64;
                 Some(Ok(count))
             };
@@ -368,12 +371,13 @@ impl Socket {
                     Some((place, _)) => count = count.min((place - at) as usize),
                     None => {}
                 }
-                let bytes: Vec<u8> = if peek {
-                    state.input.iter().take(count).copied().collect()
+                let mut bytes = alloc::vec![0; count];
+                if peek {
+                    bytes::copy(&state.input, &mut bytes);
                 } else {
                     state.read += count as u64;
-                    state.input.drain(..count).collect()
-                };
+                    bytes::take(&mut state.input, &mut bytes);
+                }
                 return Some(Ok(Packet {
                     bytes,
                     files,

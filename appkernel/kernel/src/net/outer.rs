@@ -200,7 +200,10 @@ impl Socket {
         }
         let room = BUFFER.saturating_sub(state.input.len());
         let bytes = bytes.get(..room.min(bytes.len())).unwrap_or_default();
-        state.input.extend(bytes);
+        if !appkernel_core::bytes::add(&mut state.input, bytes) {
+            // It stays with the connection until there is memory.
+            return 0;
+        }
         state.came += bytes.len() as u64;
         bytes.len()
     }

@@ -200,8 +200,17 @@ fn random(c: &Call<'_>) -> Result {
     if c.uint(2) & !7 != 0 {
         return Err(Errno::EINVAL);
     }
-    let mut bytes = vec![0; count];
-    cpu::random(&mut bytes);
-    usercopy::write(c.arg(0), &bytes).map_err(|_| Errno::EFAULT)?;
-    Ok(count as u64)
+    let mut done = 0;
+    let mut bytes = vec![0; count.min(4096)];
+    while done < count {
+        let len = bytes.len().min(count - done);
+        let piece = bytes.get_mut(..len).unwrap_or_default();
+        cpu::random(piece);
+        match usercopy::write(c.arg(0).wrapping_add(done as u64), piece) {
+            Ok(()) => done += len,
+            Err(_) if done == 0 => return Err(Errno::EFAULT),
+            Err(_) => break,
+        }
+    }
+    Ok(done as u64)
 }

@@ -421,14 +421,18 @@ fn brk(c: &Call<'_>) -> Result {
 fn advise(c: &Call<'_>) -> Result {
     const DONTNEED: u32 = 4;
     let (start, end) = range(c.arg(0), c.arg(1))?;
+    let mm = c.task.mm();
+    let mut mm = mm.lock();
     match c.uint(2) {
-        DONTNEED if c.task.mm().lock().locked_bytes(start, end) > 0 => Err(Errno::EINVAL),
-        DONTNEED => {
-            c.task.mm().lock().discard(start, end);
-            Ok(0)
-        }
+        DONTNEED if mm.locked_bytes(start, end) > 0 => return Err(Errno::EINVAL),
+        DONTNEED => mm.discard(start, end),
         // Hints.
-        0..=3 | 8 | 10..=21 => Ok(0),
-        _ => Err(Errno::EINVAL),
+        0..=3 | 8 | 10..=21 => {}
+        _ => return Err(Errno::EINVAL),
     }
+    // Said last: what is mapped follows the advice.
+    if !mm.areas.covers(start, end) {
+        return Err(Errno::ENOMEM);
+    }
+    Ok(0)
 }

@@ -12,6 +12,7 @@ mod more;
 mod mounts;
 mod moves;
 mod paths;
+mod pidfds;
 mod polls;
 mod processes;
 mod scheduling;
@@ -26,10 +27,11 @@ mod watches;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt::Write;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use appkernel_core::errno::Errno;
 use appkernel_core::syscalls::{self, Support};
+use appkernel_core::trace;
 use appkernel_hal::sync::Mutex;
 use appkernel_hal::trap::Frame;
 use appkernel_hal::usercopy;
@@ -114,9 +116,11 @@ extern "C" fn kernel_syscall(frame: &mut Frame) {
             args,
             task: &task,
         };
+        task::make_room();
+        let traced = TRACE.load(Ordering::Relaxed).then(|| describe(&call));
         let result = dispatch(&call, frame);
-        if TRACE.load(Ordering::Relaxed) {
-            print(&call, result);
+        if let Some(line) = traced {
+            print(line, result);
         }
         if let Some(value) = match result {
             Ok(value) => value,
@@ -128,14 +132,32 @@ extern "C" fn kernel_syscall(frame: &mut Frame) {
     signal::deliver(frame);
 }
 
-fn print(call: &Call<'_>, result: Result<Option<u64>>) {
+/// The call with its arguments, before it is made: a successful execve leaves nothing of them.
+fn describe(call: &Call<'_>) -> String {
     let mut line = String::new();
-    let name = syscalls::find(call.number).map_or("?", |c| c.name);
-    let _ = write!(line, "{} {name}(", call.task.id);
-    for (i, arg) in call.args.iter().enumerate() {
-        let _ = write!(line, "{}{arg:#x}", if i > 0 { ", " } else { "" });
+    let _ = write!(line, "{} ", crate::container::visible(call.task.id));
+    let _ = match syscalls::find(call.number) {
+        Some(known) => write!(line, "{}(", known.name),
+        None => write!(line, "syscall_{:#x}(", call.number),
+    };
+    for (i, letter) in trace::signature(call.number).bytes().enumerate() {
+        let value = call.arg(i);
+        let text = match letter {
+            b'p' => match get_path(value) {
+                Ok(path) => trace::quoted(&path),
+                Err(_) => trace::number(b'x', value),
+            },
+            _ => trace::number(letter, value),
+        };
+        let _ = write!(line, "{}{text}", if i > 0 { ", " } else { "" });
     }
+    line
+}
+
+fn print(mut line: String, result: Result<Option<u64>>) {
+    const MANY: u64 = 1 << 16;
     let _ = match result {
+        Ok(Some(value)) if value < MANY => write!(line, ") = {value}"),
         Ok(Some(value)) => write!(line, ") = {value:#x}"),
         Ok(None) => write!(line, ") = ?"),
         Err(e) => write!(line, ") = -1 {}", e.name()),
@@ -145,12 +167,9 @@ fn print(call: &Call<'_>, result: Result<Option<u64>>) {
 
 /// Makes the call; `None` if it set all registers itself.
 fn dispatch(call: &Call<'_>, frame: &mut Frame) -> Result<Option<u64>> {
-    match syscalls::find(call.number).map(|c| c.support) {
-        Some(Support::Supported | Support::Partial(_)) => {}
-        _ => {
-            UNKNOWN.fetch_add(1, Ordering::Relaxed);
-            return Err(Errno::ENOSYS);
-        }
+    if syscalls::support(call.number) == Support::Missing {
+        UNKNOWN.fetch_add(1, Ordering::Relaxed);
+        return Err(Errno::ENOSYS);
     }
     match call.number {
         15 => signals::sigreturn(call, frame).map(|()| None),
@@ -159,27 +178,46 @@ fn dispatch(call: &Call<'_>, frame: &mut Frame) -> Result<Option<u64>> {
     }
 }
 
+type Family = fn(&Call<'_>) -> Option<Result>;
+
+/// Who is asked for a call, one after the other.
+static FAMILIES: [Family; 18] = [
+    files::call,
+    memory::call,
+    paths::call,
+    attributes::call,
+    polls::call,
+    processes::call,
+    signals::call,
+    info::call,
+    users::call,
+    sockets::call,
+    events::call,
+    more::call,
+    watches::call,
+    sysv::call,
+    scheduling::call,
+    timers::call,
+    mounts::call,
+    pidfds::call,
+];
+
+/// Who answered a number the last time, plus one: asked first.
+static ANSWERED: [AtomicU8; syscalls::NUMBERS] = [const { AtomicU8::new(0) }; syscalls::NUMBERS];
+
 fn one(call: &Call<'_>) -> Result {
-    for family in [
-        files::call,
-        memory::call,
-        paths::call,
-        attributes::call,
-        polls::call,
-        processes::call,
-        signals::call,
-        info::call,
-        users::call,
-        sockets::call,
-        events::call,
-        more::call,
-        watches::call,
-        sysv::call,
-        scheduling::call,
-        timers::call,
-        mounts::call,
-    ] {
+    let answered = ANSWERED.get(call.number as usize);
+    let first = answered.map_or(0, |a| usize::from(a.load(Ordering::Relaxed)));
+    if let Some(family) = first.checked_sub(1).and_then(|i| FAMILIES.get(i))
+        && let Some(result) = family(call)
+    {
+        return result;
+    }
+    for (index, family) in FAMILIES.iter().enumerate() {
         if let Some(result) = family(call) {
+            if let Some(answered) = answered {
+                answered.store(index as u8 + 1, Ordering::Relaxed);
+            }
             return result;
         }
     }

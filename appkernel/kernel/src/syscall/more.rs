@@ -30,6 +30,7 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         276 => moves::tee(c),
         285 => allocate(c),
         306 => c.task.file(c.int(0)).map(|_| 0),
+        326 => moves::copy_range(c),
         309 => {
             for at in [c.arg(0), c.arg(1)] {
                 if at != 0

@@ -6,7 +6,7 @@ use appkernel_core::errno::Errno;
 
 use super::files::{CHUNK, MAX_COUNT};
 use super::{Call, Result, get_u64, put_words};
-use crate::fs::file::{File, Kind};
+use crate::fs::file::{File, Kind, flag};
 use crate::fs::pipe::{End, Pipe};
 use crate::task;
 
@@ -16,6 +16,58 @@ fn offset(at: u64) -> Result {
     } else {
         Ok(at)
     }
+}
+
+/// copy_file_range(2): by the kernel's own hands, a piece at a time.
+pub fn copy_range(c: &Call<'_>) -> Result {
+    let (from, to) = (c.task.used_file(c.int(0))?, c.task.used_file(c.int(2))?);
+    if c.uint(5) != 0 {
+        return Err(Errno::EINVAL);
+    }
+    for file in [&from, &to] {
+        match file.kind {
+            Kind::Regular(..) => {}
+            Kind::Directory(..) => return Err(Errno::EISDIR),
+            _ => return Err(Errno::EINVAL),
+        }
+    }
+    if !from.may_read() || !to.may_write() || to.flags() & flag::APPEND != 0 {
+        return Err(Errno::EBADF);
+    }
+    let start = |place: u64, file: &File| -> Result {
+        match place {
+            0 => Ok(*file.offset.lock()),
+            place => offset(get_u64(place)?),
+        }
+    };
+    let (from_at, to_at) = (start(c.arg(1), &from)?, start(c.arg(3), &to)?);
+    let count = c.arg(4).min(MAX_COUNT);
+    let end = |at: u64| at.checked_add(count).ok_or(Errno::EOVERFLOW);
+    let (from_end, to_end) = (end(from_at)?, end(to_at)?);
+    if from.node() == to.node() && from_at < to_end && to_at < from_end {
+        return Err(Errno::EINVAL);
+    }
+    let count = count.min(super::files::may_grow(c.task, to_at)?);
+    let mut done = 0;
+    while done < count {
+        let mut buffer = vec![0; (count - done).min(CHUNK as u64) as usize];
+        let moved = from
+            .read(&mut buffer, Some(from_at + done))
+            .and_then(|got| to.write(buffer.get(..got).unwrap_or_default(), Some(to_at + done)));
+        match moved {
+            Ok(0) => break,
+            Ok(taken) => done += taken as u64,
+            Err(e) if done == 0 => return Err(e),
+            Err(_) => break,
+        }
+    }
+    for (place, file, at) in [(c.arg(1), &from, from_at), (c.arg(3), &to, to_at)] {
+        match place {
+            0 => *file.offset.lock() = at + done,
+            place => put_words(place, &[at + done])?,
+        }
+    }
+    Ok(done)
 }
 
 /// sendfile(2).

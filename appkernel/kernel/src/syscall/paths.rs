@@ -640,6 +640,14 @@ fn mknod(c: &Call<'_>, dir: i32, path: u64, mode: u32, device: u32) -> Result {
 
 fn unlink(c: &Call<'_>, dir: i32, path: u64, directory: bool) -> Result {
     let place = walk(c, dir, path)?;
+    if directory {
+        let given = get_path(path)?;
+        match given.rsplit(|b| *b == b'/').find(|part| !part.is_empty()) {
+            Some(b".") => return Err(Errno::EINVAL),
+            Some(b"..") => return Err(Errno::ENOTEMPTY),
+            _ => {}
+        }
+    }
     let node = &place.found.as_ref().ok_or(Errno::ENOENT)?.node;
     if place.name.is_empty() || c.task.container.mount_at(&place.path()).is_some() {
         return Err(Errno::EBUSY);

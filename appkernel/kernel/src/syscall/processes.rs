@@ -4,12 +4,13 @@ use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
 
 use appkernel_core::errno::Errno;
-use appkernel_hal::USER_END;
 use appkernel_hal::trap::Frame;
+use appkernel_hal::{USER_END, usercopy};
 
 use super::{Call, Result, get_path, get_string, get_u64, put, put_words};
 use crate::container::visible;
 use crate::exec::{self, ARGUMENTS_MAX};
+use crate::signal::Signal;
 use crate::task::{self, CloneOptions, Task};
 
 /// Flags of clone.
@@ -18,6 +19,7 @@ mod flag {
     pub const FS: u64 = 0x200;
     pub const FILES: u64 = 0x400;
     pub const SIGHAND: u64 = 0x800;
+    pub const PIDFD: u64 = 0x1000;
     pub const VFORK: u64 = 0x4000;
     pub const THREAD: u64 = 0x1_0000;
     pub const SYSVSEM: u64 = 0x4_0000;
@@ -31,6 +33,7 @@ mod flag {
         | FS
         | FILES
         | SIGHAND
+        | PIDFD
         | VFORK
         | THREAD
         | SYSVSEM
@@ -49,9 +52,27 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
             Ok(0)
         }
         39 => Ok(visible(c.task.process).into()),
-        56 => clone(c, c.arg(0), c.arg(1), c.arg(2), c.arg(3), c.arg(4)),
-        57 => clone(c, 0, 0, 0, 0, 0),
-        58 => clone(c, flag::VM | flag::VFORK, 0, 0, 0, 0),
+        // The descriptor of a process goes where a thread's number would.
+        56 => clone(
+            c,
+            &CloneArguments {
+                flags: c.arg(0),
+                stack: c.arg(1),
+                parent_tid: c.arg(2),
+                child_tid: c.arg(3),
+                tls: c.arg(4),
+                pidfd: c.arg(2),
+            },
+        ),
+        57 => clone(c, &CloneArguments::default()),
+        58 => clone(
+            c,
+            &CloneArguments {
+                flags: flag::VM | flag::VFORK,
+                ..CloneArguments::default()
+            },
+        ),
+        435 => clone3(c),
         60 => {
             c.task
                 .pending
@@ -86,21 +107,86 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
     })
 }
 
-fn clone(
-    c: &Call<'_>,
+/// What clone and clone3 are asked for.
+#[derive(Clone, Copy, Debug, Default)]
+struct CloneArguments {
     flags: u64,
     stack: u64,
     parent_tid: u64,
     child_tid: u64,
     tls: u64,
-) -> Result {
+    pidfd: u64,
+}
+
+/// clone3(2): the same in a structure.
+fn clone3(c: &Call<'_>) -> Result {
+    /// Bytes of the structure in its first version, and as it is known here.
+    const FIRST: u64 = 64;
+    const WHOLE: usize = 88;
+    let size = c.arg(1);
+    if size < FIRST {
+        return Err(Errno::EINVAL);
+    }
+    if size > 4096 {
+        return Err(Errno::E2BIG);
+    }
+    let mut bytes = alloc::vec![0; size as usize];
+    usercopy::read(&mut bytes, c.arg(0)).map_err(|_| Errno::EFAULT)?;
+    if bytes.iter().skip(WHOLE).any(|b| *b != 0) {
+        return Err(Errno::E2BIG);
+    }
+    let word = |i: usize| {
+        let part = bytes.get(i * 8..i * 8 + 8).and_then(|b| b.try_into().ok());
+        part.map_or(0, u64::from_le_bytes)
+    };
+    let (flags, exit_signal, stack, stack_bytes) = (word(0), word(4), word(5), word(6));
+    // What is in the flags' first byte with clone has its own place here.
+    if flags & 0xff != 0 || exit_signal > 64 || (stack == 0) != (stack_bytes == 0) {
+        return Err(Errno::EINVAL);
+    }
+    // Nobody chooses the numbers of processes here.
+    if word(8) != 0 || word(9) != 0 {
+        return Err(Errno::EINVAL);
+    }
+    let top = stack
+        .checked_add(stack_bytes)
+        .filter(|top| *top <= USER_END);
+    clone(
+        c,
+        &CloneArguments {
+            flags: flags | exit_signal,
+            stack: top.ok_or(Errno::EINVAL)?,
+            parent_tid: word(3),
+            child_tid: word(2),
+            tls: word(7),
+            pidfd: word(1),
+        },
+    )
+}
+
+fn clone(c: &Call<'_>, arguments: &CloneArguments) -> Result {
+    let CloneArguments {
+        flags,
+        stack,
+        parent_tid,
+        child_tid,
+        tls,
+        pidfd,
+    } = *arguments;
     let has = |bit| flags & bit != 0;
     let thread = has(flag::THREAD);
     if flags & !flag::KNOWN != 0
         || thread && !(has(flag::VM) && has(flag::SIGHAND))
+        || has(flag::SIGHAND) && !has(flag::VM)
         || tls >= USER_END
+        || has(flag::PIDFD) && (thread || has(flag::DETACHED))
+        || has(flag::PIDFD) && has(flag::PARENT_SETTID) && pidfd == parent_tid
     {
         return Err(Errno::EINVAL);
+    }
+    // Where the descriptor goes must be there before there is a process.
+    if has(flag::PIDFD) {
+        put(pidfd, &0u32.to_le_bytes())?;
     }
     let options = CloneOptions {
         share_memory: has(flag::VM),
@@ -118,15 +204,23 @@ fn clone(
     };
     let id = c.task.clone(&options)?;
     let shown = visible(id);
+    // There is a task now, whatever becomes of these.
     if has(flag::PARENT_SETTID) {
-        put(parent_tid, &shown.to_le_bytes())?;
+        let _ = put(parent_tid, &shown.to_le_bytes());
     }
+    let child = task::find(id);
     if has(flag::CHILD_SETTID)
-        && let Some(child) = task::find(id)
+        && let Some(mm) = child.as_ref().and_then(|child| child.memory())
     {
-        let mm = child.mm();
-        mm.lock().write(child_tid, &shown.to_le_bytes())?;
+        let _ = mm.lock().write(child_tid, &shown.to_le_bytes());
     }
+    if has(flag::PIDFD)
+        && let Some(child) = &child
+    {
+        let fd = super::pidfds::make(c, child, 0).unwrap_or(u64::MAX) as u32;
+        let _ = put(pidfd, &fd.to_le_bytes());
+    }
+    drop(child);
     if options.vfork {
         task::wait_vfork(id);
     }
@@ -165,7 +259,7 @@ fn strings(at: u64, total: &mut usize) -> Result<Vec<Vec<u8>>> {
         if pointer == 0 {
             return Ok(all);
         }
-        let string = get_string(pointer, ARGUMENTS_MAX, Errno::E2BIG)?;
+        let string = get_string(pointer, exec::ARGUMENT_MAX, Errno::E2BIG)?;
         *total += string.len() + 9;
         if *total > ARGUMENTS_MAX {
             return Err(Errno::E2BIG);
@@ -189,7 +283,14 @@ pub fn execve(c: &Call<'_>, frame: &mut Frame) -> Result<()> {
         cwd: &cwd,
         credentials: &credentials,
     };
-    let image = exec::load(&request, context)?;
+    let image = match exec::replace(&request, context) {
+        Ok(image) => image,
+        Err(exec::Failure::Refused(error)) => return Err(error),
+        Err(exec::Failure::Fatal) => {
+            task::end_process(c.task.process, Signal::SEGV.0.into());
+            return Ok(());
+        }
+    };
     if task::threads(c.task.process) > 1 {
         return pass_on(c, image);
     }
@@ -367,6 +468,12 @@ fn waitid(c: &Call<'_>) -> Result {
         (1, id @ 1..) => id,
         (2, 0) => 0,
         (2, id @ 1..) => -id,
+        (3, fd @ 0..) => {
+            let file = c.task.used_file(fd)?;
+            let pid = file.object::<super::pidfds::PidFd>().ok_or(Errno::EBADF)?;
+            let process = pid.process().ok_or(Errno::ECHILD)?;
+            visible(process).cast_signed()
+        }
         _ => return Err(Errno::EINVAL),
     };
     let options = c.uint(3);

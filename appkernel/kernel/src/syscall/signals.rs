@@ -111,7 +111,7 @@ fn sender(c: &Call<'_>, code: i32) -> Info {
 }
 
 /// Whether the caller may send signals to a task.
-fn permitted(c: &Call<'_>, to: &task::Task) -> bool {
+pub(super) fn permitted(c: &Call<'_>, to: &task::Task) -> bool {
     let own = c.task.credentials.lock().clone();
     if own.is_root() || to.process == c.task.process {
         return true;
@@ -120,6 +120,25 @@ fn permitted(c: &Call<'_>, to: &task::Task) -> bool {
     [own.uid, own.euid]
         .iter()
         .any(|id| *id == other.uid || *id == other.suid)
+}
+
+/// A signal to a process, with what the caller says of it at `info`, if it does.
+pub(super) fn to_process(c: &Call<'_>, to: &task::Task, number: u64, info: u64) -> Result {
+    if info != 0 {
+        let process = crate::container::visible(to.process).cast_signed();
+        let given: [u8; 4] = get(info)?;
+        if u64::from(u32::from_le_bytes(given)) != number {
+            return Err(Errno::EINVAL);
+        }
+        return queue(c, process, None, number, info);
+    }
+    if !permitted(c, to) {
+        return Err(Errno::EPERM);
+    }
+    if number != 0 {
+        signal::send_process(to.process, Signal::parse(number)?, sender(c, code::USER));
+    }
+    Ok(0)
 }
 
 /// rt_sigqueueinfo and rt_tgsigqueueinfo: a signal with what the caller says of it.

@@ -22,6 +22,8 @@ mod name {
     pub const SEND_LOW: u32 = 19;
     pub const RECEIVE_TIME: u32 = 20;
     pub const SEND_TIME: u32 = 21;
+    /// A name, of any length.
+    pub const DEVICE: u32 = 25;
     pub const ACCEPTS: u32 = 30;
     pub const SEND_BUFFER_FORCE: u32 = 32;
     pub const RECEIVE_BUFFER_FORCE: u32 = 33;
@@ -30,6 +32,8 @@ mod name {
     pub const RECEIVE_TIME_64: u32 = 66;
     pub const SEND_TIME_64: u32 = 67;
 }
+/// From here on Linux knows none.
+const LAST_NAME: u32 = 84;
 const IPPROTO_TCP: u32 = 6;
 const TCP_MAXSEG: u32 = 2;
 const TCP_INFO: u32 = 11;
@@ -78,6 +82,11 @@ pub fn set(c: &Call<'_>) -> Result {
         (SOL_SOCKET, name::TYPE | name::ERROR | name::ACCEPTS | name::PROTOCOL | name::DOMAIN) => {
             return Err(Errno::ENOPROTOOPT);
         }
+        // Linux looks at the length before it looks which option it is.
+        (SOL_SOCKET, option) if len < 4 && option != name::DEVICE => {
+            return Err(Errno::EINVAL);
+        }
+        (SOL_SOCKET, LAST_NAME..) => return Err(Errno::ENOPROTOOPT),
         _ => {}
     }
     let value = match len {

@@ -374,7 +374,8 @@ fn receive_from(c: &Call<'_>) -> Result {
     }
     let count = packet.bytes.len().min(room);
     put(c.arg(1), packet.bytes.get(..count).unwrap_or_default())?;
-    if socket.kind == Kind::Datagram {
+    let nobody = matches!(packet.from, Address::None) && socket.family == family::UNIX;
+    if socket.kind == Kind::Datagram && !nobody {
         put_address(&packet.from, socket.family, c.arg(4), c.arg(5))?;
     } else if c.arg(5) != 0 {
         put(c.arg(5), &0u32.to_le_bytes())?;

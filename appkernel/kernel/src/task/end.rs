@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
 
 use appkernel_core::errno::Errno;
-use appkernel_hal::sync::Mutex;
+use appkernel_hal::sync::{Mutex, any_taken};
 use appkernel_hal::{boot, cpu, usercopy};
 
 use super::{
@@ -14,6 +14,7 @@ use super::{
 };
 use crate::container::visible;
 use crate::mm::Access;
+use crate::signal::Signal;
 use crate::start;
 
 /// A page fault of the running task; whether the page is there now.
@@ -26,7 +27,15 @@ pub fn fault(address: u64, access: Access) -> bool {
     let Some(mm) = current().memory() else {
         return false;
     };
-    let result = mm.lock().fault(address, access);
+    let (result, came_along) = {
+        let mut mm = mm.lock();
+        let result = mm.fault(address, access);
+        (result, core::mem::take(&mut mm.came_along))
+    };
+    if came_along > 0 {
+        let pages = &current().container.pages;
+        pages.fetch_add(came_along, Ordering::Relaxed);
+    }
     match result {
         Ok(()) => {
             if within_limit() {
@@ -36,12 +45,33 @@ pub fn fault(address: u64, access: Access) -> bool {
         }
         Err(Errno::ENOMEM) => {
             out_of_memory();
+            // A copy of the kernel's with something locked: whoever is to end cannot run before that is
+            // free again. The copy ends here.
+            if any_taken() {
+                return false;
+            }
             // Tried again, unless it was this one that had to go: a copy in the kernel then ends
             // at this byte, and the task on its way back.
             yield_now();
             current().pending.lock().ending.is_none()
         }
         Err(_) => false,
+    }
+}
+
+/// The signal, and what it is told, for a page that could not be had.
+pub fn fault_signal(address: u64, access: Access) -> (Signal, i32) {
+    const NOTHING_THERE: i32 = 1;
+    const NOT_ALLOWED: i32 = 2;
+    const NO_FILE_THERE: i32 = 2;
+    let allowed = current()
+        .memory()
+        .and_then(|mm| mm.lock().allows(address, access));
+    match allowed {
+        None => (Signal::SEGV, NOTHING_THERE),
+        Some(false) => (Signal::SEGV, NOT_ALLOWED),
+        // Mapped, allowed, and not to be had: past the end of its file, or the host cannot read it.
+        Some(true) => (Signal::BUS, NO_FILE_THERE),
     }
 }
 
@@ -100,6 +130,18 @@ fn out_of_memory() {
     end_worst(candidates);
 }
 
+/// A program is about to ask the kernel for something. What the kernel keeps for programs (open
+/// files, sockets, what waits in them) may have used up half of its reserve: then as above, before the
+/// kernel itself has nothing left.
+pub fn make_room() {
+    if appkernel_hal::frames::is_critical() {
+        out_of_memory();
+    }
+}
+
+/// Pages that an open file may keep of the kernel's, roughly.
+const PAGES_OF_FILE: usize = 4;
+
 /// Tells the process that has most memory to end.
 fn end_worst(candidates: Vec<Arc<Task>>) {
     let mut worst: Option<((bool, bool, usize), Arc<Task>)> = None;
@@ -107,7 +149,10 @@ fn end_worst(candidates: Vec<Arc<Task>>) {
         let Some(mm) = task.mm.lock().clone() else {
             continue;
         };
-        let pages = mm.lock().resident();
+        // Whoever asks may hold the lock.
+        let files = task.files();
+        let files = files.try_lock().map_or(0, |files| files.numbers().len());
+        let pages = mm.lock().resident() + files * PAGES_OF_FILE;
         // A container's first process only when there is no other: its end is the container's.
         let adjusted = task.place.lock().oom_score_adj;
         let (total, _) = appkernel_hal::frames::statistics();
@@ -285,6 +330,7 @@ fn leave(status: i32) {
             bury_process(process, id);
             EXITS.lock().push((process, status));
             wake(AGENT);
+            wake(FILES);
         }
     }
 }

@@ -146,6 +146,8 @@ struct Scheduler {
     tasks: BTreeMap<u32, (Arc<Task>, State)>,
     ready: VecDeque<u32>,
     current: u32,
+    /// The task of that number.
+    running: Arc<Task>,
     /// Threads that ended; their stacks are freed by whoever runs next.
     dead: Vec<u32>,
 }
@@ -221,6 +223,7 @@ pub fn init(container: &Arc<Container>, entry: extern "C" fn() -> !) -> Option<A
         tasks,
         ready: VecDeque::new(),
         current: 0,
+        running: Arc::clone(&task),
         dead: Vec::new(),
     });
     Some(task)
@@ -496,10 +499,7 @@ impl Task {
 
 /// The running task.
 pub fn current() -> Arc<Task> {
-    with(|s| match s.tasks.get(&s.current) {
-        Some((task, _)) => Arc::clone(task),
-        None => panic!("the running task is not in the table"),
-    })
+    with(|s| Arc::clone(&s.running))
 }
 
 fn find_any(id: u32) -> Option<Arc<Task>> {

@@ -37,10 +37,9 @@ pub fn charge() {
     let spent = now.saturating_sub(SINCE.swap(now, Ordering::Relaxed));
     BUSY.fetch_add(spent, Ordering::Relaxed);
     with(|s| {
-        if let Some((task, _)) = s.tasks.get(&s.current) {
-            task.cpu_ns.fetch_add(spent, Ordering::Relaxed);
-            task.container.cpu_ns.fetch_add(spent, Ordering::Relaxed);
-        }
+        s.running.cpu_ns.fetch_add(spent, Ordering::Relaxed);
+        let container = &s.running.container;
+        container.cpu_ns.fetch_add(spent, Ordering::Relaxed);
     });
 }
 
@@ -58,18 +57,25 @@ pub(super) fn schedule() {
     drop(dead);
     let (previous, next, root) = loop {
         let choice = with(|s| {
-            let previous = s.current;
-            let id = s.ready.pop_front()?;
-            let from = s.tasks.get(&previous).map(|(task, _)| task.context.get())?;
-            let to = s
-                .tasks
-                .get(&id)
-                .map(|(task, _)| (task.context.get(), task.root.load(Ordering::Relaxed)))?;
+            // A number of a task that is gone is nobody's turn.
+            let (id, task) = loop {
+                let id = s.ready.pop_front()?;
+                if let Some((task, _)) = s.tasks.get(&id) {
+                    break (id, Arc::clone(task));
+                }
+            };
+            let to = (task.context.get(), task.root.load(Ordering::Relaxed));
             s.current = id;
-            Some((from, to.0, to.1))
+            let previous = core::mem::replace(&mut s.running, task);
+            Some((previous, to.0, to.1))
         });
         match choice {
-            Some(choice) => break choice,
+            Some((previous, next, root)) => {
+                let from = previous.context.get();
+                // The table of tasks has it still, also one that ended.
+                drop(previous);
+                break (from, next, root);
+            }
             // Nobody can run: the next interrupt may change that.
             None => {
                 cpu::idle();

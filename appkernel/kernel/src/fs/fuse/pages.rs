@@ -4,7 +4,7 @@ use alloc::vec::Vec;
 
 use appkernel_core::errno::Errno;
 use appkernel_core::fuse::{Body, OUT_HEADER, Op, Reader};
-use appkernel_hal::{PAGE, frames};
+use appkernel_hal::{PAGE, frames, usercopy};
 
 use super::super::virtio::ANSWER_MAX;
 use super::{KEPT_HANDLES, Node, READ_CHUNK, WRITE_CHUNK};
@@ -68,19 +68,19 @@ impl Node {
             if self.state.lock().pages.contains_key(&number) {
                 continue;
             }
-            let frame = match frames::allocate_user() {
+            let frame = match frames::allocate_user_unwritten() {
                 Some(frame) => frame,
                 None if number == index && fuse.shrink() > 0 => {
-                    frames::allocate_user().ok_or(Errno::ENOMEM)?
+                    frames::allocate_user_unwritten().ok_or(Errno::ENOMEM)?
                 }
                 None if number == index => return Err(Errno::ENOMEM),
                 None => continue,
             };
-            // SAFETY: a new frame, the chunk is at most a page.
-            unsafe { frames::bytes(frame) }
-                .iter_mut()
-                .zip(*chunk)
-                .for_each(|(to, from)| *to = *from);
+            // SAFETY: a new frame, and nobody has another reference to it.
+            let to = unsafe { frames::bytes(frame) };
+            let (filled, rest) = to.split_at_mut(chunk.len().min(PAGE as usize));
+            filled.copy_from_slice(chunk.get(..filled.len()).unwrap_or_default());
+            rest.fill(0);
             self.state.lock().pages.insert(number, frame);
         }
         self.state
@@ -112,6 +112,43 @@ impl Node {
             at += len as u64;
         }
         Ok(end.saturating_sub(offset) as usize)
+    }
+
+    /// Reads from the file into a program's memory, from the cache as it lies there; returns how
+    /// many bytes there were.
+    ///
+    /// # Errors
+    /// `EFAULT` if not one byte can be written there, or why the file cannot be read.
+    pub fn read_to_program(&self, offset: u64, address: u64, count: u64) -> Result<u64, Errno> {
+        let size = self.attributes()?.size;
+        let end = size.min(offset.saturating_add(count));
+        let mut at = offset;
+        while at < end {
+            let inside = (at % PAGE) as usize;
+            let len = (PAGE as usize - inside).min((end - at) as usize);
+            let copied = self.page(at / PAGE).and_then(|frame| {
+                // The copy may need memory, and the cache give some away: not this page.
+                frames::share(frame);
+                let to = address.wrapping_add(at - offset);
+                let result = usercopy::write_frame(to, frame, inside, len);
+                frames::release(frame, 0);
+                result.map_err(|_| Errno::EFAULT)
+            });
+            match copied {
+                Ok(()) => at += len as u64,
+                Err(e) if at == offset => return Err(e),
+                Err(_) => break,
+            }
+        }
+        Ok(at.saturating_sub(offset))
+    }
+
+    /// Calls `f` with those pages of the file that are in the cache, from `first` to before `end`.
+    pub fn cached_pages(&self, first: u64, end: u64, mut f: impl FnMut(u64, u64)) {
+        let state = self.state.lock();
+        for (index, frame) in state.pages.range(first..end) {
+            f(*index, *frame);
+        }
     }
 
     /// Writes to the file, at once to the host; returns how many bytes it took.
