@@ -284,7 +284,7 @@ impl Sandbox for WasmSandbox {
         let rootfs = request.rootfs.clone();
         let made = blocking(move || {
             let Some(mut config) = prepare(&running, &id, Path::new(&bundle), &rootfs)? else {
-                return Ok(None);
+                return Ok::<_, Status>(None);
             };
             // On a thread of the runtime, too.
             let stdio::Connected {
