@@ -301,16 +301,6 @@ fn start(lab: &Lab, report: &mut Report) -> Result<()> {
         Goal::Shown,
         command,
     );
-    let counted = run(&["--count-instructions"])?;
-    let instructions = counted["stats"]["instructions_to_user"].as_f64();
-    report.add(
-        "kernel instructions to the first of a program",
-        "",
-        &[instructions.with_context(|| format!("not counted: {counted}"))?],
-        &[],
-        Goal::Value(1_000_000.0),
-        "vmmctl boot --count-instructions (KVM's single steps; a repeated instruction is one)",
-    );
     Ok(())
 }
 

@@ -283,6 +283,8 @@ struct Runner {
     env: VcpuEnv,
     shared: Arc<VcpuShared>,
     steps: Option<Steps>,
+    /// While steps are counted: the last exit was an access that KVM has not completed.
+    unfinished: bool,
 }
 
 impl Runner {
@@ -297,6 +299,7 @@ impl Runner {
             env,
             shared,
             steps: counted.map(Steps::new),
+            unfinished: false,
         }
     }
 
@@ -372,10 +375,14 @@ impl Runner {
         let count = |counter: &AtomicU64| {
             counter.fetch_add(1, Ordering::Relaxed);
         };
+        if self.steps.is_some() && !self.go_on_stepping() {
+            return None;
+        }
         let exits = &self.shared.exits;
         match self.fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
                 count(&exits.io_in);
+                self.unfinished = true;
                 // All our ports are one byte wide. A wide or repeated access reads the same port.
                 for byte in data.chunks_mut(1) {
                     self.env.pio.read(u64::from(port), byte);
@@ -384,6 +391,7 @@ impl Runner {
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 count(&exits.io_out);
+                self.unfinished = true;
                 if port == layout::BOOT_MARK_PORT {
                     if let Some(mark) = data.first() {
                         self.env.marks.record(*mark);
@@ -400,11 +408,13 @@ impl Runner {
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
                 count(&exits.mmio_read);
+                self.unfinished = true;
                 self.env.mmio.read(address, data);
                 None
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 count(&exits.mmio_write);
+                self.unfinished = true;
                 self.env.mmio.write(address, data);
                 None
             }
@@ -468,6 +478,28 @@ impl Runner {
                 ))),
             },
         }
+    }
+
+    /// KVM forgets to stop after an instruction that it, or we, did for the guest: completes that,
+    /// and asks for the next step. False if completing it was a step by itself.
+    fn go_on_stepping(&mut self) -> bool {
+        let mut step = None;
+        if std::mem::take(&mut self.unfinished) {
+            self.fd.set_kvm_immediate_exit(1);
+            if let Ok(VcpuExit::Debug(stop)) = self.fd.run() {
+                step = Some(stop.pc);
+            }
+            self.fd.set_kvm_immediate_exit(0);
+        }
+        if let Err(error) = self.fd.set_guest_debug(&crate::steps::stepping()) {
+            log::warn!("vCPU {}: single steps: {error}", self.index);
+        }
+        if let Some(pc) = step
+            && let Some(exit) = self.count_step(pc)
+        {
+            self.env.exit.set(exit);
+        }
+        step.is_none()
     }
 
     /// Counts a step; with the first program there is nothing more to count.
