@@ -169,12 +169,15 @@ impl Keepers {
         let child = lock(&keeper.child).take();
         let dir = self.own.kind().directory().join(&keeper.id);
         let own = Arc::clone(&self.own);
+        let run_dir = self.config.run_dir.clone();
         let _ = blocking(move || {
             if let Some(mut child) = child {
                 let _ = child.kill();
                 let _ = child.wait();
             }
             own.adopt(dir);
+            // What it kept for `vmmctl`.
+            crate::rundir::clean_stale(&run_dir);
         })
         .await;
     }
