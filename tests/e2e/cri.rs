@@ -15,8 +15,6 @@ use bulkhead_tests::cri::containerd::{IoType, Node, OURS, Purpose};
 
 #[path = "cri/app.rs"]
 mod app;
-#[path = "cri/artifact.rs"]
-mod artifact;
 #[path = "cri/basic.rs"]
 mod basic;
 #[path = "cri/failure.rs"]
@@ -96,7 +94,6 @@ fn run() -> Result<bool> {
         recovery::TESTS,
         wasm::TESTS,
         mixed::TESTS,
-        artifact::TESTS,
         app::TESTS,
         process::TESTS,
         vmmctl::TESTS,
