@@ -15,8 +15,6 @@ use bulkhead_tests::cri::containerd::{IoType, Isolation, Node, OURS, Purpose};
 
 #[path = "cri/app.rs"]
 mod app;
-#[path = "cri/artifact.rs"]
-mod artifact;
 #[path = "cri/basic.rs"]
 mod basic;
 #[path = "cri/failure.rs"]
@@ -114,7 +112,6 @@ fn run() -> Result<bool> {
         growth::TESTS,
         wasm::TESTS,
         mixed::TESTS,
-        artifact::TESTS,
         app::TESTS,
         process::TESTS,
         vmmctl::TESTS,

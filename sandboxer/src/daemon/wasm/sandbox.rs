@@ -71,8 +71,13 @@ pub struct WasmSandbox {
     streams: Arc<Streams>,
     running: Arc<Running>,
     programs: Mutex<HashMap<String, engine::Container>>,
+    /// Streams of the programs, by container.
+    streams_of: Mutex<HashMap<String, SharedHeld>>,
     ordinary: Ordinary,
 }
+
+/// The streams of a program, for the pod's end.
+type SharedHeld = Arc<tokio::sync::Mutex<Held>>;
 
 /// A process of a container.
 #[derive(Debug)]
@@ -87,7 +92,7 @@ pub enum PodProcess {
 #[derive(Debug)]
 pub struct WasmProcess {
     program: engine::Container,
-    held: tokio::sync::Mutex<Held>,
+    held: SharedHeld,
     /// It ended without ever having run.
     discarded: Notify,
 }
@@ -137,6 +142,7 @@ impl WasmSandbox {
             streams: plan.streams,
             running: Arc::new(running),
             programs: Mutex::default(),
+            streams_of: Mutex::default(),
             ordinary,
         }
     }
@@ -246,6 +252,13 @@ impl Sandbox for WasmSandbox {
             }
         }
         drop(programs);
+        // containerd waits for the end of its streams before it asks for anything else. One that is
+        // locked is being ended just now.
+        for held in std::mem::take(&mut *lock(&self.streams_of)).values() {
+            if let Ok(mut held) = held.try_lock() {
+                held.close();
+            }
+        }
         // Mounts go with it.
         *lock(&self.running.storage) = None;
         self.running.pod.close();
@@ -303,10 +316,12 @@ impl Sandbox for WasmSandbox {
             let (process, pid) = self.ordinary.started().await?.create(request).await?;
             return Ok((PodProcess::Ordinary(process), pid));
         };
+        let held = Arc::new(tokio::sync::Mutex::new(held));
         lock(&self.programs).insert(request.id.clone(), program.clone());
+        lock(&self.streams_of).insert(request.id.clone(), Arc::clone(&held));
         let process = WasmProcess {
             program,
-            held: tokio::sync::Mutex::new(held),
+            held,
             discarded: Notify::new(),
         };
         Ok((PodProcess::Wasm(process), std::process::id()))
@@ -314,6 +329,7 @@ impl Sandbox for WasmSandbox {
 
     fn discard(&self, container: &str) {
         lock(&self.programs).remove(container);
+        lock(&self.streams_of).remove(container);
         if let Some(storage) = lock(&self.running.storage).as_mut() {
             storage.remove(container);
         }

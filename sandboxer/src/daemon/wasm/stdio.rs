@@ -51,6 +51,12 @@ impl Held {
         self.close_stdin.notify_one();
     }
 
+    /// Nothing more comes from us, nor is anything taken.
+    pub fn close(&mut self) {
+        self.stderr = None;
+        self.close_stdin();
+    }
+
     /// After the program's end: says why, and waits until its output has been taken.
     pub async fn finish(&mut self, last_words: Option<&str>, limit: Duration) {
         if let (Some(fd), Some(text)) = (self.stderr.take(), last_words) {
