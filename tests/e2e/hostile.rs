@@ -214,6 +214,7 @@ fn hostile(dir: &Path, case: &str, rounds: u64, seed: u64) -> VmConfig {
             read_only: false,
             caching: Caching::Never,
             upper_layers: false,
+            fixed_top: false,
         }],
         nets: vec![NetConfig {
             tap,

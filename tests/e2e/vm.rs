@@ -140,6 +140,7 @@ fn a_thread_that_leaves_its_role_ends_its_own_vm_only() {
             read_only: true,
             caching: Caching::Never,
             upper_layers: false,
+            fixed_top: false,
         }];
         let vm = Vm::create(config).unwrap();
         vm.start().unwrap();

@@ -67,6 +67,9 @@ pub struct ShareConfig {
     /// The guest may use directories of it as upper layers of overlays
     /// ([`bulkhead_devices::virtio::fs::FsConfig::upper_layers`]).
     pub upper_layers: bool,
+    /// The host makes what is in its root while the guest runs
+    /// ([`bulkhead_devices::virtio::fs::FsConfig::fixed_top`]).
+    pub fixed_top: bool,
 }
 
 /// A virtio-net device on a tap.

@@ -458,6 +458,7 @@ impl Wiring<'_> {
             fs.read_only = share.read_only;
             fs.caching = share.caching;
             fs.upper_layers = share.upper_layers;
+            fs.fixed_top = share.fixed_top;
             fs.writeback = share.caching == Caching::Always;
             self.add(Role::Fs, Box::new(Fs::new(fs)?))?;
         }

@@ -251,8 +251,8 @@ impl Drop for Context {
 /// # Safety
 /// Both must stay where they are until then, and `previous` be the running one. No lock is held.
 pub unsafe fn switch(previous: *mut Context, next: *const Context, page_table: u64) {
-    // SAFETY: the caller's.
     assert!(
+        // SAFETY: the caller's: `previous` is a live context.
         unsafe { (*previous).is_whole() },
         "a kernel stack was too small"
     );

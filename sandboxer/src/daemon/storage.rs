@@ -166,6 +166,7 @@ impl Storage {
             read_only: false,
             caching,
             upper_layers: sub == "rootfs",
+            fixed_top: true,
         };
         vec![
             device(TAG, "rootfs", Caching::Always),
@@ -290,7 +291,7 @@ impl Storage {
         let target = self.dir.join("volumes").join(number.to_string());
         let made = match meta.is_dir() {
             true => std::fs::create_dir(&target),
-            false => std::fs::write(&target, b""),
+            false => std::fs::File::create_new(&target).map(drop),
         };
         made.map_err(StorageError::io(target.display().to_string()))?;
         let files = self.files(container);

@@ -143,6 +143,7 @@ fn parse_share(text: &str) -> Result<ShareConfig, String> {
         read_only,
         caching: bulkhead_vmm::Caching::Auto,
         upper_layers: false,
+        fixed_top: false,
     })
 }
 

@@ -91,6 +91,10 @@ pub struct FsConfig {
     /// set `trusted.overlay.*`. What is in the root of the share, and in directories of the root
     /// whose names begin with [`UPPER_PREFIX`], then is the host's choice alone.
     pub upper_layers: bool,
+    /// What is in the root of the share is the host's choice alone: directories that the host makes
+    /// and mounts to while the guest runs. A guest that could put a link there would lead the host's
+    /// mounts to where it points.
+    pub fixed_top: bool,
     /// Bounds.
     pub limits: FsLimits,
 }
@@ -121,6 +125,7 @@ impl FsConfig {
             xattrs: true,
             device_nodes: false,
             upper_layers: false,
+            fixed_top: false,
             limits: FsLimits::default(),
         }
     }

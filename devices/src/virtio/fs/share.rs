@@ -58,6 +58,7 @@ pub(super) struct Share {
     pub writeback_wanted: bool,
     pub device_nodes: bool,
     pub upper_layers: bool,
+    pub fixed_top: bool,
     pub proc: OwnedFd,
     inner: Mutex<Inner>,
 }
@@ -86,6 +87,7 @@ impl Share {
                 && config.caching != Caching::Never,
             device_nodes: config.device_nodes,
             upper_layers: config.upper_layers,
+            fixed_top: config.fixed_top || config.upper_layers,
             proc: sys::open_proc_self_fd()?,
             inner: Mutex::new(Inner {
                 tree: Tree::new(config.root, config.limits)?,
@@ -136,17 +138,15 @@ impl Share {
         }
     }
 
-    /// Whether the guest may change which names are in a directory. Those of the directories above
-    /// its upper layers are the host's: a link in a layer's place would lead others, who use its
-    /// path, out of the share.
+    /// Whether the guest may change which names are in a directory. Those of a fixed top and of the
+    /// directories above its upper layers are the host's: a link in the place of a mount or a layer
+    /// would lead others, who use its path, out of the share.
     pub(super) fn names_are_guests(&self, inner: &Inner, directory: u64) -> io::Result<()> {
-        if !self.upper_layers {
-            return Ok(());
-        }
         let node = inner.tree.get(directory)?;
-        let holds_layer =
-            node.parent == ROOT && node.name.to_bytes().starts_with(UPPER_PREFIX.as_bytes());
-        match directory == ROOT || holds_layer {
+        let holds_layer = self.upper_layers
+            && node.parent == ROOT
+            && node.name.to_bytes().starts_with(UPPER_PREFIX.as_bytes());
+        match self.fixed_top && directory == ROOT || holds_layer {
             true => Err(errno(libc::EPERM)),
             false => Ok(()),
         }

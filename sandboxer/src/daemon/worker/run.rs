@@ -107,6 +107,7 @@ fn config(wish: &Wish, fds: &mut VecDeque<OwnedFd>) -> io::Result<(VmConfig, Fil
         },
         // Only for layers of images that are disks.
         upper_layers: false,
+        fixed_top: true,
     };
     let config = VmConfig {
         id: wish.id.clone(),

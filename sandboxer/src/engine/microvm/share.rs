@@ -141,6 +141,7 @@ impl PodShare {
                 read_only,
                 caching: Caching::Auto,
                 upper_layers: false,
+                fixed_top: false,
             });
             return Ok(bind(format!("/run/bulkhead/{tag}")));
         }
@@ -148,7 +149,7 @@ impl PodShare {
         let made = if checked.is_dir {
             std::fs::create_dir(&target)
         } else {
-            std::fs::write(&target, b"")
+            std::fs::File::create_new(&target).map(drop)
         };
         made.map_err(EngineError::io(target.display().to_string()))?;
         let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
@@ -177,6 +178,7 @@ impl PodShare {
             read_only: false,
             caching,
             upper_layers: false,
+            fixed_top: true,
         };
         let mut all = vec![device(TAG, "rootfs", Caching::Always)];
         if !self.mounted.is_empty() {

@@ -495,3 +495,40 @@ fn an_upper_layer_is_the_guests_but_not_its_place() {
     let answer = plain.request(SETXATTR, file, &set("trusted.overlay.opaque"));
     assert_eq!(answer, Err(libc::EOPNOTSUPP));
 }
+
+#[test]
+fn what_is_in_a_fixed_top_is_the_hosts_choice() {
+    let mut test = Test::with(|config| config.fixed_top = true);
+    fs::create_dir(test.root().join("7")).unwrap();
+    fs::write(test.root().join("7/f"), b"x").unwrap();
+    let place = test.lookup(1, "7").unwrap();
+    let file = test.lookup(place, "f").unwrap();
+    let rename =
+        |to: u64, old: &str, new: &str| [words64(&[to]), words32(&[0, 0]), z(old), z(new)].concat();
+    let named = |head: &[u32], name: &str| [words32(head), z(name)].concat();
+    // A volume is about to be mounted to the next number: no link waits there, and none takes the
+    // place of one that is there.
+    let refused = [
+        (1, SYMLINK, [z("8"), z("/etc")].concat()),
+        (1, MKDIR, named(&[0o755, 0], "8")),
+        (1, MKNOD, named(&[libc::S_IFREG, 0, 0, 0], "8")),
+        (1, LINK, [words64(&[file]), z("8")].concat()),
+        (1, RMDIR, z("7")),
+        (1, RENAME2, rename(1, "7", "8")),
+        (1, RENAME2, rename(place, "7", "moved")),
+        (place, RENAME2, rename(1, "f", "8")),
+    ];
+    for (parent, opcode, body) in refused {
+        assert_eq!(
+            test.request(opcode, parent, &body),
+            Err(libc::EPERM),
+            "opcode {opcode} in {parent}"
+        );
+    }
+    assert_eq!(fs::read_dir(test.root()).unwrap().count(), 1);
+    // Below it all is the guest's.
+    test.request(SYMLINK, place, &[z("l"), z("/etc")].concat())
+        .unwrap();
+    test.request(MKDIR, place, &named(&[0o755, 0], "d"))
+        .unwrap();
+}
