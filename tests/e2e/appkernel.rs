@@ -510,9 +510,9 @@ fn the_calls_of_a_container_are_printed_as_strace_does() {
     let (code, output, errors) = app.run(&["--strace"], &["cat", "/etc/hostname", "/none"], b"");
     assert_eq!(code, 1, "{output} {errors}");
     for wanted in [
-        "open(\"/none\", 0, 0) = -1 ENOENT",
-        "open(\"/etc/hostname\", 0, 0) = 3",
-        "exit_group(1",
+        "openat(AT_FDCWD, \"/none\", 0, 00) = -1 ENOENT",
+        "openat(AT_FDCWD, \"/etc/hostname\", 0, 00) = 3",
+        "exit_group(1)",
     ] {
         assert!(errors.contains(wanted), "no {wanted:?} in {errors}");
     }
@@ -566,8 +566,9 @@ fn programs_are_added_and_signals_arrive() {
     let output_of_inspect = app.vmmctl().args(["inspect", "box"]).output().unwrap();
     let seen: serde_json::Value = serde_json::from_slice(&output_of_inspect.stdout).unwrap();
     assert!(seen["vm"]["unknown_calls"].is_u64(), "{seen}");
+    // The first program may end, and all others with it, before `kill` itself has ended.
     let (code, text, errors) = exec(&["kill", "-TERM", "1"]);
-    assert_eq!(code, 0, "{text} {errors}");
+    assert!(matches!(code, 0 | 137), "{code} {text} {errors}");
     line.clear();
     output.read_line(&mut line).unwrap();
     assert_eq!(line, "got term\n");

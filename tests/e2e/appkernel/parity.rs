@@ -4,7 +4,6 @@
 use std::process::{Command, Stdio};
 
 use bulkhead_sandboxer::image::{Silent, Store};
-use bulkhead_tests::calls::{self, Length};
 use bulkhead_tests::env;
 use bulkhead_tests::runc::Bundle;
 
@@ -74,12 +73,4 @@ fn differences(host: &str, other: &str) -> String {
         .output()
         .unwrap();
     String::from_utf8_lossy(&diff.stdout).into_owned()
-}
-
-/// Always the same rounds; `just fuzz appkernel` plays others.
-#[test]
-fn random_calls_of_several_threads_do_no_harm() {
-    let _app = App::new("busybox");
-    let played = calls::play(1, Length::Rounds(0, 16)).unwrap();
-    assert_eq!(played, 16);
 }

@@ -127,7 +127,7 @@ fn memory(node: &mut Node, _: &str) -> Result<()> {
         &[
             "sh",
             "-c",
-            "tail -c 2M /dev/zero | wc -c; tail /dev/zero; echo \"ended $?\"",
+            "head -c 2M /dev/zero | tail -c 2M | wc -c; tail /dev/zero; echo \"ended $?\"",
         ],
     );
     spec.linux.get_or_insert_default().resources = Some(LinuxContainerResources {
