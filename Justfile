@@ -92,7 +92,7 @@ supply-chain:
 lint:
     cargo fmt --all --check
     cargo clippy --workspace --all-targets -- -D warnings
-    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build tests/deb/build tests/deb/check tests/critest/critest tests/supply-chain/check tests/ltp/build tests/ltp/driver.sh tests/guest/build tests/programs/src/git.sh tests/programs/src/compile.sh
+    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build tests/deb/build tests/deb/check tests/critest/critest tests/supply-chain/check tests/dependencies tests/ltp/build tests/ltp/driver.sh tests/guest/build tests/programs/src/git.sh tests/programs/src/compile.sh
 
 # Before any compiler runs: is the disk large enough?
 _disk:
