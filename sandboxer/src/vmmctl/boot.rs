@@ -302,15 +302,20 @@ fn start_and_watch(
     Ok((vm, exit))
 }
 
-/// Gives memory that only start-up needed back to the host: freed heap, and the pages of program
-/// code (command line parser, kernel loader) that a running VM does not execute.
+/// Gives memory that only start-up needed back to the host: freed heap, the stack that was deeper
+/// then, and the pages of program code (command line parser, kernel loader) that a running VM does
+/// not execute.
+#[inline(never)]
 fn trim() {
+    // Something on the stack that callees' frames lie below of.
+    let here = 0u8;
+    let here = std::ptr::from_ref(std::hint::black_box(&here)).addr();
     // SAFETY: glibc's own allocator, which is ours; no argument that could be wrong.
     unsafe { libc::malloc_trim(0) };
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     for line in maps.lines() {
         let mut fields = line.split_ascii_whitespace();
-        let (Some(range), Some("r-xp"), Some(path)) = (fields.next(), fields.next(), fields.nth(3))
+        let (Some(range), Some(rights), Some(path)) = (fields.next(), fields.next(), fields.nth(3))
         else {
             continue;
         };
@@ -321,9 +326,8 @@ fn trim() {
         let (Ok(start), Ok(end)) = (address(start), address(end)) else {
             continue;
         };
-        if path.starts_with('/') {
-            // SAFETY: a private mapping of a file that is not writable and holds code only, so
-            // that no page of it was ever changed: the next use reads the same bytes again.
+        let discard = |end: usize| {
+            // SAFETY: see the two callers: nobody reads what is in the range now.
             unsafe {
                 libc::madvise(
                     std::ptr::without_provenance_mut(start),
@@ -331,6 +335,16 @@ fn trim() {
                     libc::MADV_DONTNEED,
                 )
             };
+        };
+        if rights == "r-xp" && path.starts_with('/') {
+            // A private mapping of a file that is not writable and holds code only, so that no page
+            // of it was ever changed: the next use reads the same bytes again.
+            discard(end);
+        } else if path == "[stack]" && (start..end).contains(&here) {
+            // Of this thread's stack what is more than a page below this frame: dead, as the calls
+            // above have returned and madvise has less than a page of frames (and no handler of a
+            // signal keeps anything there when it has returned).
+            discard((here & !0xfff).saturating_sub(2 * 4096));
         }
     }
 }
