@@ -22,6 +22,7 @@ use crate::bus::BusDevice;
 use crate::legacy::{I8042, Rtc, Serial};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Blk, Disk};
+use crate::virtio::mem::{BLOCK, Mem};
 use crate::virtio::net::{Net, NetOptions, Tap};
 use crate::virtio::rng::Rng;
 use crate::virtio::{Interrupt, MmioTransport, TransportState, VirtioDevice};
@@ -37,19 +38,31 @@ pub enum Target {
     Blk,
     /// The memory balloon.
     Balloon,
+    /// The memory device.
+    Mem,
     /// The network device.
     Net,
 }
 
 impl Target {
     /// All targets.
-    pub const ALL: [Self; 5] = [Self::Legacy, Self::Rng, Self::Blk, Self::Balloon, Self::Net];
+    pub const ALL: [Self; 6] = [
+        Self::Legacy,
+        Self::Rng,
+        Self::Blk,
+        Self::Balloon,
+        Self::Mem,
+        Self::Net,
+    ];
 }
 
 /// Main memory in bytes; a second bank lies at [`SECOND_BANK`].
 const MEMORY: usize = 1 << 20;
 const SECOND_BANK: u64 = 2 << 20;
 const SECOND_BANK_LEN: usize = 64 << 10;
+/// Where the memory device has its blocks.
+const ROOM: u64 = 4 << 20;
+const ROOM_BLOCKS: u64 = 4;
 /// Rings of queue n are at `RINGS + n * RING_STRIDE`.
 const RINGS: u64 = 0x8_0000;
 const RING_STRIDE: u64 = 0x4000;
@@ -169,6 +182,10 @@ fn device(target: Target) -> io::Result<(Box<dyn VirtioDevice>, Option<UnixDatag
         Target::Legacy | Target::Rng => (Box::new(Rng::new()), None),
         Target::Blk => (Box::new(Blk::new(disk()?)), None),
         Target::Balloon => (Box::new(Balloon::new()), None),
+        Target::Mem => {
+            let mem = Mem::new(ROOM, ROOM_BLOCKS * BLOCK).map_err(io::Error::other)?;
+            (Box::new(mem), None)
+        }
         Target::Net => {
             let (near, far) = UnixDatagram::pair()?;
             near.set_nonblocking(true)?;
@@ -189,6 +206,7 @@ impl Machine {
         let ranges = [
             (GuestAddress(0), MEMORY),
             (GuestAddress(SECOND_BANK), SECOND_BANK_LEN),
+            (GuestAddress(ROOM), (ROOM_BLOCKS * BLOCK) as usize),
         ];
         let mem = GuestMemoryMmap::from_ranges(&ranges).map_err(io::Error::other)?;
         let mem = GuestMemory::new(mem);
@@ -358,6 +376,8 @@ impl Machine {
             } else if let Some(balloon) = device.downcast_mut::<Balloon>() {
                 balloon.set_target(value.into());
                 balloon.request_stats();
+            } else if let Some(mem) = device.downcast_mut::<Mem>() {
+                mem.request(u64::from(value % 8) * BLOCK);
             } else if let Some(net) = device.downcast_mut::<Net>() {
                 net.set_link(value % 2 == 0);
             }

@@ -35,6 +35,8 @@ mod storage;
 mod validation;
 #[path = "cri/vmmctl.rs"]
 mod vmmctl;
+#[path = "cri/walls.rs"]
+mod walls;
 #[path = "cri/wasm.rs"]
 mod wasm;
 #[path = "cri/wide.rs"]
@@ -62,7 +64,11 @@ const STREAMS: &[&str] = &[
 
 /// Tests of pods whose VMs are in processes of their own that run if nothing is asked for: the others
 /// take a minute each. All do with `--isolation process`.
-const ISOLATED: &[&str] = &["worker_is_jailed", "pod_outlives_its_daemon"];
+const ISOLATED: &[&str] = &[
+    "worker_is_jailed",
+    "pod_outlives_its_daemon",
+    "hostile_container",
+];
 
 fn main() -> ExitCode {
     match run() {
@@ -116,6 +122,7 @@ fn run() -> Result<bool> {
         process::TESTS,
         vmmctl::TESTS,
         worker::TESTS,
+        walls::TESTS,
     ];
     let all: Vec<&Test> = all
         .into_iter()

@@ -30,7 +30,7 @@ const SECRET: &str = "BULKHEAD-SECRET";
 const GROWTH_KIB: u64 = 4096;
 
 /// Cases, their rounds in a short run, and whether the guest is expected to live to its end.
-const CASES: [(&str, u64, bool); 18] = [
+const CASES: [(&str, u64, bool); 19] = [
     ("registers", 20_000, true),
     ("setup", 5_000, true),
     ("storm", 1_000, true),
@@ -46,6 +46,7 @@ const CASES: [(&str, u64, bool); 18] = [
     ("block", 800, true),
     ("net", 400, true),
     ("balloon", 400, true),
+    ("mem", 2_000, true),
     ("ports", 1_000, true),
     ("memory", 10_000, true),
     ("msrs", 4_000, true),
@@ -227,6 +228,7 @@ fn hostile(dir: &Path, case: &str, rounds: u64, seed: u64) -> VmConfig {
         vsock_cid: Some(3),
         rng: true,
         balloon: true,
+        room_mib: 64,
         ..VmConfig::default()
     }
 }
@@ -274,6 +276,7 @@ fn whatever_a_guest_does_it_does_to_itself() {
         let sandbox = Arc::new(MicroVm::create(config, ConsoleHub::new(None)).unwrap());
         let vm = sandbox.vm();
         vm.start().unwrap();
+        vm.request_memory(32 << 20).unwrap();
         let calls = (case == "agent").then(|| {
             let sandbox = Arc::clone(&sandbox);
             std::thread::spawn(move || call(&sandbox))

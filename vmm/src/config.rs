@@ -104,6 +104,9 @@ pub struct VmConfig {
     pub memory_mib: u64,
     /// A file for guest memory ([`crate::memory::VmMemory::make_file`]); `None`: one is made.
     pub memory: Option<File>,
+    /// MiB that the guest can be given while it runs ([`crate::Vm::request_memory`]), a multiple
+    /// of 2; not with `hugepages` nor with a file for `memory`.
+    pub room_mib: u64,
     /// Back guest memory with 2 MiB pages of hugetlbfs.
     pub hugepages: bool,
     /// ELF `vmlinux` (PVH or 64-bit entry) or `bzImage`.
@@ -152,6 +155,7 @@ impl Default for VmConfig {
             max_vcpus: 0,
             memory_mib: 128,
             memory: None,
+            room_mib: 0,
             hugepages: false,
             kernel: PathBuf::new(),
             initramfs: None,
@@ -226,6 +230,21 @@ impl VmConfig {
             return config(
                 "count instructions",
                 "it steps as a debugger does: leave gdb out".into(),
+            );
+        }
+        if !self.room_mib.is_multiple_of(2) || self.room_mib > host_mib {
+            return config(
+                "room for memory",
+                format!(
+                    "{} MiB: give an even number, and no more than this host has",
+                    self.room_mib
+                ),
+            );
+        }
+        if self.room_mib > 0 && (self.hugepages || self.memory.is_some()) {
+            return config(
+                "room for memory",
+                "cannot be had with huge pages, or with a file for memory".into(),
             );
         }
         if self.hugepages && !self.memory_mib.is_multiple_of(2) {

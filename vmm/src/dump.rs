@@ -135,8 +135,10 @@ fn write_to(vm: &Vm, file: &mut File, notes: &[u8]) -> io::Result<()> {
     }
     file.write_all(&head)?;
     file.write_all(notes)?;
-    file.set_len(memory_at + vm.memory.size())?;
-    copy_touched(vm.memory.file(), file, memory_at, vm.memory.size())
+    // With what was added to it.
+    let size = vm.memory.size() + vm.memory.room().map_or(0, |(_, bytes)| bytes);
+    file.set_len(memory_at + size)?;
+    copy_touched(vm.memory.file(), file, memory_at, size)
 }
 
 /// Copies the parts of the memfd that exist; the rest of the core stays a hole.

@@ -20,6 +20,8 @@ pub struct VmMemory {
     mmap: GuestMemoryMmap<()>,
     file: Arc<File>,
     size: u64,
+    /// Bytes that may become memory later, behind `size` in the file.
+    room: u64,
 }
 
 impl VmMemory {
@@ -32,6 +34,19 @@ impl VmMemory {
     /// When the host cannot give the address space, descriptors or huge pages.
     pub fn new(mib: u64, hugepages: bool) -> Result<Self, VmError> {
         Self::over(Self::make_file(mib, hugepages)?, mib)
+    }
+
+    /// The same, with room for `room_mib` MiB more: mapped, but nothing the guest knows of, and
+    /// nothing that the host gives before it is used.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_room(mib: u64, room_mib: u64, hugepages: bool) -> Result<Self, VmError> {
+        let file = Self::make_file(mib + room_mib, hugepages)?;
+        let memory = Self::map_with_room(file, mib << 20, room_mib << 20)?;
+        // Without effect on a memfd.
+        memory.advise_huge();
+        Ok(memory)
     }
 
     /// Makes the file for `mib` MiB of memory, for another process to map with [`VmMemory::over`]:
@@ -82,9 +97,19 @@ impl VmMemory {
     /// # Errors
     /// When the file is smaller than `size` or cannot be mapped.
     pub fn map(file: File, size: u64) -> Result<Self, VmError> {
+        Self::map_with_room(file, size, 0)
+    }
+
+    /// The same with room behind it.
+    ///
+    /// # Errors
+    /// As [`Self::map`].
+    pub fn map_with_room(file: File, size: u64, room: u64) -> Result<Self, VmError> {
         let file = Arc::new(file);
+        let behind = (room > 0).then(|| (room_start(size), room, size));
         let ranges: Vec<_> = ranges(size)
             .into_iter()
+            .chain(behind)
             .map(|(start, len, offset)| {
                 (
                     GuestAddress(start),
@@ -102,7 +127,12 @@ impl VmMemory {
                 unsafe { libc::madvise(host.cast(), region.len() as usize, libc::MADV_DONTDUMP) };
             }
         }
-        Ok(Self { mmap, file, size })
+        Ok(Self {
+            mmap,
+            file,
+            size,
+            room,
+        })
     }
 
     /// The mapped memory.
@@ -118,6 +148,11 @@ impl VmMemory {
     /// Size in bytes.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Where memory can be added, and how many bytes; `None`: nowhere.
+    pub fn room(&self) -> Option<(u64, u64)> {
+        (self.room > 0).then(|| (room_start(self.size), self.room))
     }
 
     /// End of RAM below the hole for devices.
@@ -150,6 +185,13 @@ impl VmMemory {
         }
         map
     }
+}
+
+/// Where memory is added: beyond all other, and where Linux wants it, which adds memory in pieces of
+/// 128 MiB.
+fn room_start(size: u64) -> u64 {
+    let high = size.saturating_sub(layout::MMIO_HOLE_START);
+    (layout::MMIO_HOLE_END + high).next_multiple_of(128 << 20)
 }
 
 /// (guest address, length, file offset) of each region.
@@ -276,6 +318,20 @@ mod tests {
         assert_eq!(memory.high_end(), Some(0x1_0000_0000 + (1 << 20)));
         memory.put(0x1_0000_0000, b"high").unwrap();
         assert!(memory.put(0xC000_0000, b"hole").is_err());
+    }
+
+    #[test]
+    fn room_lies_beyond_all_memory() {
+        assert_eq!(VmMemory::new(16, false).unwrap().room(), None);
+        let memory = VmMemory::with_room(16, 64, false).unwrap();
+        let (start, bytes) = memory.room().unwrap();
+        assert_eq!((start, bytes), (0x1_0000_0000, 64 << 20));
+        assert_eq!((memory.size(), memory.high_end()), (16 << 20, None));
+        assert!(memory.usable().iter().all(|(at, _)| *at < start));
+        memory.put(start + bytes - 4, b"room").unwrap();
+        assert_eq!(memory.file().metadata().unwrap().len(), 80 << 20);
+        let start = room_start(3073 << 20);
+        assert_eq!(start, 0x1_0000_0000 + (128 << 20));
     }
 
     #[test]

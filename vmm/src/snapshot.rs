@@ -127,13 +127,14 @@ impl Vm {
             .metadata()
             .map_err(VmError::host("saved guest memory"))?
             .len();
-        if len < state.memory_bytes {
+        let room = config.room_mib << 20;
+        if len < state.memory_bytes.saturating_add(room) {
             return Err(VmError::State(format!(
                 "the memory has {len} bytes, the state says {}",
                 state.memory_bytes
             )));
         }
-        let memory = VmMemory::map(memory, state.memory_bytes)?;
+        let memory = VmMemory::map_with_room(memory, state.memory_bytes, room)?;
         let frame = Frame::new(&config, Some(memory))?;
         let exit = Arc::new(ExitSlot::new().map_err(VmError::host("exit event"))?);
         for (fd, saved) in frame.vcpu_fds.iter().zip(&state.vcpus) {
@@ -151,6 +152,9 @@ impl Vm {
             .map_err(VmError::kvm("KVM_SET_CLOCK"))?;
         let devices = Devices::new(&mut config, &frame.vm_fd, &frame.memory, &exit)?;
         devices.restore(&state.devices, &state.legacy)?;
-        frame.finish(config, devices, exit, None, state.cmdline.clone())
+        let vm = frame.finish(config, devices, exit, None, state.cmdline.clone())?;
+        // The guest uses what it was given.
+        vm.map_room()?;
+        Ok(vm)
     }
 }

@@ -156,6 +156,8 @@ pub struct Vm {
     /// For those that come later.
     cpus: CpuPlan,
     cpu_env: VcpuEnv,
+    /// Ends of the parts of the room for memory that the guest's CPUs reach.
+    room_parts: Mutex<Vec<u64>>,
     debugger: Mutex<Option<crate::gdb::Debugger>>,
     /// Where the core of a crash goes; taken by the one who writes it.
     crash_core: Mutex<Option<PathBuf>>,
@@ -210,7 +212,9 @@ impl Frame {
                 let file = file.try_clone().map_err(VmError::host("guest memory"))?;
                 VmMemory::over(file, config.memory_mib)?
             }
-            (None, None) => VmMemory::new(config.memory_mib, config.hugepages)?,
+            (None, None) => {
+                VmMemory::with_room(config.memory_mib, config.room_mib, config.hugepages)?
+            }
         };
         map_memory(&vm_fd, &memory)?;
         // Intel needs these pages for real mode; AMD ignores them.
@@ -328,6 +332,7 @@ impl Frame {
             vcpu_count: count,
             cpus: self.cpus,
             cpu_env,
+            room_parts: Mutex::default(),
             debugger: Mutex::new(debugger),
             crash_core: Mutex::new(config.crash_core),
         })
@@ -434,6 +439,76 @@ impl Vm {
             all.unwrap_or_else(PoisonError::into_inner).extend(stats);
         }
         Ok(made(&vcpus))
+    }
+
+    /// Wants the guest to have `bytes` beyond the memory it was made with, rounded up to whole blocks
+    /// of 2 MiB, and no more than `room_mib` says. The guest takes them, or gives them back, in its
+    /// own time: [`Self::added_memory`] says how far it is.
+    ///
+    /// # Errors
+    /// When the VM has no room, has ended, or KVM refuses.
+    pub fn request_memory(&self, bytes: u64) -> Result<(), VmError> {
+        if *self.phase() == Phase::Ended {
+            return Err(VmError::NotRunning(format!("VM {} has ended", self.id)));
+        }
+        let asked = self.devices.with_room(|room| {
+            room.prepare(bytes);
+        });
+        if asked.is_none() {
+            return Err(VmError::Config {
+                what: "memory",
+                reason: "this VM has no room for more".into(),
+            });
+        }
+        // Before the guest is told.
+        self.map_room()?;
+        self.devices.with_room(|room| room.request(bytes));
+        Ok(())
+    }
+
+    /// Bytes that the guest is wanted to have beyond the memory it was made with, and that it has;
+    /// `None`: it has no room.
+    pub fn added_memory(&self) -> Option<(u64, u64)> {
+        self.devices
+            .with_room(|room| (room.requested_bytes(), room.plugged_bytes()))
+    }
+
+    /// Lets the guest's CPUs reach what its driver may plug by now, and no more: a guest that goes
+    /// elsewhere finds no memory there.
+    pub(crate) fn map_room(&self) -> Result<(), VmError> {
+        let Some(usable) = self.devices.with_room(|room| room.usable_bytes()) else {
+            return Ok(());
+        };
+        let Some((start, _)) = self.memory.room() else {
+            return Ok(());
+        };
+        let mut parts = self
+            .room_parts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mapped = parts.last().copied().unwrap_or(0);
+        if usable <= mapped {
+            return Ok(());
+        }
+        let slot = FIRST_ROOM_SLOT + u32::try_from(parts.len()).unwrap_or(u32::MAX);
+        let host = self
+            .memory
+            .mmap()
+            .get_host_address(GuestAddress(start + mapped))
+            .map_err(|e| VmError::Memory(e.to_string()))?;
+        let region = kvm_userspace_memory_region {
+            slot,
+            guest_phys_addr: start + mapped,
+            memory_size: usable - mapped,
+            userspace_addr: host as u64,
+            flags: 0,
+        };
+        // SAFETY: the range is part of a mapping owned by `memory`, which the `Vm` keeps until after
+        // the vCPUs and the VM descriptor are gone; no other slot covers it.
+        unsafe { self.vm_fd.set_user_memory_region(region) }
+            .map_err(VmError::kvm("KVM_SET_USER_MEMORY_REGION"))?;
+        parts.push(usable);
+        Ok(())
     }
 
     /// Stops all vCPUs between two instructions and the devices between two requests.
@@ -683,6 +758,8 @@ impl Vm {
             "vcpus": self.vcpus().len(),
             "max_vcpus": self.cpus.most,
             "memory_bytes": self.memory.size(),
+            "memory_room_bytes": self.memory.room().map_or(0, |(_, bytes)| bytes),
+            "memory_added_bytes": self.added_memory().map_or(0, |(_, has)| has),
             "memory_resident_bytes": resident_bytes(&self.memory),
             "memory_map": memory,
             "kernel": self.loaded.map(|loaded| json!({
@@ -762,8 +839,16 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
     }
 }
 
+/// Slots below are for the memory that a VM is made with.
+const FIRST_ROOM_SLOT: u32 = 8;
+
 fn map_memory(vm_fd: &VmFd, memory: &VmMemory) -> Result<(), VmError> {
-    for (slot, region) in (0u32..).zip(memory.mmap().iter()) {
+    let room = memory.room().map(|(start, _)| start);
+    let at_boot = memory
+        .mmap()
+        .iter()
+        .filter(|r| Some(r.start_addr().0) != room);
+    for (slot, region) in (0u32..).zip(at_boot) {
         let address = region
             .get_host_address(MemoryRegionAddress(0))
             .map_err(|e| VmError::Memory(e.to_string()))?;

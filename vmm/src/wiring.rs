@@ -13,6 +13,7 @@ use bulkhead_devices::legacy::{I8042, Rtc, Serial, Sleep, sleep};
 use bulkhead_devices::virtio::balloon::Balloon;
 use bulkhead_devices::virtio::blk::{Blk, Disk};
 use bulkhead_devices::virtio::fs::{Caching, Fs, FsConfig, prepare_thread};
+use bulkhead_devices::virtio::mem::Mem;
 use bulkhead_devices::virtio::mmio::{MmioTransport, TransportState};
 use bulkhead_devices::virtio::net::{Net, NetOptions, Tap};
 use bulkhead_devices::virtio::rng::Rng;
@@ -73,6 +74,8 @@ pub(crate) struct Devices {
     slots: Vec<Slot>,
     /// Indices of the disk slots that may be filled later.
     spare_disks: Vec<usize>,
+    /// Index of the device that adds memory.
+    room: Option<usize>,
     loops: Vec<(seccomp::Role, EventLoop)>,
 }
 
@@ -126,6 +129,7 @@ impl Devices {
             slots: Vec::new(),
             roles: Vec::new(),
             spare_disks: Vec::new(),
+            room: None,
         };
         let vsock = wiring.add_all(config, memory)?;
 
@@ -139,6 +143,7 @@ impl Devices {
             i8042,
             slots: wiring.slots,
             spare_disks: wiring.spare_disks,
+            room: wiring.room,
             loops: Vec::new(),
         };
         devices.spawn_loops(config, &wiring.roles, exit)?;
@@ -213,6 +218,10 @@ impl Devices {
             // The others do not answer before they are made.
             let _ =
                 std::fmt::Write::write_fmt(&mut line, format_args!(" maxcpus={}", config.vcpus));
+        }
+        if self.room.is_some() {
+            // So that it can be given back, too.
+            line.push_str(" memhp_default_state=online_movable");
         }
         for slot in &self.slots {
             let _ = std::fmt::Write::write_fmt(
@@ -326,6 +335,13 @@ impl Devices {
         }
     }
 
+    /// Does something with the device that adds memory; `None`: there is none.
+    pub(crate) fn with_room<R>(&self, work: impl FnOnce(&mut Mem) -> R) -> Option<R> {
+        let slot = self.room.and_then(|index| self.slots.get(index))?;
+        slot.transport
+            .with_device(|device| (device as &mut dyn Any).downcast_mut::<Mem>().map(work))
+    }
+
     pub(crate) fn describe(&self) -> Value {
         let mut all: Vec<Value> = self
             .pio
@@ -417,13 +433,14 @@ struct Wiring<'a> {
     slots: Vec<Slot>,
     roles: Vec<Role>,
     spare_disks: Vec<usize>,
+    room: Option<usize>,
 }
 
 impl Wiring<'_> {
     fn add_all(
         &mut self,
         config: &mut VmConfig,
-        _memory: &VmMemory,
+        memory: &VmMemory,
     ) -> Result<Option<VsockHandle>, VmError> {
         for disk in config.disks.drain(..) {
             self.add(Role::Io, Box::new(Blk::new(open_disk(disk)?)))?;
@@ -434,6 +451,10 @@ impl Wiring<'_> {
         }
         if config.rng {
             self.add(Role::Io, Box::new(Rng::new()))?;
+        }
+        if let Some((address, bytes)) = memory.room() {
+            self.room = Some(self.slots.len());
+            self.add(Role::Io, Box::new(Mem::new(address, bytes)?))?;
         }
         if config.balloon {
             let page = if config.hugepages { 2 << 20 } else { 4096 };

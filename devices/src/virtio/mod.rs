@@ -7,6 +7,7 @@ pub(crate) mod driver_side;
 pub mod fs;
 mod guest_log;
 pub mod interrupt;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod queue;

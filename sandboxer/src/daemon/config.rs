@@ -115,6 +115,8 @@ pub struct Microvm {
     pub overhead_mib: u64,
     /// Most memory of a pod, in MiB.
     pub max_memory_mib: u64,
+    /// Memory that a pod can be given while it runs, beyond what it starts with, in MiB.
+    pub grow_memory_mib: u64,
     /// Block devices, and images as disks, that containers of one pod can be given.
     pub disk_slots: u8,
     /// Back guest memory with huge pages of the host.
@@ -244,6 +246,7 @@ impl Default for Microvm {
             default_memory_mib: 256,
             overhead_mib: 64,
             max_memory_mib: 65_536,
+            grow_memory_mib: 1024,
             disk_slots: 4,
             hugepages: false,
             allow_emulated_kvm: false,
@@ -407,6 +410,9 @@ impl Config {
                 "microvm.overhead_mib",
                 "must be at least 32: guest kernel and agent need that",
             );
+        }
+        if !vm.grow_memory_mib.is_multiple_of(2) {
+            return wrong("microvm.grow_memory_mib", "must be even");
         }
         if vm.grow_cpus > 31 {
             return wrong("microvm.grow_cpus", "must be at most 31");

@@ -257,7 +257,7 @@ fn anonymous_kib(node: &Node) -> Result<u64> {
     Ok(word.context("no RssAnon")?.parse()?)
 }
 
-fn privileged(name: &str) -> PodSandboxConfig {
+pub fn privileged(name: &str) -> PodSandboxConfig {
     let mut config = pod(name);
     let linux = config.linux.get_or_insert_default();
     linux.security_context = Some(LinuxSandboxSecurityContext {
@@ -267,7 +267,7 @@ fn privileged(name: &str) -> PodSandboxConfig {
     config
 }
 
-fn with_privileges(mut spec: ContainerConfig) -> ContainerConfig {
+pub fn with_privileges(mut spec: ContainerConfig) -> ContainerConfig {
     spec.linux.get_or_insert_default().security_context = Some(LinuxContainerSecurityContext {
         privileged: true,
         ..LinuxContainerSecurityContext::default()

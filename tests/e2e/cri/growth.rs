@@ -19,8 +19,8 @@ fn limits(cpu_percent: i64, memory_mib: i64) -> LinuxContainerResources {
     }
 }
 
-/// A running VM gets more CPUs as its containers may use more, and the pod more of the host's; both
-/// go back.
+/// A running VM gets more CPUs and memory as its containers may use more, and the pod more of the
+/// host's CPUs; all of it goes back.
 fn growth(node: &mut Node, handler: &str) -> Result<()> {
     let mut config = pod("growth");
     config.linux.get_or_insert_default().resources = Some(limits(100, 96));
@@ -56,5 +56,32 @@ fn growth(node: &mut Node, handler: &str) -> Result<()> {
     ensure!(cpus()? == "1 1 50000 100000\n", "{}", cpus()?);
     pod.cri.update(&c, limits(150, 64))?;
     ensure!(cpus()? == "2 2 150000 100000\n", "{}", cpus()?);
+
+    // Memory: a program that needs more than the VM had.
+    let total = || -> Result<u64> {
+        let text = pod.sh(&neighbour, "grep MemTotal /proc/meminfo")?;
+        let kib = text.split_whitespace().nth(1).context("MemTotal")?;
+        Ok(kib.parse::<u64>()? >> 10)
+    };
+    let before = total()?;
+    let needs = "head -c 200000000 /dev/zero | tail -c 200000000 | wc -c";
+    pod.cri.update(&c, limits(150, 320))?;
+    let after = total()?;
+    println!("  the guest has {before} MiB, then {after} MiB");
+    ensure!(
+        before < 200 && after >= before + 256,
+        "{before} MiB, then {after} MiB"
+    );
+    ensure!(pod.sh(&c, needs)? == "200000000\n");
+    let error = pod.cri.update(&c, limits(150, 5000)).err();
+    let error = format!("{:#}", error.context("more than there is room for")?);
+    ensure!(error.contains("grow_memory_mib"), "{error}");
+    // What is given back is the host's again.
+    pod.cri.update(&c, limits(150, 64))?;
+    pod.until(
+        &neighbour,
+        "test $(awk '/MemTotal/ {print $2}' /proc/meminfo) -lt 204800 && echo less",
+        "less",
+    )?;
     pod.remove().context("remove")
 }

@@ -16,6 +16,7 @@ pub mod id {
     pub const RNG: u32 = 4;
     pub const BALLOON: u32 = 5;
     pub const VSOCK: u32 = 19;
+    pub const MEM: u32 = 24;
     pub const FS: u32 = 26;
 }
 

@@ -39,6 +39,7 @@ const TARGETS: &[Target] = &[
     device("rng", |data| drive(DeviceTarget::Rng, data)),
     device("blk", |data| drive(DeviceTarget::Blk, data)),
     device("balloon", |data| drive(DeviceTarget::Balloon, data)),
+    device("mem", |data| drive(DeviceTarget::Mem, data)),
     device("net", |data| drive(DeviceTarget::Net, data)),
     device("vsock", fuzz_vsock),
     device("fs", fuzz_fs),

@@ -7,7 +7,7 @@ use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryMmap};
 use crate::virtio::queue::Segment;
 
 /// Size of the pages a guest counts in, in bytes.
-pub(super) const GUEST_PAGE: u64 = 4096;
+pub(in crate::virtio) const GUEST_PAGE: u64 = 4096;
 
 /// Makes one list of neighbouring pages of `pfns` out of many single ones: a request to the kernel
 /// costs the same for one page as for a thousand.
@@ -34,7 +34,7 @@ pub(super) fn runs(pfns: &mut Vec<u32>, mut each: impl FnMut(GuestAddress, u64))
 ///
 /// # Errors
 /// When the range is not inside guest memory, or the host refuses.
-pub(super) fn release(
+pub(in crate::virtio) fn release(
     mem: &GuestMemoryMmap<()>,
     addr: GuestAddress,
     len: u64,

@@ -1,7 +1,7 @@
 //! Memory balloon (virtio 1.2, 5.5) with free page reporting.
 
 mod device;
-mod io;
+pub(super) mod io;
 #[cfg(test)]
 mod tests;
 

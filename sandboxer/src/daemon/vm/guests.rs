@@ -45,6 +45,8 @@ pub struct Sizes {
     pub overhead_mib: u64,
     /// Most memory, in MiB.
     pub max_memory_mib: u64,
+    /// Memory that may come while it runs, in MiB.
+    pub grow_memory_mib: u64,
     /// Slots for disks that come later.
     pub disk_slots: u8,
     /// Memory by huge pages of the host.
@@ -121,6 +123,10 @@ impl Guests {
                     default_memory_mib: wish.default_memory_mib,
                     overhead_mib: wish.overhead_mib,
                     max_memory_mib: wish.max_memory_mib,
+                    grow_memory_mib: match alone || wish.hugepages {
+                        true => 0,
+                        false => wish.grow_memory_mib,
+                    },
                     disk_slots: if alone { 0 } else { wish.disk_slots },
                     hugepages: wish.hugepages,
                 }
@@ -135,6 +141,7 @@ impl Guests {
                     default_memory_mib: wish.default_memory_mib,
                     overhead_mib: wish.overhead_mib,
                     max_memory_mib: wish.max_memory_mib,
+                    grow_memory_mib: 0,
                     // It has no driver for them.
                     disk_slots: 0,
                     hugepages: false,

@@ -161,6 +161,26 @@ impl Machine {
         }
     }
 
+    /// Wants the guest to have so many bytes beyond those of its boot ([`Self::added_memory`] says
+    /// how far it is).
+    ///
+    /// # Errors
+    /// The VM refuses it, or is in a process of its own.
+    pub fn request_memory(&self, bytes: u64) -> Result<(), EngineError> {
+        match self {
+            Self::Thread(vm) => vm.vm().request_memory(bytes).map_err(Into::into),
+            Self::Worker(_) => Err(not_in_a_process("more memory for a running VM")),
+        }
+    }
+
+    /// Bytes that the guest has beyond those of its boot.
+    pub fn added_memory(&self) -> u64 {
+        match self {
+            Self::Thread(vm) => vm.vm().added_memory().map_or(0, |(_, has)| has),
+            Self::Worker(_) => 0,
+        }
+    }
+
     /// What it says of itself.
     pub fn info(&self) -> Option<String> {
         match self {

@@ -44,7 +44,7 @@ use guests::Sizes;
 use machine::Machine;
 use network::PodNetwork;
 use portforward::PortForward;
-use resize::Cpus;
+use resize::{Cpus, Memory};
 pub use sandbox::VmSandbox;
 use sandbox::{Parts, VmHome};
 
@@ -109,13 +109,14 @@ impl Kind for Vms {
         match self.boot(&plan, &mut parts).await {
             Ok(guest) => {
                 let sizes = self.guests.sizes(&self.config);
-                let (boot, _) = size(&plan.wish, &sizes);
+                let (boot, memory_mib) = size(&plan.wish, &sizes);
                 let share = CpuShare::of(&resources(&plan.wish));
                 let home = VmHome::new(
                     guest,
                     parts,
                     Disks::new(sizes.disk_slots),
                     Cpus::new(boot, most_cpus(boot, &sizes), share),
+                    Memory::new(room_mib(memory_mib, &sizes) << 20),
                 );
                 Ok(VmSandbox::new(home, plan.streams))
             }
@@ -234,6 +235,7 @@ fn build(
         vcpus,
         max_vcpus: most_cpus(vcpus, &sizes),
         memory_mib,
+        room_mib: room_mib(memory_mib, &sizes),
         hugepages: sizes.hugepages,
         kernel: boot.kernel,
         cmdline: boot.cmdline,
@@ -354,6 +356,12 @@ fn most_cpus(boot: u8, sizes: &Sizes) -> u8 {
     boot.saturating_add(sizes.grow_cpus)
         .min(sizes.max_cpus)
         .max(boot)
+}
+
+/// Memory in MiB that a VM can be given while it runs.
+fn room_mib(boot_mib: u64, sizes: &Sizes) -> u64 {
+    let most = sizes.max_memory_mib.saturating_sub(boot_mib);
+    sizes.grow_memory_mib.min(most) & !1
 }
 
 /// vCPUs and MiB of memory, from what Kubernetes says about the pod.

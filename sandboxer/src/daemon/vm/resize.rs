@@ -1,5 +1,5 @@
-//! How many CPUs a pod's VM has as the limits of its containers change, and which share of the
-//! host's.
+//! How many CPUs and how much memory a pod's VM has as the limits of its containers change, and
+//! which share of the host's CPUs.
 //!
 //! A VM boots with what the pod's limits ask for, knows of more CPUs, and is given those when
 //! the limits grow. What the pod said at its start stays the measure: only the difference counts that
@@ -10,6 +10,109 @@ use std::collections::HashMap;
 use serde_json::Value;
 
 use crate::daemon::cgroup::CpuShare;
+
+/// Memory is added in pieces of this size: what a guest's driver can take of it.
+const PIECE: u64 = 8 << 20;
+
+/// Why a VM does not grow so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "its memory limits have grown by {} MiB, this pod's VM can grow by {} MiB: raise \
+     microvm.grow_memory_mib, or make the pod anew",
+    wanted >> 20,
+    room >> 20
+)]
+pub struct TooMuch {
+    wanted: u64,
+    room: u64,
+}
+
+/// Memory of a VM beyond what it was booted with.
+#[derive(Debug)]
+pub struct Memory {
+    /// That it can be given.
+    room: u64,
+    /// Limits of containers in bytes: as made, and now.
+    limits: HashMap<String, (u64, u64)>,
+    /// That it was asked to take.
+    pub requested: u64,
+}
+
+/// The memory limit that OCI resources name, in bytes; `None`: they name none.
+fn memory_limit(resources: &Value) -> Option<u64> {
+    let limit = resources["memory"]["limit"].as_i64().filter(|l| *l > 0)?;
+    u64::try_from(limit).ok()
+}
+
+impl Memory {
+    /// Of a VM with room for `room` bytes.
+    pub fn new(room: u64) -> Self {
+        Self {
+            room,
+            limits: HashMap::new(),
+            requested: 0,
+        }
+    }
+
+    /// A container is made.
+    pub fn add(&mut self, container: &str, resources: &Value) {
+        if let Some(limit) = memory_limit(resources) {
+            self.limits.insert(container.to_owned(), (limit, limit));
+        }
+    }
+
+    /// A container has gone.
+    pub fn remove(&mut self, container: &str) {
+        self.limits.remove(container);
+    }
+
+    /// The limits of a container change. Gives the bytes that the VM should have beyond those of
+    /// its boot. `None`: that makes no difference.
+    ///
+    /// # Errors
+    /// It cannot have so many; then nothing has changed.
+    pub fn update(&mut self, container: &str, resources: &Value) -> Result<Option<u64>, TooMuch> {
+        let (Some(limit), Some((_, now))) =
+            (memory_limit(resources), self.limits.get_mut(container))
+        else {
+            return Ok(None);
+        };
+        let before = std::mem::replace(now, limit);
+        let wanted = self.wanted();
+        if wanted > self.room {
+            self.set_back(container, Some(before));
+            return Err(TooMuch {
+                wanted,
+                room: self.room,
+            });
+        }
+        Ok((wanted != self.requested).then_some(wanted))
+    }
+
+    /// The limit of a container, as it is known.
+    pub fn now(&self, container: &str) -> Option<u64> {
+        self.limits.get(container).map(|(_, now)| *now)
+    }
+
+    /// What was to change has not.
+    pub fn set_back(&mut self, container: &str, limit: Option<u64>) {
+        if let (Some((_, now)), Some(limit)) = (self.limits.get_mut(container), limit) {
+            *now = limit;
+        }
+    }
+
+    fn wanted(&self) -> u64 {
+        let grown: i128 = self
+            .limits
+            .values()
+            .map(|(made, now)| i128::from(*now) - i128::from(*made))
+            .sum();
+        let grown = u64::try_from(grown.max(0)).unwrap_or(u64::MAX / 2);
+        // The guest's kernel keeps a page in 64 for what describes them.
+        let with_tables = grown.saturating_add(grown / 64).min(u64::MAX / 2);
+        with_tables.next_multiple_of(PIECE)
+    }
+}
 
 /// CPUs of a VM.
 #[derive(Debug)]
@@ -173,6 +276,30 @@ mod tests {
         assert_eq!(cpus.update("a", &cpu(100)), change(1, 1, 350));
         assert_eq!(cpus.remove("b"), None);
         assert_eq!(cpus.remove("unlimited"), None);
+    }
+
+    #[test]
+    fn memory_grows_by_what_limits_grow() {
+        let limit = |mib: u64| json!({"memory": {"limit": mib << 20}});
+        let mut memory = Memory::new(512 << 20);
+        memory.add("a", &limit(100));
+        memory.add("b", &limit(50));
+        memory.add("unlimited", &json!({}));
+        assert_eq!(memory.update("a", &limit(100)), Ok(None));
+        assert_eq!(memory.update("a", &json!({"cpu": {}})), Ok(None));
+        assert_eq!(memory.update("unlimited", &limit(100)), Ok(None));
+        // 100 MiB and a 64th of that, in pieces of eight.
+        assert_eq!(memory.update("a", &limit(200)), Ok(Some(104 << 20)));
+        memory.requested = 104 << 20;
+        assert_eq!(memory.update("b", &limit(40)), Ok(Some(96 << 20)));
+        let too_much = memory.update("b", &limit(1000)).expect_err("too much");
+        assert!(too_much.to_string().contains("512 MiB"), "{too_much}");
+        assert_eq!(memory.now("b"), Some(40 << 20));
+        assert_eq!(memory.update("a", &limit(10)), Ok(Some(0)));
+        memory.remove("a");
+        assert_eq!(memory.now("a"), None);
+        assert!(memory.update("b", &limit(1 << 40)).is_err());
+        assert!(Memory::new(0).update("b", &limit(5)).is_ok());
     }
 
     #[test]

@@ -20,7 +20,7 @@ use super::in_cgroup;
 use super::machine::Machine;
 use super::network::PodNetwork;
 use super::portforward::PortForward;
-use super::resize::{Change, Cpus};
+use super::resize::{Change, Cpus, Memory};
 use crate::daemon::agent::link::{Link, refused};
 use crate::daemon::agent::{AgentSandbox, Home, Prepared};
 use crate::daemon::cgroup::Threads;
@@ -30,6 +30,10 @@ use crate::daemon::sandbox::{Answer, Figure, OwnEnd};
 use crate::daemon::storage::{Layers, Storage, StorageError};
 use crate::daemon::task::read_spec;
 use crate::daemon::worker::Worker;
+use crate::timeouts;
+
+/// How often one looks how far a guest is with new memory.
+const MEMORY_LOOK: Duration = Duration::from_millis(5);
 
 /// What a VM has on the host, in the order in which it is made.
 #[derive(Debug, Default)]
@@ -89,7 +93,9 @@ pub struct VmHome {
     disks: Arc<Mutex<Disks>>,
     /// Its CPUs.
     cpus: Mutex<Cpus>,
-    /// Held while their number is changed.
+    /// Its memory.
+    memory: Mutex<Memory>,
+    /// Held while these are changed.
     resizing: tokio::sync::Mutex<()>,
     /// Why we have ended it ourselves, if we have.
     given_up: Mutex<Option<String>>,
@@ -145,12 +151,19 @@ fn cpu_figures(user: Duration, system: Duration) -> impl Iterator<Item = Figure>
 
 impl VmHome {
     /// A VM whose agent answers.
-    pub(super) fn new(guest: Arc<Guest>, parts: Parts, disks: Disks, cpus: Cpus) -> Self {
+    pub(super) fn new(
+        guest: Arc<Guest>,
+        parts: Parts,
+        disks: Disks,
+        cpus: Cpus,
+        memory: Memory,
+    ) -> Self {
         Self {
             guest: Mutex::new(Some(guest)),
             parts: Mutex::new(parts),
             disks: Arc::new(Mutex::new(disks)),
             cpus: Mutex::new(cpus),
+            memory: Mutex::new(memory),
             resizing: tokio::sync::Mutex::default(),
             given_up: Mutex::default(),
         }
@@ -208,6 +221,56 @@ impl VmHome {
                 format!("the pod's CPU share on the host: {e}"),
             )
         })
+    }
+
+    /// Gives the VM more memory before a container may use it, or takes some away.
+    async fn memory_changes(&self, container: &str, resources: &Value) -> Answer<()> {
+        let guest = self.guest()?;
+        let before = lock(&self.memory).now(container);
+        let wanted = lock(&self.memory).update(container, resources);
+        let wanted = wanted.map_err(|e| {
+            let text = format!("container {container}: {e}");
+            Status::new(Code::FailedPrecondition, text)
+        })?;
+        let Some(wanted) = wanted else {
+            return Ok(());
+        };
+        let had = lock(&self.memory).requested;
+        let changed = self.change_memory(&guest, had, wanted).await;
+        match &changed {
+            Ok(()) => lock(&self.memory).requested = wanted,
+            Err(_) => {
+                lock(&self.memory).set_back(container, before);
+                let _ = guest.vm().request_memory(had);
+            }
+        }
+        changed
+    }
+
+    async fn change_memory(&self, guest: &Guest, had: u64, wanted: u64) -> Answer<()> {
+        let failed = |text: String| Status::new(Code::Internal, text);
+        let vm = guest.vm();
+        vm.request_memory(wanted)
+            .map_err(|e| failed(format!("more memory: {e}")))?;
+        // What is to be given back comes back when the guest can spare it.
+        if wanted < had {
+            return Ok(());
+        }
+        let begin = std::time::Instant::now();
+        loop {
+            let has = vm.added_memory();
+            if has >= wanted {
+                return Ok(());
+            }
+            if begin.elapsed() > timeouts::call() {
+                return Err(failed(format!(
+                    "the guest has taken {} of {} MiB of memory",
+                    has >> 20,
+                    wanted >> 20
+                )));
+            }
+            tokio::time::sleep(MEMORY_LOOK).await;
+        }
     }
 
     fn storage(&self) -> Answer<Arc<Mutex<Storage>>> {
@@ -373,6 +436,7 @@ impl Home for VmHome {
         });
         let (root, oci_spec, disks, resources) = prepared.await??;
         lock(&self.cpus).add(&request.id, &resources);
+        lock(&self.memory).add(&request.id, &resources);
         Ok(Prepared {
             rootfs: vec![root],
             oci_spec,
@@ -389,8 +453,9 @@ impl Home for VmHome {
         if let Ok(storage) = self.storage() {
             lock(&storage).remove(container);
         }
-        // CPUs that it was given stay until the next change.
+        // CPUs and memory that it was given stay until the next change.
         let _ = lock(&self.cpus).remove(container);
+        lock(&self.memory).remove(container);
         if let Ok(guest) = self.guest() {
             let mut disks = lock(&self.disks);
             for slot in disks.release(container) {
@@ -407,6 +472,7 @@ impl Home for VmHome {
 
     async fn limits_change(&self, container: &str, resources: &Value) -> Answer<()> {
         let _resizing = self.resizing.lock().await;
+        self.memory_changes(container, resources).await?;
         let before = lock(&self.cpus).now(container);
         let change = lock(&self.cpus).update(container, resources);
         let Some(change) = change else {

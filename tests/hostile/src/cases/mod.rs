@@ -27,6 +27,7 @@ pub fn run(name: &str, targets: &[Target], chance: &mut Chance, rounds: u64) -> 
         "block" => requests::block(targets, chance, rounds),
         "net" => requests::net(targets, chance, rounds),
         "balloon" => requests::balloon(targets, chance, rounds),
+        "mem" => requests::mem(targets, chance, rounds),
         "ports" => machine::ports(chance, rounds),
         "memory" => machine::memory(chance, rounds),
         "msrs" => machine::msrs(chance, rounds),

@@ -428,3 +428,35 @@ pub fn balloon(targets: &[Target], chance: &mut Chance, rounds: u64) {
         }
     }
 }
+
+/// Blocks plugged that are not offered, plugged twice, given back unasked, at addresses and in numbers
+/// that lead out of the range.
+pub fn mem(targets: &[Target], chance: &mut Chance, rounds: u64) {
+    let Some(mut mem) = Requests::new(targets, id::MEM, 0) else {
+        return;
+    };
+    let config = |word: u64| {
+        let half = |at| u64::from(mem.target.read(reg::CONFIG + at));
+        half(word * 8) | half(word * 8 + 4) << 32
+    };
+    let (block, start, size) = (config(0).max(1), config(2), config(3));
+    for _ in 0..rounds {
+        let address = if chance.once_in(8) {
+            chance.address()
+        } else {
+            start.wrapping_add(chance.below(size / block + 2).wrapping_mul(block))
+        };
+        let count = chance.one_of(&[0, 1, 1, 1, 2, 16, 0x7fff, 0xffff]) as u16;
+        let mut request = Vec::new();
+        request.extend((chance.below(5) as u16).to_le_bytes());
+        request.extend([0; 6]);
+        request.extend(address.to_le_bytes());
+        request.extend(count.to_le_bytes());
+        request.extend([0; 6]);
+        if chance.once_in(16) {
+            request.truncate(chance.below(24) as usize);
+        }
+        let room = chance.one_of(&[10, 10, 10, 16, 2, 0]);
+        mem.send(chance, &request, room);
+    }
+}
