@@ -106,8 +106,8 @@ demo: _disk build guest appkernel fixtures
 test: _disk
     tests/run test
 
-# The hostile guest beside a neighbour, FACTOR times as long as in `test`; SEED chooses its moves
-test-walls FACTOR="20" SEED="1": _disk build guest hostile
+# The hostile guest (FACTOR times as long as in `test`; SEED chooses its moves), the hostile container, and the matrix of faults
+test-walls FACTOR="20" SEED="1": _disk build guest appkernel hostile fixtures
     tests/run walls {{FACTOR}} {{SEED}}
 
 # Programs of the Linux Test Project on the app kernel: those of pass.list, or ARGS (see tests/ltp/run)

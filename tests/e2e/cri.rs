@@ -4,6 +4,7 @@
 //!
 //! usage: cri [--handler HANDLER] [--io fifo|streaming|both] [--isolation thread|process] [FILTER...]
 //!        cri --soak PODS     (makes and removes that many, and counts what is left)
+//!        cri --faults [KIND|MODE...]   (the matrix of faults, or what concerns a kind or mode of it)
 //!        cri [--handler HANDLER] [--io fifo|streaming] --run COMMAND...
 //!                            (runs a suite of others' on a node whose pods all have that runtime)
 
@@ -19,6 +20,8 @@ mod app;
 mod basic;
 #[path = "cri/failure.rs"]
 mod failure;
+#[path = "cri/faults.rs"]
+mod faults;
 #[path = "cri/growth.rs"]
 mod growth;
 #[path = "cri/host.rs"]
@@ -101,6 +104,10 @@ fn run() -> Result<bool> {
                 other => bail!("--isolation {other:?}: thread or process"),
             },
             "--run" => return run_suite(&handler, &ios, &args.collect::<Vec<_>>()),
+            "--faults" => {
+                let program = bulkhead_tests::env::built("sandboxer")?;
+                return faults::matrix(&program, &args.collect::<Vec<_>>());
+            }
             "--soak" => {
                 let count: usize = args.next().unwrap_or_default().parse()?;
                 soak = Some(count);

@@ -228,7 +228,7 @@ fn hostile(dir: &Path, case: &str, rounds: u64, seed: u64) -> VmConfig {
         vsock_cid: Some(3),
         rng: true,
         balloon: true,
-        room_mib: 64,
+        room_mib: 128,
         ..VmConfig::default()
     }
 }

@@ -208,6 +208,34 @@ fn memory_above_4_gib_is_seen_by_the_guest() {
 }
 
 #[test]
+fn memory_comes_and_goes_while_a_guest_runs() {
+    let files = Files::new();
+    let screen = Screen::default();
+    let config = VmConfig {
+        room_mib: 256,
+        ..linux(&files, &screen, false)
+    };
+    let vm = Vm::create(config).unwrap();
+    vm.start().unwrap();
+    screen.wait_for(bulkhead_fixtures::BENCH_MARKER);
+    for wanted in [200 << 20, 64 << 20, 0] {
+        vm.request_memory(wanted).unwrap();
+        let begin = Instant::now();
+        while vm.added_memory() != Some((wanted, wanted)) {
+            assert!(
+                begin.elapsed() < PATIENCE / 5,
+                "{:?} of {wanted}: {}",
+                vm.added_memory(),
+                screen.text()
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    vm.stop();
+    assert_eq!(ended(&vm), VmExit::Stopped);
+}
+
+#[test]
 fn a_triple_fault_is_named() {
     let files = Files::new();
     let vm = Vm::create(VmConfig {

@@ -105,7 +105,7 @@ pub struct VmConfig {
     /// A file for guest memory ([`crate::memory::VmMemory::make_file`]); `None`: one is made.
     pub memory: Option<File>,
     /// MiB that the guest can be given while it runs ([`crate::Vm::request_memory`]), a multiple
-    /// of 2; not with `hugepages` nor with a file for `memory`.
+    /// of 128; not with `hugepages` nor with a file for `memory`.
     pub room_mib: u64,
     /// Back guest memory with 2 MiB pages of hugetlbfs.
     pub hugepages: bool,
@@ -232,11 +232,11 @@ impl VmConfig {
                 "it steps as a debugger does: leave gdb out".into(),
             );
         }
-        if !self.room_mib.is_multiple_of(2) || self.room_mib > host_mib {
+        if !self.room_mib.is_multiple_of(crate::vm::ROOM_PIECE >> 20) || self.room_mib > host_mib {
             return config(
                 "room for memory",
                 format!(
-                    "{} MiB: give an even number, and no more than this host has",
+                    "{} MiB: give a multiple of 128, and no more than this host has",
                     self.room_mib
                 ),
             );

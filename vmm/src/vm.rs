@@ -451,8 +451,12 @@ impl Vm {
         if *self.phase() == Phase::Ended {
             return Err(VmError::NotRunning(format!("VM {} has ended", self.id)));
         }
+        // Linux plugs nothing of a piece that is not usable as a whole.
+        let usable = bytes
+            .checked_next_multiple_of(ROOM_PIECE)
+            .unwrap_or(u64::MAX);
         let asked = self.devices.with_room(|room| {
-            room.prepare(bytes);
+            room.prepare(usable);
         });
         if asked.is_none() {
             return Err(VmError::Config {
@@ -838,6 +842,9 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
         }
     }
 }
+
+/// What Linux adds memory in, on x86 (`memory block size`).
+pub(crate) const ROOM_PIECE: u64 = 128 << 20;
 
 /// Slots below are for the memory that a VM is made with.
 const FIRST_ROOM_SLOT: u32 = 8;

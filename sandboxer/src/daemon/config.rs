@@ -411,8 +411,8 @@ impl Config {
                 "must be at least 32: guest kernel and agent need that",
             );
         }
-        if !vm.grow_memory_mib.is_multiple_of(2) {
-            return wrong("microvm.grow_memory_mib", "must be even");
+        if !vm.grow_memory_mib.is_multiple_of(128) {
+            return wrong("microvm.grow_memory_mib", "must be a multiple of 128");
         }
         if vm.grow_cpus > 31 {
             return wrong("microvm.grow_cpus", "must be at most 31");

@@ -73,7 +73,7 @@ impl Reconnected {
     }
 }
 
-fn until_lost(pod: &TestPod, c: &str) -> Result<()> {
+pub fn until_lost(pod: &TestPod, c: &str) -> Result<()> {
     let status = pod.cri.wait_exit(c, PATIENCE)?;
     ensure!(status.exit_code != 0, "{status:?}");
     let begin = Instant::now();
@@ -127,7 +127,7 @@ const MOMENTS: &[Moment] = &[
 ];
 
 /// Looks until something is so; what is waited for lasts only moments.
-fn until(what: &str, so: impl Fn() -> bool) -> Result<()> {
+pub fn until(what: &str, so: impl Fn() -> bool) -> Result<()> {
     let begin = Instant::now();
     while !so() {
         ensure!(begin.elapsed() < PATIENCE, "never: {what}");
@@ -136,7 +136,7 @@ fn until(what: &str, so: impl Fn() -> bool) -> Result<()> {
     Ok(())
 }
 
-fn pod_directories() -> Vec<PathBuf> {
+pub fn pod_directories() -> Vec<PathBuf> {
     let entries = std::fs::read_dir("/run/bulkhead/pods");
     let paths = entries.into_iter().flatten().flatten().map(|e| e.path());
     paths.collect()

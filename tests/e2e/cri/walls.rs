@@ -18,7 +18,7 @@ use super::failure::{privileged, with_privileges};
 use super::host::Host;
 
 pub const TESTS: &[Test] = &[("hostile_container", false, |node, _| {
-    for (handler, rounds) in [(OURS, "30"), (APP, "30")] {
+    for (handler, rounds) in [(OURS, "5"), (APP, "5")] {
         hostile_container(node, handler, rounds).with_context(|| handler.to_owned())?;
     }
     Ok(())

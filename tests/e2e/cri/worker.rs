@@ -39,7 +39,7 @@ fn cgroup(pod: &TestPod) -> String {
 }
 
 /// The only process in the pod's cgroup.
-fn worker_of(pod: &TestPod) -> Result<u32> {
+pub fn worker_of(pod: &TestPod) -> Result<u32> {
     let path = format!("/sys/fs/cgroup{}/cgroup.procs", cgroup(pod));
     let text = fs::read_to_string(&path).context(path)?;
     let mut pids = text.lines();
@@ -235,7 +235,7 @@ fn dies_alone(node: &mut Node, handler: &str) -> Result<()> {
 }
 
 /// The process that has the daemon's code for a pod.
-fn keeper_of(pod: &TestPod) -> Result<u32> {
+pub fn keeper_of(pod: &TestPod) -> Result<u32> {
     let pids = fs::read_to_string("/sys/fs/cgroup/bulkhead-keepers/cgroup.procs")?;
     let pid = pids.lines().find(|pid| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();

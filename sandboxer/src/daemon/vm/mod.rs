@@ -358,10 +358,10 @@ fn most_cpus(boot: u8, sizes: &Sizes) -> u8 {
         .max(boot)
 }
 
-/// Memory in MiB that a VM can be given while it runs.
+/// Memory in MiB that a VM can be given while it runs, in pieces that Linux can add.
 fn room_mib(boot_mib: u64, sizes: &Sizes) -> u64 {
     let most = sizes.max_memory_mib.saturating_sub(boot_mib);
-    sizes.grow_memory_mib.min(most) & !1
+    sizes.grow_memory_mib.min(most) & !127
 }
 
 /// vCPUs and MiB of memory, from what Kubernetes says about the pod.

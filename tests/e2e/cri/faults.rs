@@ -1,0 +1,405 @@
+//! The matrix of faults: every kind of sandbox, in both modes, at every step of a pod's life, and
+//! what dies or runs out then. `cri --faults` runs it; `./dev test` has its short form in
+//! `recovery.rs` and `worker.rs`.
+
+use std::fs;
+use std::process::Command;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use bulkhead_tests::cri::containerd::{APP, IoType, Isolation, Node, OURS, PROCESS, WASM};
+use bulkhead_tests::cri::proto::*;
+use bulkhead_tests::cri::{Cri, TestPod, container, pod};
+use bulkhead_tests::env::PATIENCE;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::host::Host;
+use super::recovery::{pod_directories, until, until_lost};
+use super::wasm;
+use super::worker::{keeper_of, worker_of};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    /// kill -9 of the daemon, and its start.
+    Daemon,
+    /// The same of containerd.
+    Containerd,
+    /// The same of both.
+    Both,
+    /// kill -9 of the pod's own process with the VM.
+    Worker,
+    /// kill -9 of the pod's own process with the daemon's code.
+    Keeper,
+    /// The daemon can open nothing more, for a while.
+    NoDescriptors,
+    /// The daemon stands still, for a while.
+    Frozen,
+}
+
+impl Fault {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Daemon => "kill -9 daemon",
+            Self::Containerd => "kill -9 containerd",
+            Self::Both => "kill -9 of both",
+            Self::Worker => "kill -9 worker",
+            Self::Keeper => "kill -9 keeper",
+            Self::NoDescriptors => "EMFILE in daemon",
+            Self::Frozen => "daemon stopped",
+        }
+    }
+
+    /// Whether a pod that runs is to go on.
+    fn is_survived(self, isolation: Isolation) -> bool {
+        match self {
+            Self::Daemon | Self::Both => isolation == Isolation::Process,
+            Self::Containerd | Self::NoDescriptors | Self::Frozen => true,
+            Self::Worker | Self::Keeper => false,
+        }
+    }
+}
+
+/// Where a pod is when it happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Starts,
+    ContainerIsMade,
+    Runs,
+    Exec,
+    Stops,
+}
+
+impl Step {
+    const ALL: [(Self, &'static str); 5] = [
+        (Self::Starts, "starts"),
+        (Self::ContainerIsMade, "create"),
+        (Self::Runs, "runs"),
+        (Self::Exec, "exec"),
+        (Self::Stops, "stops"),
+    ];
+}
+
+/// A kind of sandbox on a node.
+struct Kind<'a> {
+    handler: &'a str,
+    isolation: Isolation,
+    /// Where the program of wasm pods is.
+    volume: &'a std::path::Path,
+}
+
+impl Kind<'_> {
+    fn spec(&self, name: &str) -> ContainerConfig {
+        if self.handler != WASM {
+            return container(name, "busybox", &["sleep", "100000"]);
+        }
+        let mut spec = container(name, "busybox", &["/data/loop.wasm"]);
+        spec.mounts = vec![Mount {
+            container_path: "/data".into(),
+            host_path: self.volume.display().to_string(),
+            readonly: true,
+            ..Mount::default()
+        }];
+        spec
+    }
+
+    fn fresh(&self, node: &Node) -> Result<()> {
+        let pod = TestPod::run(node, self.handler, pod("fresh"))?;
+        pod.start(&self.spec("c"))?;
+        pod.remove()
+    }
+}
+
+/// Runs all of it and prints what came of it. Says whether all is well.
+///
+/// # Errors
+/// A node cannot be had.
+pub fn matrix(program: &std::path::Path, filters: &[String]) -> Result<bool> {
+    let volume = tempfile::tempdir()?;
+    fs::write(volume.path().join("loop.wasm"), wat::parse_str(wasm::LOOP)?)?;
+    let thread = [
+        Fault::Daemon,
+        Fault::Containerd,
+        Fault::Both,
+        Fault::NoDescriptors,
+        Fault::Frozen,
+    ];
+    let process = [Fault::Worker, Fault::Keeper];
+    let (mut cases, mut faults) = (0, Vec::new());
+    println!(
+        "{:<20} {:<8} {:<20} {:>6} {:>9}  failed",
+        "kind", "mode", "fault", "cases", "survived"
+    );
+    for isolation in [Isolation::Thread, Isolation::Process] {
+        let kinds: &[&str] = match isolation {
+            Isolation::Thread => &[OURS, APP, WASM, PROCESS],
+            Isolation::Process => &[OURS, APP],
+        };
+        let own = match isolation {
+            Isolation::Thread => &[][..],
+            Isolation::Process => &process[..],
+        };
+        let mode = format!("{isolation:?}").to_lowercase();
+        let chosen = |handler: &str| {
+            filters.is_empty() || filters.iter().any(|f| handler.ends_with(f) || *f == mode)
+        };
+        let kinds: Vec<_> = kinds.iter().filter(|handler| chosen(handler)).collect();
+        if kinds.is_empty() {
+            continue;
+        }
+        let mut node = Node::start_isolated(isolation, program, &["busybox"], IoType::Fifo)?;
+        for handler in kinds {
+            let kind = Kind {
+                handler,
+                isolation,
+                volume: volume.path(),
+            };
+            // What a daemon has that has just been started and used once.
+            node.kill_sandboxer();
+            node.start_sandboxer()?;
+            kind.fresh(&node)?;
+            let before = Host::settled(&node)?;
+            for fault in thread.iter().chain(own) {
+                let mut failed = Vec::new();
+                let mut count = 0;
+                for (step, name) in Step::ALL {
+                    // Wasm programs have no exec; a pod that starts has no worker to kill yet.
+                    let too_early = matches!(fault, Fault::Worker | Fault::Keeper)
+                        && matches!(step, Step::Starts | Step::Stops);
+                    if (*handler == WASM && step == Step::Exec) || too_early {
+                        continue;
+                    }
+                    count += 1;
+                    if let Err(error) = case(&mut node, &kind, *fault, step, &before) {
+                        failed.push(name);
+                        faults.push(format!(
+                            "{handler}, {mode}, {}, {name}: {error:#}\n{}",
+                            fault.name(),
+                            node.logs()
+                        ));
+                        node.ensure_running()?;
+                        let _ = clean(&node, handler);
+                    }
+                }
+                cases += count;
+                println!(
+                    "{handler:<20} {mode:<8} {:<20} {count:>6} {:>9}  {}",
+                    fault.name(),
+                    count - failed.len(),
+                    failed.join(", ")
+                );
+            }
+        }
+    }
+    println!(
+        "{cases} cases, {} survived with nothing left, {} not",
+        cases - faults.len(),
+        faults.len()
+    );
+    for fault in &faults {
+        println!("{fault}");
+    }
+    Ok(faults.is_empty())
+}
+
+/// Does something in a thread of its own; its answer is whatever containerd makes of the fault.
+fn call(
+    node: &Node,
+    handler: &str,
+    work: impl FnOnce(Cri) + Send + 'static,
+) -> Result<JoinHandle<()>> {
+    let cri = node.cri(handler)?;
+    Ok(std::thread::spawn(move || work(cri)))
+}
+
+fn case(node: &mut Node, kind: &Kind<'_>, fault: Fault, step: Step, before: &Host) -> Result<()> {
+    let handler = kind.handler;
+    let neighbour = TestPod::run(node, handler, pod("neighbour"))?;
+    let lucky = neighbour.start(&kind.spec("c"))?;
+    let mut calls = Vec::new();
+    let mut running = None;
+    let target = match step {
+        Step::Starts => {
+            let there = pod_directories().len();
+            calls.push(call(node, handler, |cri| {
+                drop(cri.run_pod(&pod("target")))
+            })?);
+            until("the pod's directory", || pod_directories().len() > there)?;
+            None
+        }
+        _ => Some(TestPod::run(node, handler, pod("target"))?),
+    };
+    if let Some(target) = &target {
+        let (id, config) = (target.id.clone(), target.config.clone());
+        match step {
+            Step::Starts => {}
+            Step::ContainerIsMade => {
+                let spec = kind.spec("c");
+                calls.push(call(node, handler, move |cri| {
+                    drop(cri.create(&id, &config, &spec).and_then(|c| cri.start(&c)));
+                })?);
+            }
+            Step::Runs => running = Some(target.start(&kind.spec("c"))?),
+            Step::Exec => {
+                let c = target.start(&kind.spec("c"))?;
+                let exec = c.clone();
+                calls.push(call(node, handler, move |cri| {
+                    drop(cri.exec(&exec, &["sleep", "98765"]));
+                })?);
+                target.until(&c, "ps | grep '[9]8765'", "98765")?;
+                running = Some(c);
+            }
+            Step::Stops => {
+                target.start(&kind.spec("c"))?;
+                calls.push(call(node, handler, move |cri| drop(cri.stop_pod(&id)))?);
+            }
+        }
+    }
+    let own = target
+        .as_ref()
+        .filter(|_| kind.isolation == Isolation::Process);
+    happen(node, fault, own)?;
+    let survived = fault.is_survived(kind.isolation);
+    // An exec into a pod that goes on ends with the pod.
+    let wait_first = step != Step::Exec || !survived;
+    if wait_first {
+        join(&mut calls)?;
+    }
+    if let (Some(c), Some(target)) = (&running, &target) {
+        is_true(node, kind, target, c, survived).context("the pod")?;
+    }
+    let neighbours = match fault {
+        Fault::Worker | Fault::Keeper => true,
+        _ => survived,
+    };
+    is_true(node, kind, &neighbour, &lucky, neighbours).context("the neighbour")?;
+    for pod in [Some(neighbour), target].into_iter().flatten() {
+        forget(pod);
+    }
+    clean(node, handler)?;
+    join(&mut calls)?;
+    clean(node, handler)?;
+    kind.fresh(node).context("a new pod")?;
+    before.as_before(node).map(drop)
+}
+
+fn join(calls: &mut Vec<JoinHandle<()>>) -> Result<()> {
+    for call in calls.drain(..) {
+        let Ok(()) = call.join() else {
+            bail!("a calling thread panicked");
+        };
+    }
+    Ok(())
+}
+
+/// Its connection may be that of a containerd that has died.
+fn forget(mut pod: TestPod) {
+    pod.id.clear();
+}
+
+/// The fault, and its end.
+fn happen(node: &mut Node, fault: Fault, target: Option<&TestPod>) -> Result<()> {
+    let signal =
+        |pid: u32, signal| -> Result<()> { Ok(kill(Pid::from_raw(i32::try_from(pid)?), signal)?) };
+    let target = |what: &str| target.with_context(|| format!("no pod with a {what}"));
+    match fault {
+        Fault::Daemon => {
+            node.kill_sandboxer();
+            node.start_sandboxer()
+        }
+        Fault::Containerd => {
+            node.kill_containerd();
+            node.start_containerd()
+        }
+        Fault::Both => {
+            node.kill_containerd();
+            node.kill_sandboxer();
+            node.start_sandboxer()?;
+            node.start_containerd()
+        }
+        Fault::Worker => signal(worker_of(target("worker")?)?, Signal::SIGKILL),
+        Fault::Keeper => signal(keeper_of(target("keeper")?)?, Signal::SIGKILL),
+        Fault::NoDescriptors => {
+            let pid = node.sandboxer_pid();
+            let open = fs::read_dir(format!("/proc/{pid}/fd"))?.count();
+            let limits = fs::read_to_string(format!("/proc/{pid}/limits"))?;
+            let usual = limits
+                .lines()
+                .find_map(|l| l.strip_prefix("Max open files")?.split_whitespace().next())
+                .context("limits")?;
+            limit_files(pid, &open.to_string())?;
+            // Somebody wants something meanwhile.
+            if let Ok(pod) = TestPod::run(node, OURS, pod("meanwhile")) {
+                pod.remove()?;
+            }
+            limit_files(pid, usual)
+        }
+        Fault::Frozen => {
+            let pid = node.sandboxer_pid();
+            signal(pid, Signal::SIGSTOP)?;
+            let begin = Instant::now();
+            while begin.elapsed().as_secs() < 3 {
+                // What is asked of it meanwhile waits, or fails in time.
+                let _ = node.cri(OURS)?.pods();
+            }
+            signal(pid, Signal::SIGCONT)
+        }
+    }
+}
+
+fn limit_files(pid: u32, limit: &str) -> Result<()> {
+    let done = Command::new("prlimit")
+        .args(["--pid", &pid.to_string(), &format!("--nofile={limit}:")])
+        .status()
+        .context("prlimit")?;
+    ensure!(done.success(), "prlimit: {done}");
+    Ok(())
+}
+
+/// What containerd says of a pod that goes on, or has ended, is so.
+fn is_true(node: &Node, kind: &Kind<'_>, pod: &TestPod, c: &str, goes_on: bool) -> Result<()> {
+    let there = TestPod {
+        cri: node.cri(kind.handler)?,
+        config: pod.config.clone(),
+        id: pod.id.clone(),
+    };
+    let result = truth(kind, &there, c, goes_on);
+    forget(there);
+    result
+}
+
+fn truth(kind: &Kind<'_>, pod: &TestPod, c: &str, goes_on: bool) -> Result<()> {
+    if !goes_on {
+        return until_lost(pod, c);
+    }
+    let state = pod.cri.pod_status(&pod.id)?.state;
+    ensure!(state == SANDBOX_READY, "the pod is not ready");
+    let state = pod.cri.status(c)?.state;
+    ensure!(state == CONTAINER_RUNNING, "the container does not run");
+    if kind.handler != WASM {
+        let answer = pod.sh(c, "echo well")?;
+        ensure!(answer == "well\n", "{answer:?}");
+    }
+    Ok(())
+}
+
+/// What kubelet does with pods that nobody wants.
+fn clean(node: &Node, handler: &str) -> Result<()> {
+    let cri = node.cri(handler)?;
+    let begin = Instant::now();
+    loop {
+        let pods = cri.pods()?;
+        if pods.is_empty() {
+            return Ok(());
+        }
+        let mut last = Ok(());
+        for pod in pods {
+            last = cri.stop_pod(&pod.id).and_then(|()| cri.remove_pod(&pod.id));
+        }
+        ensure!(
+            last.is_ok() || begin.elapsed() < PATIENCE,
+            "pods cannot be removed: {last:?}"
+        );
+    }
+}
