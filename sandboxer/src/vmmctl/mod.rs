@@ -119,6 +119,12 @@ const WASM_PROGRAM: &str = "vmmctl-wasm";
 
 /// `vmmctl`: runs the command line; the result is the process's exit code.
 pub fn main() -> ExitCode {
+    // Both programs have the same command line: it need not be read twice. What stands before the
+    // command is read here.
+    if std::env::args_os().nth(1).is_some_and(|arg| arg == "wasm") {
+        // Where it cannot be run, that is said below.
+        let _ = exec_wasm_program();
+    }
     start(dispatch)
 }
 
