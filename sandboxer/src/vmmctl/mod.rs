@@ -144,6 +144,8 @@ fn exec_wasm_program() -> CliError {
         .filter(|path| path.is_file());
     let program = beside.unwrap_or_else(|| WASM_PROGRAM.into());
     let error = std::process::Command::new(&program)
+        // What help and errors call it.
+        .arg0("vmmctl")
         .args(std::env::args_os().skip(1))
         .exec();
     CliError::io(
