@@ -16,6 +16,8 @@ use bulkhead_tests::cri::containerd::{IoType, Isolation, Node, OURS, Purpose};
 
 #[path = "cri/app.rs"]
 mod app;
+#[path = "cri/artifact.rs"]
+mod artifact;
 #[path = "cri/basic.rs"]
 mod basic;
 #[path = "cri/failure.rs"]
@@ -120,6 +122,7 @@ fn run() -> Result<bool> {
         storage::TESTS,
         growth::TESTS,
         wasm::TESTS,
+        artifact::TESTS,
         mixed::TESTS,
         app::TESTS,
         process::TESTS,

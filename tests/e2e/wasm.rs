@@ -194,6 +194,33 @@ fn flite_makes_a_wav() {
     assert_eq!((&wav[..4], &wav[8..12]), (&b"RIFF"[..], &b"WAVE"[..]));
 }
 
+/// It is given relative paths, so its directory is the one it starts in.
+#[test]
+fn resvg_draws_a_picture() {
+    const SVG: &str = r#"<svg xmlns="http://www.w3.org/2000/svg" width="100" height="80">
+        <rect width="60" height="40" fill="red"/><circle cx="60" cy="50" r="20"/></svg>"#;
+    let place = Place::for_large_programs();
+    let data = place.path("data");
+    fs::create_dir(&data).unwrap();
+    fs::write(data.join("in.svg"), SVG).unwrap();
+    let mut command = place.vmmctl();
+    command
+        .args(["-v", &format!("{}:/", data.display())])
+        .arg(wasm::resvg().unwrap())
+        .args(["--", "in.svg", "out.png"]);
+    let output = finish(command);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let png = fs::read(data.join("out.png")).unwrap();
+    assert_eq!(
+        (&png[..8], &png[12..16]),
+        (&b"\x89PNG\r\n\x1a\n"[..], &b"IHDR"[..])
+    );
+    assert_eq!(
+        (&png[16..20], &png[20..24]),
+        (&[0, 0, 0, 100][..], &[0, 0, 0, 80][..])
+    );
+}
+
 /// A free port; nobody else takes it in the moment until it is used.
 fn free_address() -> String {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

@@ -4,7 +4,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use wasmtime::component::{Accessor, Linker as ComponentLinker, Resource, ResourceType};
-use wasmtime::{AsContextMut, Caller, Engine, Extern, Linker, StoreContextMut};
+use wasmtime::{
+    AsContextMut, Caller, Engine, Extern, Linker, Store, StoreContextMut, WasmBacktrace,
+};
 use wasmtime_wasi::p1::wasi_snapshot_preview1::WasiSnapshotPreview1;
 use wasmtime_wasi::p2::bindings::sockets::network::{ErrorCode, IpAddress, Network};
 use wasmtime_wasi::p2::{DynPollable, Pollable, subscribe};
@@ -17,6 +19,7 @@ use crate::state::{ComponentState, CoreState};
 
 /// The versions the linked interfaces have; others of the same line are matched to them.
 const P2_LOOKUP: &str = "wasi:sockets/ip-name-lookup@0.2.12";
+const P2_EXIT: &str = "wasi:cli/exit@0.2.12";
 const P3_LOOKUP: &str = "wasi:sockets/ip-name-lookup@0.3.0";
 
 /// WASI preview 1.
@@ -28,12 +31,22 @@ pub(crate) fn core(engine: &Engine) -> wasmtime::Result<Linker<CoreState>> {
     linker.func_wrap(
         "wasi_snapshot_preview1",
         "proc_exit",
-        |code: i32| -> wasmtime::Result<()> { Err(wasmtime::Error::from(I32Exit(code))) },
+        |caller: Caller<'_, CoreState>, code: i32| -> wasmtime::Result<()> {
+            Err(ended(caller.engine(), code))
+        },
     )?;
     linker.func_wrap_async("wasi_snapshot_preview1", "poll_oneoff", |caller, args| {
         Box::new(poll_oneoff(caller, args))
     })?;
     Ok(linker)
+}
+
+/// The end of a program by its own wish. wasmtime takes it for a failure and looks up which lines of
+/// which files were being executed, which takes longer than a small program's whole life; but not if
+/// the error has a backtrace already, as this one that is empty.
+fn ended(engine: &Engine, code: i32) -> wasmtime::Error {
+    let nowhere = Store::new(engine, ());
+    wasmtime::Error::from(I32Exit(code)).context(WasmBacktrace::force_capture(&nowhere))
 }
 
 /// wasmtime sleeps with the thread where files may be read by it, and a sleeping thread hears of
@@ -73,6 +86,12 @@ pub(crate) fn component(engine: &Engine) -> wasmtime::Result<ComponentLinker<Com
     linker.allow_shadowing(true);
     lookup_p2(&mut linker)?;
     lookup_p3(&mut linker)?;
+    linker.instance(P2_EXIT)?.func_wrap(
+        "exit",
+        |store: StoreContextMut<'_, ComponentState>,
+         (status,): (Result<(), ()>,)|
+         -> wasmtime::Result<()> { Err(ended(store.engine(), i32::from(status.is_err()))) },
+    )?;
     linker.allow_shadowing(false);
     Ok(linker)
 }

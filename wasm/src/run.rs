@@ -200,8 +200,10 @@ fn prepare(
     mut config: ContainerConfig,
     files: WasiFilesystemCtx,
 ) -> Result<Setup, Exit> {
+    let core = matches!(config.program.0.code, Code::Core(_));
     let stream = |stdio, direction, what| {
-        Stream::new(stdio, direction).map_err(|e| Exit::failed(format!("standard {what}: {e}")))
+        Stream::new(stdio, direction, core)
+            .map_err(|e| Exit::failed(format!("standard {what}: {e}")))
     };
     let stdin = stream(std::mem::take(&mut config.stdin), Direction::In, "input")?;
     let stdout = stream(std::mem::take(&mut config.stdout), Direction::Out, "output")?;

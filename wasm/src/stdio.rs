@@ -73,6 +73,9 @@ pub(crate) struct Stream {
     fd: OwnedFd,
     how: How,
     terminal: bool,
+    /// A pipe without a reader is an error with a number of its own (EPIPE), as programs of preview 1
+    /// look for; in components, the stream is closed.
+    numbered: bool,
     /// Taken from the program, not written yet.
     pending: Mutex<Bytes>,
 }
@@ -85,7 +88,12 @@ pub(crate) enum Direction {
 
 impl Stream {
     /// Makes a stream; `None` for [`Stdio::Null`].
-    pub(crate) fn new(stdio: Stdio, direction: Direction) -> io::Result<Option<Arc<Self>>> {
+    /// `numbered`: see there.
+    pub(crate) fn new(
+        stdio: Stdio,
+        direction: Direction,
+        numbered: bool,
+    ) -> io::Result<Option<Arc<Self>>> {
         let Stdio::Fd(fd) = stdio else {
             return Ok(None);
         };
@@ -129,6 +137,7 @@ impl Stream {
             fd,
             how,
             terminal,
+            numbered,
             pending: Mutex::new(Bytes::new()),
         })))
     }
@@ -165,6 +174,14 @@ impl Stream {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         Ok(nix::unistd::read(&self.fd, buffer)?)
+    }
+
+    fn error(&self, error: io::Error) -> StreamError {
+        if error.kind() == io::ErrorKind::BrokenPipe && !self.numbered {
+            StreamError::Closed
+        } else {
+            StreamError::LastOperationFailed(error.into())
+        }
     }
 
     /// Writes what waits, as far as it goes without blocking. True when nothing is left.
@@ -227,14 +244,6 @@ impl Stream {
     }
 }
 
-fn stream_error(error: io::Error) -> StreamError {
-    if error.kind() == io::ErrorKind::BrokenPipe {
-        StreamError::Closed
-    } else {
-        StreamError::LastOperationFailed(error.into())
-    }
-}
-
 /// Standard output or error; [`None`] swallows all.
 #[derive(Debug, Clone)]
 pub(crate) struct Output(pub(crate) Option<Arc<Stream>>);
@@ -291,7 +300,7 @@ impl OutputStream for Output {
             }
             *pending = bytes;
         }
-        stream.drain_now().map_err(stream_error)?;
+        stream.drain_now().map_err(|e| stream.error(e))?;
         // What is left may be a piece of the program's memory's copy: nothing is borrowed.
         Ok(())
     }
@@ -302,7 +311,7 @@ impl OutputStream for Output {
 
     fn check_write(&mut self) -> StreamResult<usize> {
         match &self.0 {
-            Some(stream) if !stream.drain_now().map_err(stream_error)? => Ok(0),
+            Some(stream) if !stream.drain_now().map_err(|e| stream.error(e))? => Ok(0),
             _ => Ok(CHUNK),
         }
     }
@@ -400,7 +409,7 @@ impl InputStream for Input {
             {
                 Ok(Bytes::new())
             }
-            Err(e) => Err(stream_error(e)),
+            Err(e) => Err(stream.error(e)),
         }
     }
 }

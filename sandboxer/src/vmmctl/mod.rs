@@ -119,6 +119,12 @@ const WASM_PROGRAM: &str = "vmmctl-wasm";
 
 /// `vmmctl`: runs the command line; the result is the process's exit code.
 pub fn main() -> ExitCode {
+    // Both programs have the same command line: it need not be read twice. What stands before the
+    // command is read here.
+    if std::env::args_os().nth(1).is_some_and(|arg| arg == "wasm") {
+        // Where it cannot be run, that is said below.
+        let _ = exec_wasm_program();
+    }
     start(dispatch)
 }
 
@@ -138,6 +144,8 @@ fn exec_wasm_program() -> CliError {
         .filter(|path| path.is_file());
     let program = beside.unwrap_or_else(|| WASM_PROGRAM.into());
     let error = std::process::Command::new(&program)
+        // What help and errors call it.
+        .arg0("vmmctl")
         .args(std::env::args_os().skip(1))
         .exec();
     CliError::io(

@@ -41,7 +41,8 @@ enum Command {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   vmmctl wasm run hello.wasm
-  vmmctl wasm run -v ./data:/data:ro python.wasm -- python /data/job.py
+  vmmctl wasm run -v ./data:/data:ro python.wasm -- /data/job.py
+  vmmctl wasm run -v .:/ tool.wasm -- in.txt out.txt
   vmmctl wasm run --http 127.0.0.1:8080 server.wasm
   vmmctl wasm run 'library.wasm#answer'
 
@@ -62,8 +63,8 @@ struct RunArgs {
     /// Share of the processor, for example 0.5.
     #[arg(long, value_parser = parse_cpus)]
     cpus: Option<u32>,
-    /// Directory for the program: HOST:GUEST[:ro].
-    #[arg(short, long, value_name = "HOST:GUEST[:ro]", value_parser = units::volume)]
+    /// Directory for the program: HOST:GUEST[:ro]. Without an image of files, GUEST may be /.
+    #[arg(short, long, value_name = "HOST:GUEST[:ro]", value_parser = parse_volume)]
     volume: Vec<Volume>,
     /// Environment: KEY=VALUE, or KEY to pass on our own.
     #[arg(short, long, value_name = "KEY[=VALUE]")]
@@ -125,6 +126,22 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
         .and_then(|s| Duration::try_from_secs_f64(s).ok())
         .filter(|d| !d.is_zero())
         .ok_or_else(|| format!("{text:?} is no time: give seconds, for example 5 or 0.5"))
+}
+
+/// As other sandboxes have them; here `/`, where modules start, can be one too.
+fn parse_volume(text: &str) -> Result<Volume, String> {
+    let mut parts: Vec<&str> = text.split(':').collect();
+    match parts.get_mut(1) {
+        Some(guest) if *guest == "/" => {
+            *guest = "/root";
+            let volume = units::volume(&parts.join(":"))?;
+            Ok(Volume {
+                guest: "/".into(),
+                ..volume
+            })
+        }
+        _ => units::volume(text),
+    }
 }
 
 impl From<WasmError> for CliError {
@@ -265,6 +282,15 @@ fn prepare(
                     ),
                 ));
             };
+            if args.volume.iter().any(|v| v.guest == "/") {
+                return Err(CliError::new(
+                    "container_spec",
+                    format!(
+                        "image {}: has files of its own at /: mount the volume below it",
+                        image.name
+                    ),
+                ));
+            }
             let program = load_from_root(engine, &image.rootfs, &image.name, path)?;
             let made = mount_root(args, store, &image.rootfs)?;
             mounts.push(Mount {
@@ -540,6 +566,16 @@ mod tests {
         assert_eq!(parse_seconds("5s"), Ok(Duration::from_secs(5)));
         for bad in ["", "0", "-1", "nan", "inf", "1e30"] {
             assert!(parse_seconds(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_root_can_be_a_volume() {
+        let volume = parse_volume("data:/:ro").expect("good");
+        assert_eq!((volume.guest.as_str(), volume.read_only), ("/", true));
+        assert_eq!(parse_volume("data:/x").expect("good").guest, "/x");
+        for bad in ["data:", ":/", "data:/:rx", "data:x", "data:/../x"] {
+            assert!(parse_volume(bad).is_err(), "{bad}");
         }
     }
 

@@ -2,6 +2,7 @@
 //! root, cgroup v2, and nobody else's containerd.
 
 use std::fs::{self, File};
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -58,7 +59,7 @@ pub enum Purpose<'a> {
     /// Tests that name the runtime of each pod.
     Tests,
     /// A suite that names none, so that all its pods have this one; it also wants ports of the host
-    /// mapped, and pulls images from the registries in `certs.d`.
+    /// mapped.
     Suite(&'a str),
 }
 
@@ -130,10 +131,7 @@ impl Node {
         if let Purpose::Suite(handler) = purpose {
             config.push_str(&format!(
                 "[plugins.'io.containerd.cri.v1.runtime'.containerd]\n\
-                 default_runtime_name = \"{handler}\"\n\
-                 [plugins.'io.containerd.cri.v1.images'.registry]\n\
-                 config_path = \"{}\"\n",
-                at("certs.d")
+                 default_runtime_name = \"{handler}\"\n"
             ));
             let ports = json!({"type": "portmap", "capabilities": {"portMappings": true}});
             let plugins = cni["plugins"].as_array_mut().context("plugins")?;
@@ -314,6 +312,20 @@ impl Node {
         out
     }
 
+    /// Lets images be pulled from a registry that speaks plain HTTP.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn allow_plain_http(&self, registry: SocketAddr) -> Result<()> {
+        let dir = PathBuf::from(at(&format!("certs.d/{registry}")));
+        fs::create_dir_all(&dir)?;
+        let text = format!(
+            "server = \"http://{registry}\"\n\
+             [host.\"http://{registry}\"]\n  capabilities = [\"pull\", \"resolve\"]\n"
+        );
+        Ok(fs::write(dir.join("hosts.toml"), text)?)
+    }
+
     /// Puts another plugin, a script, behind the one that makes pods' networks; `None`: takes it
     /// away. containerd notices by itself, soon.
     ///
@@ -464,6 +476,8 @@ state = "/run/containerd"
   stats_collect_period = 3600
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
   sandbox = "{PAUSE}"
+[plugins.'io.containerd.cri.v1.images'.registry]
+  config_path = "{DIR}/certs.d"
 [plugins.'io.containerd.cri.v1.runtime']
   disable_apparmor = true
 [plugins.'io.containerd.cri.v1.runtime'.cni]

@@ -34,6 +34,11 @@ impl Registry {
         Ok(Self { address })
     }
 
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     /// The full name of an image.
     pub fn image(&self, name: &str) -> String {
         format!("{}/{name}:latest", self.address)

@@ -55,6 +55,24 @@ fn arguments_and_environment() {
 }
 
 #[test]
+fn a_pipe_without_a_reader_is_told() {
+    let program = r#"(module
+      (import "wasi_snapshot_preview1" "fd_write"
+        (func $write (param i32 i32 i32 i32) (result i32)))
+      (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+      (memory (export "memory") 1)
+      (func (export "_start")
+        (i32.store (i32.const 4) (i32.const 9))
+        (call $exit (call $write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8)))))"#;
+    let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).expect("pipe");
+    drop(reader);
+    let mut config = container(program);
+    config.stdout = Stdio::Fd(writer);
+    // WASI's EPIPE.
+    assert_eq!(run(config).code, 64);
+}
+
+#[test]
 fn standard_input_is_read_to_its_end() {
     let cat = r#"(module
       (import "wasi_snapshot_preview1" "fd_read"
