@@ -16,7 +16,7 @@ use crate::fs::pty::{Master, Slave};
 use crate::fs::watch::{self, Inotify};
 use crate::net::Socket;
 use crate::signal::{self, Info, Signal};
-use crate::task::{Task, limits};
+use crate::task::{self, Task, limits};
 
 /// Bytes copied at once between program and kernel.
 pub const CHUNK: usize = 64 << 10;
@@ -93,6 +93,9 @@ fn read(c: &Call<'_>, address: u64, count: u64, at: Option<u64>) -> Result {
         {
             return Ok(done);
         }
+        if task::breathe().is_err() {
+            return Ok(done);
+        }
     }
 }
 
@@ -137,7 +140,7 @@ fn write(c: &Call<'_>, address: u64, count: u64, at: Option<u64>) -> Result {
                 return Err(e);
             }
         }
-        if count == 0 {
+        if count == 0 || task::breathe().is_err() {
             break;
         }
     }
@@ -189,7 +192,7 @@ fn parts(
         return Err(Errno::ESPIPE);
     }
     let mut all = alloc::vec::Vec::with_capacity(count as usize);
-    let mut total = 0u64;
+    let mut total = 0;
     for i in 0..count {
         let entry: [u8; 16] = get(c.arg(1).wrapping_add(i * 16))?;
         let (address, len) = entry.split_at(8);
@@ -205,7 +208,9 @@ fn parts(
         {
             return Err(Errno::EFAULT);
         }
-        total = total.saturating_add(len);
+        // All of them together are no more than one call may have.
+        let len = len.min(MAX_COUNT - total);
+        total += len;
         all.push((address, len));
     }
     if total == 0 {

@@ -60,6 +60,9 @@ pub fn copy_range(c: &Call<'_>) -> Result {
             Err(e) if done == 0 => return Err(e),
             Err(_) => break,
         }
+        if task::breathe().is_err() {
+            break;
+        }
     }
     for (place, file, at) in [(c.arg(1), &from, from_at), (c.arg(3), &to, to_at)] {
         match place {
@@ -113,6 +116,9 @@ pub fn sendfile(c: &Call<'_>) -> Result {
                     break 'all;
                 }
             }
+        }
+        if task::breathe().is_err() {
+            break;
         }
     }
     if done == 0 {
