@@ -252,6 +252,9 @@ static void timers(void)
 
 static void large(void)
 {
+    // By its own number: it is itself that it asks about.
+    struct rlimit limit;
+    show("own limits", prlimit(getpid(), RLIMIT_CORE, NULL, &limit));
     // More than a call moves at once, from memory that is there once.
     size_t bytes = 64 << 20;
     int fd = open("/dev/null", O_WRONLY), small = memfd_create("small", 0);

@@ -32,9 +32,11 @@ pub fn fault(address: u64, access: Access) -> bool {
     match result {
         Ok(()) => {
             let me = current();
-            let is_ending = || me.pending.lock().ending.is_some();
-            let was_ending = is_ending();
             me.container.charge.add(1);
+            if !me.container.charge.is_over() {
+                return true;
+            }
+            let was_ending = is_ending();
             keep_limit(&me.container);
             // If it is this one that has to go, a copy of the kernel's ends here, and the task on its
             // way back. One on its way out still has last words: it clears its number.
