@@ -338,6 +338,30 @@ fn a_greedy_program_ends_and_the_others_go_on() {
     assert!(ran.output.ends_with("status 137\nLinux"), "{ran:?}");
 }
 
+/// What is below the limit goes on, what is above ends, also in files; and what has ended counts no
+/// more.
+const LIMITED: &str = r#"
+exec 2>/dev/null
+for i in 1 2 3; do head -c 2m /dev/zero | tail -c 2m | wc -c; done
+cat /bin/busybox /bin/busybox /bin/busybox /bin/busybox | wc -c | grep -q '[0-9]' && echo read
+tail /dev/zero; echo "ended $?"
+head -c 20m /dev/zero > /dev/shm/large; echo "too much: $?"; : > /dev/shm/large
+head -c 6m /dev/zero > /dev/shm/small && echo written; rm /dev/shm/small
+head -c 6m /dev/zero | tail -c 6m | wc -c
+"#;
+
+#[test]
+fn a_limit_of_memory_ends_only_what_is_above_it() {
+    let root = Root::new("busybox");
+    root.put("script.sh", LIMITED.as_bytes());
+    let cmdline = "app.memory=12M app.run=/bin/sh app.arg=/script.sh";
+    let ran = root.boot(cmdline, &[], b"");
+    assert_eq!((ran.vm, ran.code), (0, 0), "{ran:?}");
+    let expected = "2097152\n2097152\n2097152\nread\nended 137\ntoo much: 137\nwritten\n6291456";
+    assert_eq!(ran.output, expected, "{}", ran.log);
+    assert!(ran.log.contains("of 12288 KiB"), "{}", ran.log);
+}
+
 #[test]
 fn input_of_the_console_reaches_the_program() {
     let root = Root::new("busybox");

@@ -32,6 +32,9 @@ pub struct Options {
     pub root: String,
     /// `app.cwd=DIRECTORY`.
     pub cwd: String,
+    /// `app.memory=BYTES` (or `64K`, `12M`): what the first program and those that it starts may
+    /// have, as a container's limit.
+    pub memory: Option<u64>,
     /// `app.strace`: print system calls.
     pub strace: bool,
     /// `quiet`: say nothing about the start.
@@ -57,6 +60,18 @@ fn device(text: &str) -> Option<Device> {
         address: number(address)?,
         irq: number(irq.split(':').next()?)?.try_into().ok()?,
     })
+}
+
+/// `4096`, `64K`, `12M`.
+fn bytes(text: &str) -> Option<u64> {
+    let (digits, shift) = match text.strip_suffix(['K', 'k']) {
+        Some(kib) => (kib, 10),
+        None => match text.strip_suffix(['M', 'm']) {
+            Some(mib) => (mib, 20),
+            None => (text, 0),
+        },
+    };
+    number(digits)?.checked_mul(1 << shift)
 }
 
 /// Words of the line; double quotes keep blanks together, as in Linux.
@@ -108,6 +123,7 @@ impl Options {
                 "app.env" if options.env.len() < MAX_ARGS => options.env.push(value.to_string()),
                 "app.root" => options.root = value.to_string(),
                 "app.cwd" => options.cwd = value.to_string(),
+                "app.memory" => options.memory = bytes(value),
                 "app.strace" => options.strace = true,
                 "quiet" => options.quiet = true,
                 _ => {}
@@ -126,7 +142,8 @@ mod tests {
     fn a_line_of_the_vmm() {
         let line = "console=ttyS0 virtio_mmio.device=4K@0xd0000000:5 \
                     virtio_mmio.device=512@0xd0001000:6:1 app.run=/bin/sh app.arg=-c \
-                    app.arg=\"echo hi | cat\" \"app.arg=a b\" app.arg= app.root=data app.strace";
+                    app.arg=\"echo hi | cat\" \"app.arg=a b\" app.arg= app.root=data app.strace \
+                    app.memory=12M";
         let options = Options::parse(line);
         let devices: Vec<_> = options
             .devices
@@ -136,6 +153,9 @@ mod tests {
         assert_eq!(devices, [(4096, 0xd000_0000, 5), (512, 0xd000_1000, 6)]);
         assert_eq!(options.run, ["/bin/sh", "-c", "echo hi | cat", "a b", ""]);
         assert_eq!((options.root.as_str(), options.strace), ("data", true));
+        assert_eq!(options.memory, Some(12 << 20));
+        assert_eq!(bytes("x"), None);
+        assert_eq!((bytes("64k"), bytes("5")), (Some(65536), Some(5)));
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use core::arch::{asm, global_asm};
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use crate::trap::{Frame, trap_return_address};
+use crate::trap::{Frame, task_start_address};
 use crate::{cpu, direct};
 
 /// Pages of a program's kernel stack: `1 << STACK_ORDER`.
@@ -131,7 +131,7 @@ impl Context {
             for i in 0..6 {
                 words.add(i).write(0);
             }
-            words.add(6).write(trap_return_address());
+            words.add(6).write(task_start_address());
         }
         self.pointer = pointer;
     }

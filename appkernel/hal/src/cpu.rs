@@ -135,6 +135,12 @@ pub fn idle() {
     unsafe { asm!("sti", "hlt", "cli", options(nostack)) };
 }
 
+/// Takes the interrupts that wait, in the middle of what the kernel does.
+pub fn take_interrupts() {
+    // SAFETY: as for `idle`; those that wait come after the instruction that follows `sti`.
+    unsafe { asm!("sti", "nop", "cli", options(nostack)) };
+}
+
 /// Resets the machine: keyboard controller first, a triple fault if nobody answers.
 pub fn reset() -> ! {
     // SAFETY: nothing runs after it.

@@ -13,6 +13,8 @@ pub const USER: u64 = 4;
 pub const NO_EXECUTE: u64 = 1 << 63;
 /// Ours: more than one address space has it; make a copy before writing.
 pub const COPY_ON_WRITE: u64 = 1 << 9;
+/// Ours: the frame is a file's too, which frees it when nobody has it mapped and it is in the way.
+pub const OF_FILE: u64 = 1 << 10;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// Physical address in an entry.

@@ -52,8 +52,8 @@ impl Frame {
     }
 }
 
-// Per-CPU data through GS: 0 kernel stack, 8 the program's stack while it is exchanged. `kernel_trap`
-// and `kernel_syscall` are the kernel's, in Rust.
+// Per-CPU data through GS: 0 kernel stack, 8 the program's stack while it is exchanged. `kernel_trap`,
+// `kernel_syscall` and `kernel_start_task` are the kernel's, in Rust.
 global_asm!(
     r#"
     .macro PUSH_REGS
@@ -103,7 +103,6 @@ trap_common:
     xor ebp, ebp
     mov rdi, rsp
     call kernel_trap
-    .globl trap_return
 trap_return:
     cmp qword ptr [rsp + 15*8], 0x100
     jne 2f
@@ -124,6 +123,13 @@ trap_return:
     jz 3f
     swapgs
 3:  iretq
+
+    /* Where a new task begins: what waits for it comes before its first instruction. */
+    .align 16
+task_start:
+    mov rdi, rsp
+    call kernel_start_task
+    jmp trap_return
 
     .align 16
 syscall_entry:
@@ -162,15 +168,15 @@ trap_stubs:
 unsafe extern "C" {
     fn syscall_entry();
     fn trap_stubs();
-    fn trap_return();
+    fn task_start();
 }
 
 pub(crate) fn syscall_entry_address() -> u64 {
     syscall_entry as *const () as u64
 }
 
-pub(crate) fn trap_return_address() -> u64 {
-    trap_return as *const () as u64
+pub(crate) fn task_start_address() -> u64 {
+    task_start as *const () as u64
 }
 
 static mut IDT: [[u64; 2]; VECTORS] = [[0; 2]; VECTORS];

@@ -2,7 +2,7 @@
 //! the kernel's own thread, never by the interrupt, which may come while locks are held.
 
 use alloc::vec::Vec;
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use appkernel_core::errno::Errno;
 use appkernel_hal::clock;
@@ -61,6 +61,24 @@ struct Alarm {
 }
 
 static ALL: Mutex<Vec<Alarm>> = Mutex::new(Vec::new());
+
+/// How late a timer may be: at least so long programs run before the next look, so that a timer that
+/// is always due leaves them the processor.
+const SLACK_NS: u64 = 200_000;
+
+/// Counts how often a timer was set.
+static CHANGES: AtomicU64 = AtomicU64::new(0);
+
+/// How often a timer was set: `next` gives something else then.
+pub fn changes() -> u64 {
+    CHANGES.load(Ordering::Relaxed)
+}
+
+/// A timer was set: whoever looks after them has to look again.
+fn changed() {
+    CHANGES.fetch_add(1, Ordering::Relaxed);
+    task::wake(task::AGENT);
+}
 
 fn now(clock: Clock, process: u32) -> u64 {
     match clock {
@@ -123,7 +141,7 @@ pub fn set_interval(process: u32, which: u32, ns: u64, interval: u64) -> (u64, u
         });
     }
     drop(all);
-    task::wake(task::AGENT);
+    changed();
     old
 }
 
@@ -180,7 +198,7 @@ pub fn arm(
     with(process, Which::Made(id), |a| {
         (a.next, a.interval, a.overrun) = (next, interval, 0);
     });
-    task::wake(task::AGENT);
+    changed();
     Ok(old)
 }
 
@@ -223,8 +241,9 @@ pub fn forget_made(process: u32) {
         .retain(|a| a.process != process || matches!(a.which, Which::Interval(_)));
 }
 
-/// When the next one may be due, by the monotonic clock.
+/// When to look for those that are due, by the monotonic clock.
 pub fn next() -> Option<u64> {
+    let soonest = clock::monotonic_ns().saturating_add(SLACK_NS);
     let all = ALL.lock().clone();
     let running = all.iter().filter(|a| a.next != 0);
     let due = running.map(|a| match a.clock {
@@ -239,7 +258,7 @@ pub fn next() -> Option<u64> {
             clock::monotonic_ns().saturating_add(left.max(1_000_000))
         }
     });
-    due.min()
+    due.min().map(|at| at.max(soonest))
 }
 
 /// Sends the signals of those that are due.

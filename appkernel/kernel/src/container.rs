@@ -48,6 +48,83 @@ pub struct Mount {
     pub shown: (String, String, String),
 }
 
+/// What a container has of memory, in pages.
+#[derive(Debug)]
+pub struct Charge {
+    /// What it may have.
+    most: AtomicU64,
+    /// A number that it does not have more than: what was counted last, and each page since.
+    seen: AtomicU64,
+    /// Pages of files in memory.
+    files: AtomicU64,
+}
+
+impl Default for Charge {
+    fn default() -> Self {
+        Self {
+            most: AtomicU64::new(u64::MAX),
+            seen: AtomicU64::new(0),
+            files: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Charge {
+    /// Sets what it may have; counted anew at the next page.
+    pub fn limit(&self, most: u64) {
+        self.most.store(most, Ordering::Relaxed);
+        self.seen.store(u64::MAX >> 1, Ordering::Relaxed);
+    }
+
+    /// What it may have, if that is limited.
+    pub fn most(&self) -> Option<u64> {
+        let most = self.most.load(Ordering::Relaxed);
+        (most != u64::MAX).then_some(most)
+    }
+
+    /// So many pages more.
+    pub fn add(&self, pages: u64) {
+        self.seen.fetch_add(pages, Ordering::Relaxed);
+    }
+
+    /// One page more of files in memory, if they may have it.
+    pub fn add_to_files(&self) -> bool {
+        if self.in_files() >= self.most.load(Ordering::Relaxed) {
+            return false;
+        }
+        self.files.fetch_add(1, Ordering::Relaxed);
+        self.add(1);
+        true
+    }
+
+    /// Pages of files in memory were freed.
+    pub fn take_from_files(&self, pages: u64) {
+        self.files.fetch_sub(pages, Ordering::Relaxed);
+    }
+
+    /// Pages of files in memory.
+    pub fn in_files(&self) -> u64 {
+        self.files.load(Ordering::Relaxed)
+    }
+
+    /// It was counted.
+    pub fn counted(&self, pages: u64) {
+        self.seen.store(pages, Ordering::Relaxed);
+    }
+
+    /// Whether it may have more than it may: whoever asks counts then.
+    pub fn is_over(&self) -> bool {
+        let (seen, most) = self.figures();
+        seen > most
+    }
+
+    /// What was counted last, with what came since, and what it may have.
+    pub fn figures(&self) -> (u64, u64) {
+        let most = self.most.load(Ordering::Relaxed);
+        (self.seen.load(Ordering::Relaxed), most)
+    }
+}
+
 /// A container.
 pub struct Container {
     /// Upper bits of its tasks' numbers.
@@ -59,9 +136,8 @@ pub struct Container {
     next: AtomicU32,
     /// Nanoseconds its programs had the CPU.
     pub cpu_ns: AtomicU64,
-    /// Pages of memory its programs may have, and a number that they do not have more than.
-    pub pages_max: AtomicU64,
-    pub pages: AtomicU64,
+    /// Its memory.
+    pub charge: Arc<Charge>,
     /// Tasks it may have.
     pub pids_max: AtomicU64,
     /// Programs that were ended for lack of memory.
@@ -93,8 +169,7 @@ impl Container {
             mounts: Mutex::new(alloc::vec![root]),
             next: AtomicU32::new(1),
             cpu_ns: AtomicU64::new(0),
-            pages_max: AtomicU64::new(u64::MAX),
-            pages: AtomicU64::new(0),
+            charge: Arc::default(),
             pids_max: AtomicU64::new(u64::MAX),
             oom_kills: AtomicU64::new(0),
             ipc: Mutex::default(),
@@ -186,10 +261,11 @@ impl Container {
 
     /// What every container has: /proc, /sys, /dev, /dev/pts, /dev/shm.
     pub fn mount_usual(&self) {
-        let dev = memory::new(Some(64 << 10), 0o755);
+        let new = |bytes, mode| memory::new_for(&self.charge, Some(bytes), mode);
+        let dev = new(64 << 10, 0o755);
         dev::populate(&dev);
-        let pts = memory::new(Some(64 << 10), 0o755);
-        let shm = memory::new(Some(64 << 20), 0o1777);
+        let pts = new(64 << 10, 0o755);
+        let shm = new(64 << 20, 0o1777);
         for (at, root, kind) in [
             ("/proc", Node::Proc(proc::Entry::root()), "proc"),
             ("/sys", Node::Proc(proc::Entry::sys()), "sysfs"),

@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use appkernel_core::errno::Errno;
 use appkernel_core::vma::{Area, Areas, Backing, EXECUTE, READ, WRITE};
 use appkernel_hal::paging::{
-    COPY_ON_WRITE, NO_EXECUTE, PRESENT, PageTable, USER, WRITABLE, frame_of,
+    COPY_ON_WRITE, NO_EXECUTE, OF_FILE, PRESENT, PageTable, USER, WRITABLE, frame_of,
 };
 use appkernel_hal::{PAGE, cpu, frames};
 
@@ -98,8 +98,6 @@ pub struct Mm {
     locked: Areas<()>,
     /// What is mapped from now on stays too.
     pub lock_future: bool,
-    /// Pages that came with those that were touched, since somebody last took the number.
-    pub came_along: u64,
 }
 
 impl Mm {
@@ -111,19 +109,18 @@ impl Mm {
         pages
     }
 
-    /// Pages that only this process has, and its part of those that others or the cache of files
-    /// have too, in parts of a page.
-    pub fn weight(&mut self) -> (u64, u64) {
-        let (mut own, mut shared) = (0, 0);
-        self.table.visit(
-            0,
-            appkernel_hal::USER_END,
-            |_, entry| match frames::owners(frame_of(*entry)) {
-                0 | 1 => own += 1,
-                owners => shared += WHOLE / u64::from(owners),
-            },
-        );
-        (own, shared)
+    /// What it has of pages that are no file's, in parts of a page: all of its own, and its share of
+    /// those that others have too.
+    pub fn weight(&mut self) -> u64 {
+        let mut parts = 0;
+        self.table.visit(0, appkernel_hal::USER_END, |_, entry| {
+            let owners = frames::owners(frame_of(*entry)).max(1);
+            // A page that its file has given up is the process' own.
+            if *entry & OF_FILE == 0 || owners == 1 {
+                parts += WHOLE / u64::from(owners);
+            }
+        });
+        parts
     }
 }
 
@@ -139,7 +136,6 @@ impl Mm {
             brk: 0,
             locked: Areas::default(),
             lock_future: false,
-            came_along: 0,
         })
     }
 
@@ -200,7 +196,7 @@ impl Mm {
             .sum()
     }
 
-    /// Brings all pages of a range that programs may touch; gives how many it looked at.
+    /// Brings all pages of a range that programs may touch; gives how many there are.
     ///
     /// # Errors
     /// As `fault`, but for what nobody may touch.
@@ -221,8 +217,9 @@ impl Mm {
             let mut page = from;
             while page < to {
                 match self.fault(page, access) {
-                    // Past the end of a file.
-                    Ok(()) | Err(Errno::EFAULT) => count += 1,
+                    Ok(()) => count += 1,
+                    // Past the end of a file: so is what follows, which may be very much.
+                    Err(Errno::EFAULT) => break,
                     Err(e) => return Err(e),
                 }
                 page += PAGE;
@@ -288,7 +285,6 @@ impl Mm {
             // A child has none of it.
             locked: Areas::default(),
             lock_future: false,
-            came_along: 0,
         };
         let mut result = Ok(());
         for area in self.areas.iter() {
@@ -369,15 +365,15 @@ impl Mm {
                     frames::share(cached);
                     if access == Access::Write {
                         file.node.page_changed(index);
-                        (cached, flags | WRITABLE)
+                        (cached, flags | OF_FILE | WRITABLE)
                     } else {
-                        (cached, flags)
+                        (cached, flags | OF_FILE)
                     }
                 } else if access == Access::Write {
                     (copy(cached)?, flags | WRITABLE)
                 } else {
                     frames::share(cached);
-                    (cached, flags | COPY_ON_WRITE)
+                    (cached, flags | OF_FILE | COPY_ON_WRITE)
                 }
             }
         };
@@ -409,19 +405,16 @@ impl Mm {
         let first = (offset + (start - area.start)) / PAGE;
         let last = (offset + (end - area.start)) / PAGE;
         let table = &mut self.table;
-        let mut count = 0;
         node.cached_pages(first, last, |index, frame| {
             let address = start + (index - first) * PAGE;
             if address == page || table.get(address) & PRESENT != 0 {
                 return;
             }
             frames::share(frame);
-            match table.set(address, frame | flags) {
-                Ok(()) => count += 1,
-                Err(_) => frames::release(frame, 0),
+            if table.set(address, frame | flags).is_err() {
+                frames::release(frame, 0);
             }
         });
-        self.came_along += count;
     }
 
     /// The page is there, but not with all rights the area gives.
@@ -436,7 +429,7 @@ impl Mm {
     ) -> Result<(), Errno> {
         let frame = frame_of(old);
         if !write {
-            let kept = old & (WRITABLE | COPY_ON_WRITE);
+            let kept = old & (WRITABLE | COPY_ON_WRITE | OF_FILE);
             return self
                 .table
                 .set(page, frame | flags | kept)
@@ -446,9 +439,10 @@ impl Mm {
             return Err(Errno::EFAULT);
         }
         if shared || frames::owners(frame) == 1 {
+            let kept = if shared { old & OF_FILE } else { 0 };
             return self
                 .table
-                .set(page, frame | flags | WRITABLE)
+                .set(page, frame | flags | kept | WRITABLE)
                 .map_err(|_| Errno::ENOMEM);
         }
         let copy = copy(frame)?;

@@ -248,6 +248,14 @@ pub fn send(task: &Task, signal: Signal, info: Info) {
         && visible(task.process) == 1
         && task.container.number != 0
         && !(signal.is_forced() && info.id == 0);
+    if signal == Signal::KILL {
+        // At once and for all threads, whatever they do or wait for: one that is stopped, or waits
+        // for what does not come, never takes a signal out of those that wait.
+        if !deaf {
+            task::end_process(task.process, signal.0.into());
+        }
+        return;
+    }
     let ignored = action.handler == IGNORE || default && signal.is_ignored_by_default();
     let wakes = {
         let mut pending = task.pending.lock();
@@ -262,9 +270,6 @@ pub fn send(task: &Task, signal: Signal, info: Info) {
         }
         pending.deliverable() || blocked
     };
-    if signal == Signal::KILL {
-        task::go_on(task.id);
-    }
     if wakes {
         task::wake_task(task.id);
     }

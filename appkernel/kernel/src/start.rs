@@ -68,6 +68,9 @@ extern "C" fn kernel_main(start: u64) -> ! {
     };
     let container = Arc::new(Container::new(0, "", Node::Share(share.root()), false));
     container.mount_usual();
+    if let Some(bytes) = options.memory {
+        container.charge.limit(bytes.div_ceil(hal::PAGE));
+    }
     let Some(thread) = task::init(&container, rest) else {
         fatal(format_args!("no memory for the kernel's own thread"));
     };
@@ -143,10 +146,12 @@ fn announce(tsc: u64, what: &str) {
 /// The kernel's own thread when nobody but a program on the command line wants something.
 extern "C" fn rest() -> ! {
     loop {
+        let changes = alarms::changes();
         alarms::run();
-        let next = alarms::next();
         // Woken when a timer is set, or when one is due.
-        let _ = task::wait_until(task::AGENT, next, || (alarms::next() != next).then_some(()));
+        let _ = task::wait_until(task::AGENT, alarms::next(), || {
+            (alarms::changes() != changes).then_some(())
+        });
     }
 }
 

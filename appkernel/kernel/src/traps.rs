@@ -74,6 +74,15 @@ extern "C" fn kernel_trap(frame: &mut Frame) {
     }
 }
 
+/// Called by the entry code before the first instruction of a new task: a signal that came before
+/// that, SIGKILL for one, is no later than it.
+#[unsafe(no_mangle)]
+extern "C" fn kernel_start_task(frame: &mut Frame) {
+    if frame.from_user() {
+        signal::deliver(frame);
+    }
+}
+
 /// What was tried, by the error code of a page fault.
 fn access(frame: &Frame) -> Access {
     if frame.code & fault::FETCH != 0 {

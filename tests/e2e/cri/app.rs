@@ -120,6 +120,28 @@ fn memory(node: &mut Node, _: &str) -> Result<()> {
         "{status:?}"
     );
     ensure!(pod.sh(&neighbour, "echo fine")? == "fine\n");
+    // A container's own limit is less than the pod has; a program below it goes on.
+    let mut spec = container(
+        "limited",
+        "busybox",
+        &[
+            "sh",
+            "-c",
+            "head -c 2m /dev/zero | tail -c 2m | wc -c; tail /dev/zero; echo \"ended $?\"",
+        ],
+    );
+    spec.linux.get_or_insert_default().resources = Some(LinuxContainerResources {
+        memory_limit_in_bytes: 12 << 20,
+        ..LinuxContainerResources::default()
+    });
+    let limited = pod.start(&spec)?;
+    let status = pod.cri.wait_exit(&limited, PATIENCE)?;
+    let (out, _) = log(&pod.config, &spec)?;
+    ensure!(
+        status.exit_code == 0 && out == "2097152\nended 137\n",
+        "{status:?}: {out}"
+    );
+    ensure!(pod.sh(&neighbour, "echo fine")? == "fine\n");
     pod.remove()
 }
 

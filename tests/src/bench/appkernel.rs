@@ -6,6 +6,8 @@
 //! marker's arrival at its output.
 
 use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -28,7 +30,15 @@ const REST: Duration = Duration::from_secs(5);
 const RUNC: &str = "runc";
 
 /// Parts of the benchmark, in the order in which they run.
-pub const PARTS: [&str; 6] = ["size", "start", "idle", "calls", "redis", "nginx"];
+pub const PARTS: [&str; 7] = [
+    "size",
+    "instructions",
+    "start",
+    "idle",
+    "calls",
+    "redis",
+    "nginx",
+];
 
 /// Where things are.
 #[derive(Debug)]
@@ -64,6 +74,7 @@ pub fn run(vmmctl: &Path, programs: &Path, parts: &[String]) -> Result<Report> {
     for part in parts {
         match part.as_str() {
             "size" => size(&lab, &mut report)?,
+            "instructions" => instructions(&lab, &mut report)?,
             "start" => start(&lab, &mut report)?,
             "idle" => idle(&lab, &mut report)?,
             "calls" => calls(&lab, &mut report)?,
@@ -177,6 +188,64 @@ fn size(lab: &Lab, report: &mut Report) -> Result<()> {
         &[bytes(&lab.linux)?],
         Goal::Value(2048.0),
         "stat",
+    );
+    Ok(())
+}
+
+/// Instructions from the kernel's first to the first program's first: QEMU's emulator tells a plugin
+/// (`tests/guest/count.c`) of each one. The program comes from a virtio-fs share, as with our VMM, but
+/// from QEMU's server and without the agent.
+fn instructions(lab: &Lab, report: &mut Report) -> Result<()> {
+    let rootfs = lab.rootfs("busybox")?;
+    let socket = lab.scratch.path().join("fs.socket");
+    let listener = UnixListener::bind(&socket)?;
+    let _server = Guard(
+        Command::new("/usr/libexec/virtiofsd")
+            .args(["--fd=0", "--sandbox=none", "--seccomp=none"])
+            .args(["--log-level=error", "--shared-dir"])
+            .arg(&rootfs)
+            .stdin(Stdio::from(OwnedFd::from(listener)))
+            .spawn()
+            .context("virtiofsd")?,
+    );
+    let memory = "memory-backend-memfd,id=ram,size=128M,share=on";
+    let output = Command::new("timeout")
+        .arg(PATIENCE.as_secs().to_string())
+        .arg("qemu-system-x86_64")
+        .args(["-M", "microvm,memory-backend=ram,acpi=off", "-m", "128"])
+        .args(["-object", memory, "-accel", "tcg", "-cpu", "max"])
+        .args(["-nodefaults", "-no-user-config", "-no-reboot"])
+        .args(["-display", "none", "-serial", "stdio"])
+        .args(["-global", "virtio-mmio.force-legacy=false", "-chardev"])
+        .arg(format!("socket,id=fs,path={}", socket.display()))
+        .args(["-device", "vhost-user-fs-device,chardev=fs,tag=root"])
+        .args(["-append", "quiet app.run=/b/hello", "-plugin"])
+        .arg(lab.programs.join("count.so"))
+        .arg("-kernel")
+        .arg(&lab.kernel)
+        .stdin(Stdio::null())
+        .output()
+        .context("qemu-system-x86_64")?;
+    let (out, said) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    let count = said
+        .lines()
+        .find_map(|line| line.strip_prefix("instructions: ")?.parse::<f64>().ok());
+    let count = count.with_context(|| format!("nothing was counted: {out}{said}"))?;
+    // What was counted led to where it should.
+    ensure!(
+        out.contains(BENCH_MARKER),
+        "the program did not run: {out}{said}"
+    );
+    report.add(
+        "from the kernel's first instruction to the first user instruction",
+        "instructions",
+        &[count],
+        &[],
+        Goal::Value(1e6),
+        "qemu-system-x86_64 -M microvm -accel tcg -plugin count.so -kernel APPKERNEL -append 'quiet app.run=/b/hello', its root by virtiofsd",
     );
     Ok(())
 }

@@ -282,18 +282,15 @@ impl Agent {
             .into_iter()
             .filter(|t| container.has(t.id))
             .collect();
-        let mut pages = 0;
-        for task in tasks.iter().filter(|t| t.id == t.process) {
-            if let Some(mm) = task.memory() {
-                pages += mm.lock().resident() as u64;
-            }
-        }
+        let pages = task::pages_of(&container);
+        let files = container.charge.in_files();
         let (total, _) = frames::statistics();
         let limited = |n: &core::sync::atomic::AtomicU64| match n.load(Ordering::Relaxed) {
             u64::MAX => None,
             n => Some(n),
         };
-        let most = limited(&container.pages_max).map_or(total as u64, |n| n.min(total as u64));
+        let most = container.charge.most();
+        let most = most.map_or(total as u64, |n| n.min(total as u64));
         let us = container.cpu_ns.load(Ordering::Relaxed) / 1000;
         let metrics = Metrics {
             pids: Some(PidsStat {
@@ -306,7 +303,8 @@ impl Agent {
                 ..CPUStat::default()
             }),
             memory: Some(MemoryStat {
-                anon: pages * 4096,
+                anon: (pages - files) * 4096,
+                shmem: files * 4096,
                 usage: pages * 4096,
                 usage_limit: most * 4096,
                 ..MemoryStat::default()

@@ -224,7 +224,11 @@ impl Agent {
                 let mode = value("mode").and_then(|m| u32::from_str_radix(m, 8).ok());
                 let size = value("size").and_then(bytes);
                 (
-                    Node::Memory(memory::new(size, mode.unwrap_or(0o1777) & 0o7777)),
+                    Node::Memory(memory::new_for(
+                        &container.charge,
+                        size,
+                        mode.unwrap_or(0o1777) & 0o7777,
+                    )),
                     has("ro"),
                 )
             }

@@ -315,10 +315,13 @@ impl Agent {
         let process = self.process(id, exec)?;
         let (number, state) = (process.id, process.state);
         if all {
-            for task in task::living() {
-                if container.has(task.id) && task.id == task.process {
-                    signal::send_process(task.process, signal, Info::default());
-                }
+            // Nobody runs meanwhile, and who has to end makes no more processes: none is missed. A
+            // process may have lost its first thread.
+            let own = task::living();
+            let own = own.iter().filter(|t| container.has(t.id));
+            let processes: alloc::collections::BTreeSet<u32> = own.map(|t| t.process).collect();
+            for process in processes {
+                signal::send_process(process, signal, Info::default());
             }
         } else if number == 0 || !signal::send_process(number, signal, Info::default()) {
             return Err(status(

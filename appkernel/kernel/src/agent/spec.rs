@@ -60,10 +60,9 @@ pub fn limit(container: &Container, resources: &Value) {
         Some(u64::try_from(number).ok().filter(|n| *n > 0))
     };
     if let Some(bytes) = most(&resources["memory"]["limit"]) {
-        let pages = bytes.map_or(u64::MAX, |b| b.div_ceil(4096));
-        container.pages_max.store(pages, Ordering::Relaxed);
-        // Counted anew at the next page.
-        container.pages.store(u64::MAX >> 1, Ordering::Relaxed);
+        container
+            .charge
+            .limit(bytes.map_or(u64::MAX, |b| b.div_ceil(4096)));
     }
     if let Some(tasks) = most(&resources["pids"]["limit"]) {
         let tasks = tasks.unwrap_or(u64::MAX);

@@ -13,6 +13,7 @@ use appkernel_hal::{PAGE, clock, frames};
 
 use super::fuse::Change;
 use super::node::{Owner, kind};
+use crate::container::Charge;
 
 /// Largest file: what fits into the arithmetic of pages with room to spare.
 const MAX_SIZE: u64 = 1 << 46;
@@ -34,6 +35,16 @@ struct Shared {
     used: AtomicU64,
     nodes: AtomicU64,
     next: AtomicU64,
+    /// Whose memory it is.
+    charge: Arc<Charge>,
+}
+
+impl Shared {
+    /// Pages of its files were freed.
+    fn gave_back(&self, pages: usize) {
+        self.used.fetch_sub(pages as u64, Ordering::Relaxed);
+        self.charge.take_from_files(pages as u64);
+    }
 }
 
 enum Content {
@@ -61,8 +72,13 @@ fn now() -> (u64, u32) {
     (ns / 1_000_000_000, (ns % 1_000_000_000) as u32)
 }
 
-/// A new file system of at most `bytes`; gives its root.
+/// A new file system of at most `bytes` that is no container's; gives its root.
 pub fn new(bytes: Option<u64>, mode: u32) -> Arc<Node> {
+    new_for(&Arc::default(), bytes, mode)
+}
+
+/// A new file system of at most `bytes`, which count for a container; gives its root.
+pub fn new_for(charge: &Arc<Charge>, bytes: Option<u64>, mode: u32) -> Arc<Node> {
     let (total, _) = frames::statistics();
     let limit = bytes.map_or(total as u64 / 2, |b| b.div_ceil(PAGE));
     let shared = Arc::new(Shared {
@@ -71,13 +87,14 @@ pub fn new(bytes: Option<u64>, mode: u32) -> Arc<Node> {
         used: AtomicU64::new(0),
         nodes: AtomicU64::new(1),
         next: AtomicU64::new(2),
+        charge: Arc::clone(charge),
     });
     node(&shared, 1, kind::DIRECTORY | mode, 0, &[], Owner::default())
 }
 
-/// A file without a name.
+/// A file without a name, of the running task's container.
 pub fn anonymous(owner: Owner) -> Arc<Node> {
-    let root = new(None, 0);
+    let root = new_for(&crate::task::current().container.charge, None, 0);
     node(&root.shared, 2, kind::REGULAR | 0o777, 0, &[], owner)
 }
 
@@ -201,9 +218,7 @@ impl Node {
         state.attributes.size = size;
         state.touch();
         drop(state);
-        self.shared
-            .used
-            .fetch_sub(gone.len() as u64, Ordering::Relaxed);
+        self.shared.gave_back(gone.len());
         for frame in gone.into_values() {
             frames::release(frame, 0);
         }
@@ -384,7 +399,13 @@ impl Node {
         if self.shared.used.load(Ordering::Relaxed) >= self.shared.limit {
             return Err(Errno::ENOSPC);
         }
-        let frame = frames::allocate_user().ok_or(Errno::ENOMEM)?;
+        if !self.shared.charge.add_to_files() {
+            return Err(Errno::ENOSPC);
+        }
+        let Some(frame) = frames::allocate_user() else {
+            self.shared.charge.take_from_files(1);
+            return Err(Errno::ENOMEM);
+        };
         self.shared.used.fetch_add(1, Ordering::Relaxed);
         Ok(frame)
     }
@@ -512,9 +533,7 @@ impl Drop for Node {
                 }
                 Content::File(pages) => {
                     let pages = core::mem::take(pages);
-                    node.shared
-                        .used
-                        .fetch_sub(pages.len() as u64, Ordering::Relaxed);
+                    node.shared.gave_back(pages.len());
                     for frame in pages.into_values() {
                         frames::release(frame, 0);
                     }

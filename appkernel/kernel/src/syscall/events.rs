@@ -171,6 +171,29 @@ struct Alarm {
     /// Monotonic time of the next expiration; 0: none.
     next: u64,
     interval: u64,
+    /// How often it was set or read: each time it can expire anew.
+    rounds: u64,
+}
+
+impl Alarm {
+    /// Expirations up to now that were not read.
+    fn waiting(&self) -> u64 {
+        let now = clock::monotonic_ns();
+        if self.next == 0 || self.next > now {
+            return 0;
+        }
+        let more = (now - self.next).checked_div(self.interval).unwrap_or(0);
+        more.saturating_add(1)
+    }
+
+    /// When the next one after `count` expirations comes; 0: never.
+    fn after(&self, count: u64) -> u64 {
+        match self.interval {
+            _ if count == 0 => self.next,
+            0 => 0,
+            interval => self.next.saturating_add(interval.saturating_mul(count)),
+        }
+    }
 }
 
 /// A timer.
@@ -194,15 +217,9 @@ impl TimerFd {
     /// Takes the expirations so far.
     fn expired(&self) -> u64 {
         let mut alarm = self.alarm.lock();
-        let now = clock::monotonic_ns();
-        if alarm.next == 0 || alarm.next > now {
-            return 0;
-        }
-        let count = (now - alarm.next).checked_div(alarm.interval).unwrap_or(0) + 1;
-        alarm.next = match alarm.interval {
-            0 => 0,
-            interval => alarm.next.saturating_add(interval.saturating_mul(count)),
-        };
+        let count = alarm.waiting();
+        alarm.next = alarm.after(count);
+        alarm.rounds = alarm.rounds.wrapping_add(count.min(1));
         count
     }
 
@@ -221,9 +238,10 @@ impl TimerFd {
         ]
     }
 
+    /// When it expires; `None` if it does not, or has and nobody has read it.
     fn deadline(&self) -> Option<u64> {
-        let next = self.alarm.lock().next;
-        (next != 0).then_some(next)
+        let alarm = *self.alarm.lock();
+        (alarm.next != 0 && alarm.waiting() == 0).then_some(alarm.next)
     }
 }
 
@@ -248,7 +266,10 @@ fn set_timer(c: &Call<'_>) -> Result {
         }
         (value, true) => value,
     };
-    *timer.alarm.lock() = Alarm { next, interval };
+    let mut alarm = timer.alarm.lock();
+    (alarm.next, alarm.interval) = (next, interval);
+    alarm.rounds = alarm.rounds.wrapping_add(1);
+    drop(alarm);
     if c.arg(3) != 0 {
         put_words(c.arg(3), &old)?;
     }
@@ -293,6 +314,10 @@ impl Object for TimerFd {
             readable: next != 0 && next <= clock::monotonic_ns(),
             ..Ready::default()
         }
+    }
+
+    fn progress(&self) -> (u64, u64) {
+        (self.alarm.lock().rounds, 0)
     }
 
     fn name(&self) -> String {
@@ -409,6 +434,8 @@ struct Epoll(Mutex<BTreeMap<(i32, usize), Watch>>, AtomicUsize);
 
 /// Epolls within epolls, as Linux.
 const MAX_NESTED: usize = 4;
+/// Epolls that one epoll watches (Linux counts the ways from a file to the top instead).
+const MAX_INNER: usize = 16;
 
 const READABLE: u32 = 0x41;
 const WRITABLE: u32 = 0x104;
@@ -430,6 +457,12 @@ fn control(c: &Call<'_>) -> Result {
             return Err(Errno::EINVAL);
         }
         if c.uint(1) == 1 {
+            // Each look at the top looks at all below: their number must not multiply.
+            let files = own.files();
+            let epolls = files.iter().filter(|f| f.object::<Epoll>().is_some());
+            if epolls.count() >= MAX_INNER {
+                return Err(Errno::EINVAL);
+            }
             let me = core::ptr::from_ref(own);
             let Some(below) = inner.depth(me, 0) else {
                 return Err(Errno::ELOOP);

@@ -1,7 +1,7 @@
 //! Calls on open files.
 
 use alloc::sync::Arc;
-use alloc::vec;
+use alloc::vec::Vec;
 
 use appkernel_core::errno::Errno;
 use appkernel_core::fuse::DirEntry;
@@ -16,7 +16,7 @@ use crate::fs::pty::{Master, Slave};
 use crate::fs::watch::{self, Inotify};
 use crate::net::Socket;
 use crate::signal::{self, Info, Signal};
-use crate::task::{Task, limits};
+use crate::task::{self, Task, limits};
 
 /// Bytes copied at once between program and kernel.
 pub const CHUNK: usize = 64 << 10;
@@ -54,6 +54,23 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
     })
 }
 
+/// Zeros to copy at most `count` bytes through; fewer when there is no such piece of memory.
+///
+/// # Errors
+/// `ENOMEM`: there is next to none.
+pub fn buffer(count: u64) -> Result<Vec<u8>> {
+    const SMALL: usize = 2048;
+    let wanted = count.min(CHUNK as u64) as usize;
+    let mut bytes = Vec::new();
+    let len = match bytes.try_reserve_exact(wanted) {
+        Ok(()) => wanted,
+        Err(_) => wanted.min(SMALL),
+    };
+    bytes.try_reserve_exact(len).map_err(|_| Errno::ENOMEM)?;
+    bytes.resize(len, 0);
+    Ok(bytes)
+}
+
 fn at(offset: u64) -> Result {
     if offset > i64::MAX.cast_unsigned() {
         return Err(Errno::EINVAL);
@@ -77,7 +94,10 @@ fn read(c: &Call<'_>, address: u64, count: u64, at: Option<u64>) -> Result {
         return Ok(got);
     }
     loop {
-        let mut buffer = vec![0; (count - done).min(CHUNK as u64) as usize];
+        let mut buffer = match buffer(count - done) {
+            Err(_) if done > 0 => return Ok(done),
+            other => other?,
+        };
         let got = match file.read(&mut buffer, at.map(|at| at + done)) {
             Ok(got) => got,
             Err(_) if done > 0 => return Ok(done),
@@ -91,6 +111,9 @@ fn read(c: &Call<'_>, address: u64, count: u64, at: Option<u64>) -> Result {
         // Only files give more at once; others are asked again by the program.
         if got < CHUNK || done >= count || !matches!(file.kind, Kind::Regular(..) | Kind::Device(_))
         {
+            return Ok(done);
+        }
+        if task::breathe().is_err() {
             return Ok(done);
         }
     }
@@ -122,7 +145,10 @@ fn write(c: &Call<'_>, address: u64, count: u64, at: Option<u64>) -> Result {
     }
     let mut done = 0;
     while done < count || count == 0 {
-        let mut buffer = vec![0; (count - done).min(CHUNK as u64) as usize];
+        let mut buffer = match buffer(count - done) {
+            Err(_) if done > 0 => break,
+            other => other?,
+        };
         let result = appkernel_hal::usercopy::read(&mut buffer, address.wrapping_add(done))
             .map_err(|_| Errno::EFAULT)
             .and_then(|()| file.write(&buffer, at.map(|at| at + done)));
@@ -137,7 +163,7 @@ fn write(c: &Call<'_>, address: u64, count: u64, at: Option<u64>) -> Result {
                 return Err(e);
             }
         }
-        if count == 0 {
+        if count == 0 || task::breathe().is_err() {
             break;
         }
     }
@@ -189,7 +215,7 @@ fn parts(
         return Err(Errno::ESPIPE);
     }
     let mut all = alloc::vec::Vec::with_capacity(count as usize);
-    let mut total = 0u64;
+    let mut total = 0;
     for i in 0..count {
         let entry: [u8; 16] = get(c.arg(1).wrapping_add(i * 16))?;
         let (address, len) = entry.split_at(8);
@@ -205,7 +231,9 @@ fn parts(
         {
             return Err(Errno::EFAULT);
         }
-        total = total.saturating_add(len);
+        // All of them together are no more than one call may have.
+        let len = len.min(MAX_COUNT - total);
+        total += len;
         all.push((address, len));
     }
     if total == 0 {

@@ -151,7 +151,9 @@ fn prlimit(c: &Call<'_>) -> Result {
     }
     let other = task::find(c.task.container.id(c.uint(0))).ok_or(Errno::ESRCH)?;
     {
-        let (own, theirs) = (c.task.credentials.lock().uid, other.credentials.lock().uid);
+        // One after the other: they may be the same task's.
+        let own = c.task.credentials.lock().uid;
+        let theirs = other.credentials.lock().uid;
         if own != theirs && !c.task.credentials.lock().is_root() {
             return Err(Errno::EPERM);
         }

@@ -1,7 +1,5 @@
 //! Calls on memory.
 
-use core::sync::atomic::Ordering;
-
 use appkernel_core::errno::Errno;
 use appkernel_core::vma::{Area, Backing, EXECUTE, READ, WRITE};
 use appkernel_hal::{PAGE, USER_END};
@@ -13,7 +11,7 @@ use crate::fs::fuse::Change;
 use crate::fs::memory;
 use crate::fs::node::Node;
 use crate::mm::{LOWEST, MMAP_TOP, Mapping};
-use crate::task::limits::LOCKED;
+use crate::task::{self, limits::LOCKED};
 
 const SHARED: u32 = 1;
 const PRIVATE: u32 = 2;
@@ -109,7 +107,7 @@ fn lock(c: &Call<'_>, flags: u32) -> Result {
 /// Pages that came otherwise than by being touched count for the container's limit all the same:
 /// the next one that is touched finds them.
 fn count_pages(c: &Call<'_>, count: u64) {
-    c.task.container.pages.fetch_add(count, Ordering::Relaxed);
+    c.task.container.charge.add(count);
 }
 
 fn unlock(c: &Call<'_>) -> Result {
@@ -383,8 +381,13 @@ fn resident(c: &Call<'_>) -> Result {
         return Err(Errno::ENOMEM);
     }
     let pages = (end - start) / PAGE;
-    for at in 0..pages {
-        super::put(c.arg(2).wrapping_add(at), &[1])?;
+    let all = [1; 4096];
+    let mut done = 0;
+    while done < pages {
+        let piece = all.get(..(pages - done).min(4096) as usize);
+        super::put(c.arg(2).wrapping_add(done), piece.unwrap_or(&all))?;
+        done += 4096;
+        task::breathe()?;
     }
     Ok(0)
 }

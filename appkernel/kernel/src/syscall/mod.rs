@@ -116,7 +116,7 @@ extern "C" fn kernel_syscall(frame: &mut Frame) {
             args,
             task: &task,
         };
-        task::make_room();
+        task::make_room(&task.container);
         let traced = TRACE.load(Ordering::Relaxed).then(|| describe(&call));
         let result = dispatch(&call, frame);
         if let Some(line) = traced {

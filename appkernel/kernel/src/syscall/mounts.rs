@@ -67,7 +67,9 @@ fn mount(c: &Call<'_>) -> Result {
             return Err(Errno::ENOTDIR);
         }
         let node = match &kind[..] {
-            b"tmpfs" | b"ramfs" => Node::Memory(memory::new(None, 0o1777)),
+            b"tmpfs" | b"ramfs" => {
+                Node::Memory(memory::new_for(&c.task.container.charge, None, 0o1777))
+            }
             b"proc" => Node::Proc(proc::Entry::root()),
             b"sysfs" => Node::Proc(proc::Entry::sys()),
             b"" => return Err(Errno::EINVAL),

@@ -1,10 +1,8 @@
 //! Moving bytes from one open file to another without the program seeing them.
 
-use alloc::vec;
-
 use appkernel_core::errno::Errno;
 
-use super::files::{CHUNK, MAX_COUNT};
+use super::files::{CHUNK, MAX_COUNT, buffer};
 use super::{Call, Result, get_u64, put_words};
 use crate::fs::file::{File, Kind, flag};
 use crate::fs::pipe::{End, Pipe};
@@ -50,7 +48,10 @@ pub fn copy_range(c: &Call<'_>) -> Result {
     let count = count.min(super::files::may_grow(c.task, to_at)?);
     let mut done = 0;
     while done < count {
-        let mut buffer = vec![0; (count - done).min(CHUNK as u64) as usize];
+        let mut buffer = match buffer(count - done) {
+            Err(_) if done > 0 => break,
+            other => other?,
+        };
         let moved = from
             .read(&mut buffer, Some(from_at + done))
             .and_then(|got| to.write(buffer.get(..got).unwrap_or_default(), Some(to_at + done)));
@@ -59,6 +60,9 @@ pub fn copy_range(c: &Call<'_>) -> Result {
             Ok(taken) => done += taken as u64,
             Err(e) if done == 0 => return Err(e),
             Err(_) => break,
+        }
+        if task::breathe().is_err() {
+            break;
         }
     }
     for (place, file, at) in [(c.arg(1), &from, from_at), (c.arg(3), &to, to_at)] {
@@ -90,7 +94,13 @@ pub fn sendfile(c: &Call<'_>) -> Result {
     let mut done = 0;
     let mut result = Ok(());
     'all: while done < count {
-        let mut buffer = vec![0; (count - done).min(CHUNK as u64) as usize];
+        let mut buffer = match buffer(count - done) {
+            Err(e) => {
+                result = Err(e);
+                break;
+            }
+            Ok(buffer) => buffer,
+        };
         let got = match from.read(&mut buffer, Some(start.saturating_add(done))) {
             Ok(0) => break,
             Ok(got) => got,
@@ -113,6 +123,9 @@ pub fn sendfile(c: &Call<'_>) -> Result {
                     break 'all;
                 }
             }
+        }
+        if task::breathe().is_err() {
+            break;
         }
     }
     if done == 0 {
@@ -182,7 +195,7 @@ fn into(pipe: &Pipe, wait: bool, from: &File, len: usize, at: Option<u64>) -> Re
         room => Some(room),
     })?;
     let room = room.ok_or(Errno::EPIPE)?.min(len);
-    let mut buffer = vec![0; room];
+    let mut buffer = buffer(room as u64)?;
     let count = from.read(&mut buffer, at)?;
     pipe.write(buffer.get(..count).unwrap_or_default(), false)
 }

@@ -22,6 +22,8 @@ const HUP: u16 = 0x10;
 const INVALID: u16 = 0x20;
 const REALTIME: u64 = 0;
 const CLOCKS: u64 = 12;
+/// How late a timer may be that somebody waits for among files (as Linux' slack of timers).
+const TIMER_SLACK_NS: u64 = 50_000;
 
 /// The calls of this family.
 pub fn call(c: &Call<'_>) -> Option<Result> {
@@ -101,7 +103,10 @@ pub fn wait_for_files(
     }
     let deadline = ns.map(|ns| clock::monotonic_ns().saturating_add(ns));
     loop {
-        let timer = timer();
+        // One that is due already and that nobody asked for, or one that comes without end, must not
+        // keep this call from sleeping.
+        let soonest = clock::monotonic_ns().saturating_add(TIMER_SLACK_NS);
+        let timer = timer().map(|at| at.max(soonest));
         let next = deadline.into_iter().chain(timer).min();
         match task::wait_until(task::FILES, next, &mut ready) {
             Err(Errno::ETIMEDOUT) => {

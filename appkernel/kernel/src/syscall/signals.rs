@@ -15,7 +15,11 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         13 => action(c),
         14 => mask(c),
         62 => kill(c),
-        127 => put_words(c.arg(0), &[c.task.pending.lock().waiting()]).map(|()| 0),
+        127 => {
+            // Not in one expression: the copy may bring a page, which may end this task.
+            let waiting = c.task.pending.lock().waiting();
+            put_words(c.arg(0), &[waiting]).map(|()| 0)
+        }
         130 => suspend(c),
         128 => timed_wait(c),
         131 => alternate_stack(c),

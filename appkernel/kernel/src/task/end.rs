@@ -1,5 +1,6 @@
 //! How tasks end.
 
+use alloc::collections::BTreeSet;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
@@ -12,7 +13,7 @@ use super::{
     AGENT, CHILD, ENDS, FILES, NEVER, SCHEDULER, State, Task, charge, current, find, go_on, living,
     schedule, wake, wake_task, with, yield_now,
 };
-use crate::container::visible;
+use crate::container::{Container, visible};
 use crate::mm::Access;
 use crate::signal::Signal;
 use crate::start;
@@ -27,21 +28,19 @@ pub fn fault(address: u64, access: Access) -> bool {
     let Some(mm) = current().memory() else {
         return false;
     };
-    let (result, came_along) = {
-        let mut mm = mm.lock();
-        let result = mm.fault(address, access);
-        (result, core::mem::take(&mut mm.came_along))
-    };
-    if came_along > 0 {
-        let pages = &current().container.pages;
-        pages.fetch_add(came_along, Ordering::Relaxed);
-    }
+    let result = mm.lock().fault(address, access);
     match result {
         Ok(()) => {
-            if within_limit() {
+            let me = current();
+            me.container.charge.add(1);
+            if !me.container.charge.is_over() {
                 return true;
             }
-            current().pending.lock().ending.is_none()
+            let was_ending = is_ending();
+            keep_limit(&me.container);
+            // If it is this one that has to go, a copy of the kernel's ends here, and the task on its
+            // way back. One on its way out still has last words: it clears its number.
+            was_ending || !is_ending()
         }
         Err(Errno::ENOMEM) => {
             out_of_memory();
@@ -80,41 +79,40 @@ pub fn is_ending() -> bool {
     current().pending.lock().ending.is_some()
 }
 
-/// Counts one more page for the running task's container; when that is more than it may have, one of
-/// its processes is told to end. Whether it was not.
-fn within_limit() -> bool {
-    let container = Arc::clone(&current().container);
-    let most = container.pages_max.load(Ordering::Relaxed);
-    if most == u64::MAX {
-        return true;
+/// Pages that the kernel keeps for a task: its stack, and its vector registers.
+pub(super) const PAGES_OF_TASK: usize = 5;
+
+/// Pages that count for a container's limit, as in Linux' memory cgroups: those of its programs that
+/// are no file's, files in memory, and what the kernel keeps for each task. The cache of files does
+/// not count: it goes when there is need.
+pub fn pages_of(container: &Container) -> u64 {
+    let tasks = super::tasks_of(container);
+    // Memory that several have (threads, and a child before its execve) counts once.
+    let mut seen = BTreeSet::new();
+    let mut parts = 0;
+    for mm in tasks.iter().filter_map(|t| t.memory()) {
+        if seen.insert(Arc::as_ptr(&mm) as usize) {
+            parts += mm.lock().weight();
+        }
     }
-    // What was counted last, and each page since: it cannot be more than that.
-    let seen = container.pages.fetch_add(1, Ordering::Relaxed) + 1;
-    if seen <= most {
-        return true;
+    parts / crate::mm::WHOLE + container.charge.in_files() + (tasks.len() * PAGES_OF_TASK) as u64
+}
+
+/// Tells one of a container's processes to end if they have more memory than they may.
+fn keep_limit(container: &Container) {
+    if !container.charge.is_over() {
+        return;
     }
     let mut tasks = living();
     tasks.retain(|t| container.has(t.id));
     if tasks.iter().any(|t| t.pending.lock().ending.is_some()) {
         // One is on its way out already.
-        return true;
+        return;
     }
-    let mut pages = 0;
-    let mut shares = 0;
-    for task in tasks.iter().filter(|t| t.id == t.process) {
-        if let Some(mm) = task.memory() {
-            let (whole, shared) = mm.lock().weight();
-            pages += whole;
-            shares += shared;
-        }
+    container.charge.counted(pages_of(container));
+    if container.charge.is_over() {
+        end_worst(tasks, Some(container));
     }
-    let pages = pages + shares / crate::mm::WHOLE;
-    container.pages.store(pages, Ordering::Relaxed);
-    if pages <= most {
-        return true;
-    }
-    end_worst(tasks);
-    false
 }
 
 /// There is no memory for a program's page: pages of files go first, then the process that has most.
@@ -127,23 +125,25 @@ fn out_of_memory() {
         // One is on its way out already.
         return;
     }
-    end_worst(candidates);
+    end_worst(candidates, None);
 }
 
 /// A program is about to ask the kernel for something. What the kernel keeps for programs (open
 /// files, sockets, what waits in them) may have used up half of its reserve: then as above, before the
 /// kernel itself has nothing left.
-pub fn make_room() {
+pub fn make_room(container: &Container) {
     if appkernel_hal::frames::is_critical() {
         out_of_memory();
     }
+    // Files in memory count when they are written, which no fault tells of.
+    keep_limit(container);
 }
 
 /// Pages that an open file may keep of the kernel's, roughly.
 const PAGES_OF_FILE: usize = 4;
 
-/// Tells the process that has most memory to end.
-fn end_worst(candidates: Vec<Arc<Task>>) {
+/// Tells the process that has most memory to end; `limit` is the container's whose own limit it is.
+fn end_worst(candidates: Vec<Arc<Task>>, limit: Option<&Container>) {
     let mut worst: Option<((bool, bool, usize), Arc<Task>)> = None;
     for task in candidates {
         let Some(mm) = task.mm.lock().clone() else {
@@ -165,11 +165,15 @@ fn end_worst(candidates: Vec<Arc<Task>>) {
     }
     if let Some((_, task)) = worst {
         let pages = task.memory().map_or(0, |mm| mm.lock().resident());
-        crate::log!(
-            "out of memory: ending process {} ({} KiB)",
-            visible(task.process),
-            pages * 4
-        );
+        let (id, own) = (visible(task.process), pages * 4);
+        match limit.map(|container| (&container.name, container.charge.figures())) {
+            Some((name, (has, most))) => crate::log!(
+                "container {name}: out of memory, {} of {} KiB: ending process {id} ({own} KiB)",
+                has * 4,
+                most * 4
+            ),
+            None => crate::log!("out of memory: ending process {id} ({own} KiB)"),
+        }
         task.container.oom_kills.fetch_add(1, Ordering::Relaxed);
         end_process(task.process, crate::signal::Signal::KILL.0.into());
     }

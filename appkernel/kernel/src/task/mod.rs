@@ -367,10 +367,14 @@ impl Task {
         if most == u64::MAX && (own == u64::MAX || root) {
             return Ok(());
         }
-        let tasks = living();
-        let tasks = || tasks.iter().filter(|t| self.container.has(t.id));
-        let of_user = || tasks().filter(|t| t.credentials.lock().uid == uid).count() as u64;
-        if tasks().count() as u64 >= most || !root && of_user() >= own {
+        let tasks = tasks_of(&self.container);
+        let of_user = || {
+            tasks
+                .iter()
+                .filter(|t| t.credentials.lock().uid == uid)
+                .count() as u64
+        };
+        if tasks.len() as u64 >= most || !root && of_user() >= own {
             return Err(Errno::EAGAIN);
         }
         Ok(())
@@ -378,6 +382,10 @@ impl Task {
 
     /// Makes a task like this one, which goes on at `frame`; returns its number.
     pub fn clone(&self, options: &CloneOptions) -> Result<u32, Errno> {
+        // Who has to end makes nothing new: what ends all that are there ends them for good.
+        if self.pending.lock().ending.is_some() {
+            return Err(Errno::EINTR);
+        }
         let count = with(|s| s.tasks.len());
         if count >= MAX_TASKS {
             return Err(Errno::EAGAIN);
@@ -459,6 +467,7 @@ impl Task {
             asked: Mutex::new(self.asked.lock().inherited()),
             scheduling: Mutex::new(self.scheduling.lock().inherited()),
         });
+        self.container.charge.add(end::PAGES_OF_TASK as u64);
         with(|s| {
             s.tasks.insert(id, (task, State::Ready));
             s.ready.push_back(id);
@@ -521,6 +530,17 @@ pub fn living() -> Vec<Arc<Task>> {
             .values()
             .filter(|(task, _)| task.mm.lock().is_some());
         alive.map(|(task, _)| Arc::clone(task)).collect()
+    })
+}
+
+/// All tasks of a container, also those that ended and that somebody has to wait for.
+pub fn tasks_of(container: &Container) -> Vec<Arc<Task>> {
+    with(|s| {
+        let own = s
+            .tasks
+            .iter()
+            .filter(|(id, _)| container.has(**id) && !s.dead.contains(id));
+        own.map(|(_, (task, _))| Arc::clone(task)).collect()
     })
 }
 

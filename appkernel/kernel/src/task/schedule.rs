@@ -105,6 +105,26 @@ pub fn yield_now() {
     }
 }
 
+/// In the middle of a long call, with no lock held: lets interrupts in and others run when the time
+/// slice is over.
+///
+/// # Errors
+/// `EINTR`: the task has to end.
+pub fn breathe() -> Result<(), Errno> {
+    let since = SINCE.load(Ordering::Relaxed);
+    if clock::monotonic_ns().saturating_sub(since) >= clock::TICK_NS
+        && !appkernel_hal::sync::any_taken()
+    {
+        cpu::take_interrupts();
+        charge();
+        yield_now();
+    }
+    if super::is_ending() {
+        return Err(Errno::EINTR);
+    }
+    Ok(())
+}
+
 /// Sleeps until somebody calls `wake` with the same channel. No lock may be held.
 pub fn sleep(channel: Channel) {
     with(|s| {
@@ -274,8 +294,9 @@ pub fn go_on(id: u32) {
 pub fn wait_vfork(child: u32) {
     let Some(task) = find(child) else { return };
     let channel = core::ptr::from_ref(&task.vfork) as Channel;
-    // A child that is ended before it has memory of its own wakes too.
-    while *task.vfork.lock() {
+    // A child that is ended before it has memory of its own wakes too; and whoever has to end waits
+    // for nobody.
+    while *task.vfork.lock() && !super::is_ending() {
         sleep(channel);
     }
 }

@@ -8,6 +8,7 @@ use appkernel_hal::{PAGE, frames, usercopy};
 
 use super::super::virtio::ANSWER_MAX;
 use super::{KEPT_HANDLES, Node, READ_CHUNK, WRITE_CHUNK};
+use crate::task;
 
 impl Node {
     fn read_handle(&self, handle: u64, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
@@ -138,6 +139,9 @@ impl Node {
                 Ok(()) => at += len as u64,
                 Err(e) if at == offset => return Err(e),
                 Err(_) => break,
+            }
+            if at.is_multiple_of(READ_CHUNK) && task::breathe().is_err() {
+                break;
             }
         }
         Ok(at.saturating_sub(offset))
