@@ -353,9 +353,14 @@ impl Default for Files {
 }
 
 impl Files {
-    /// A copy for a child.
-    pub fn duplicate(&self) -> Self {
-        Self(self.0.clone(), self.1)
+    /// A copy for a child, if there is memory for it.
+    pub fn duplicate(&self) -> Result<Self, Errno> {
+        let mut files = Vec::new();
+        files
+            .try_reserve_exact(self.0.len())
+            .map_err(|_| Errno::ENOMEM)?;
+        files.extend(self.0.iter().cloned());
+        Ok(Self(files, self.1))
     }
 
     /// New numbers are below this from now on.
@@ -400,18 +405,23 @@ impl Files {
         let index = (from..self.1)
             .find(|i| !matches!(self.0.get(*i), Some(Some(_))))
             .ok_or(Errno::EMFILE)?;
-        self.put(index, file, close);
+        self.put(index, file, close)?;
         Ok(index as i32)
     }
 
-    fn put(&mut self, index: usize, file: Arc<File>, close: bool) -> Option<Arc<File>> {
-        if self.0.len() <= index {
+    fn put(
+        &mut self,
+        index: usize,
+        file: Arc<File>,
+        close: bool,
+    ) -> Result<Option<Arc<File>>, Errno> {
+        if let Some(more @ 1..) = (index + 1).checked_sub(self.0.len()) {
+            // A flood of files may have taken the last large piece of memory.
+            self.0.try_reserve(more).map_err(|_| Errno::ENOMEM)?;
             self.0.resize_with(index + 1, || None);
         }
-        self.0
-            .get_mut(index)?
-            .replace((file, close))
-            .map(|(file, _)| file)
+        let slot = self.0.get_mut(index).ok_or(Errno::EBADF)?;
+        Ok(slot.replace((file, close)).map(|(file, _)| file))
     }
 
     /// Gives a file that number; what had it comes back, to be dropped without the lock.
@@ -425,7 +435,7 @@ impl Files {
             .ok()
             .filter(|i| *i < self.1)
             .ok_or(Errno::EBADF)?;
-        Ok(self.put(index, file, close))
+        self.put(index, file, close)
     }
 
     /// Takes a number back; the file comes back, to be dropped without the lock.

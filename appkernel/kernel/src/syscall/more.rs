@@ -162,7 +162,7 @@ fn close_range(c: &Call<'_>) -> Result {
         return Err(Errno::EINVAL);
     }
     if c.uint(2) & 2 != 0 {
-        let copy = c.task.files().lock().duplicate();
+        let copy = c.task.files().lock().duplicate()?;
         *c.task.files.lock() = alloc::sync::Arc::new(appkernel_hal::sync::Mutex::new(copy));
     }
     let files = c.task.files();

@@ -243,7 +243,7 @@ fn unshare(c: &Call<'_>) -> Result {
         return Err(Errno::EINVAL);
     }
     if flags & flag::FILES != 0 {
-        let copy = c.task.files().lock().duplicate();
+        let copy = c.task.files().lock().duplicate()?;
         *c.task.files.lock() = alloc::sync::Arc::new(appkernel_hal::sync::Mutex::new(copy));
     }
     Ok(0)
@@ -300,11 +300,14 @@ pub fn execve(c: &Call<'_>, frame: &mut Frame) -> Result<()> {
 
 /// The program of a process with one thread goes on with another.
 fn begin(task: &Task, image: exec::Image, frame: &mut Frame) {
-    let files = {
-        // Others may have the same table (CLONE_FILES without CLONE_THREAD): it is its own now.
-        let copy = task.files().lock().duplicate();
-        alloc::sync::Arc::new(appkernel_hal::sync::Mutex::new(copy))
+    // Others may have the same table (CLONE_FILES without CLONE_THREAD): it is its own now.
+    let copy = task.files().lock().duplicate();
+    let Ok(copy) = copy else {
+        // There is no way back to the old program.
+        task::end_process(task.process, Signal::KILL.0.into());
+        return;
     };
+    let files = alloc::sync::Arc::new(appkernel_hal::sync::Mutex::new(copy));
     let closing = files.lock().take_closing();
     let shared = core::mem::replace(&mut *task.files.lock(), files);
     drop(shared);

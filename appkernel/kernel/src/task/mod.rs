@@ -410,7 +410,7 @@ impl Task {
         let files = if options.share_files {
             self.files()
         } else {
-            let copy = self.files().lock().duplicate();
+            let copy = self.files().lock().duplicate()?;
             Arc::new(Mutex::new(copy))
         };
         let handlers = if options.share_handlers {
