@@ -91,6 +91,10 @@ extern "C" fn kernel_trap(frame: &mut Frame) {
 #[unsafe(no_mangle)]
 extern "C" fn kernel_syscall(_frame: &mut Frame) {}
 
+/// Nor tasks.
+#[unsafe(no_mangle)]
+extern "C" fn kernel_start_task(_frame: &mut Frame) {}
+
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
     say(format_args!("{info}"));

@@ -24,7 +24,7 @@ pub const BLOCK: u64 = 2 << 20;
 /// The guest does not touch what is not plugged.
 const F_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
 
-const QUEUE_SIZES: &[u16] = &[32];
+const QUEUE_SIZES: &[u16] = &[64];
 /// Requests per turn: each may give much memory back.
 const BUDGET: usize = 4;
 /// Length of a request: type, address, number of blocks, padding.

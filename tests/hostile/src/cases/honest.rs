@@ -69,6 +69,12 @@ pub fn serves(target: Target, chance: &mut Chance) -> bool {
             put(at, &(((at >> 12) + 8) as u32).to_le_bytes());
             ring.offer_chain(&[(at, 4, false)]);
         }
+        id::MEM => {
+            // The state of a block that may be there.
+            put(at, &3u16.to_le_bytes());
+            put(at + 512, &[0xff; 10]);
+            ring.offer_chain(&[(at, 24, false), (at + 512, 10, true)]);
+        }
         id::NET => ring.offer_chain(&[(at, 12 + 60, false)]),
         id::VSOCK => {
             put(at, &super::requests::packet(3, 2, 1024, 1, 0, 1, 1));
@@ -94,6 +100,11 @@ pub fn serves(target: Target, chance: &mut Chance) -> bool {
             let mut status = [0xff];
             get(at + 1024, &mut status);
             mark == DISK_MARK && status == [0]
+        }
+        id::MEM => {
+            let mut answer = [0xff; 10];
+            get(at + 512, &mut answer);
+            answer != [0xff; 10]
         }
         id::RNG => {
             let mut bytes = [0; 64];
