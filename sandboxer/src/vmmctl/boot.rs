@@ -162,6 +162,7 @@ fn check_share(share: &ShareConfig) -> Result<(), CliError> {
 }
 
 /// Runs the command.
+#[inline(never)]
 pub fn run(args: Args, context: &Context) -> Result<u8, CliError> {
     let begin = Instant::now();
     let signals = Signals::install().map_err(|e| CliError::io("signals", e))?;

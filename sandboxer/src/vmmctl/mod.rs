@@ -213,6 +213,18 @@ fn dispatch(command: Command, context: &Context) -> Result<u8, CliError> {
     match command {
         Command::Run(args) => run::run(*args, context),
         Command::Boot(args) => boot::run(*args, context),
+        other => look(other, context),
+    }
+}
+
+/// The commands that hold no VM. Not part of [`dispatch`]: while a VM runs, the stack that they would
+/// need lay between its frames and counted as memory of its own.
+#[inline(never)]
+fn look(command: Command, context: &Context) -> Result<u8, CliError> {
+    match command {
+        // Run by `dispatch` already.
+        Command::Run(args) => run::run(*args, context),
+        Command::Boot(args) => boot::run(*args, context),
         Command::Ps(args) => ps::run(&args, context),
         Command::Exec(args) => exec::run(args, context),
         Command::Logs(args) => control::logs(&args, context),

@@ -187,6 +187,7 @@ struct Outcome {
 }
 
 /// Runs the command.
+#[inline(never)]
 pub fn run(args: Args, context: &Context) -> Result<u8, CliError> {
     let begin = Instant::now();
     let signals = Signals::install().map_err(|e| CliError::io("signals", e))?;
