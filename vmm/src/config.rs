@@ -232,7 +232,8 @@ impl VmConfig {
                 "it steps as a debugger does: leave gdb out".into(),
             );
         }
-        if !self.room_mib.is_multiple_of(crate::vm::ROOM_PIECE >> 20) || self.room_mib > host_mib {
+        if !self.room_mib.is_multiple_of(crate::room::ROOM_PIECE >> 20) || self.room_mib > host_mib
+        {
             return config(
                 "room for memory",
                 format!(

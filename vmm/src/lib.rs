@@ -28,6 +28,7 @@ pub mod gdb;
 pub mod kvm_check;
 pub mod layout;
 pub mod memory;
+mod room;
 pub mod seccomp;
 pub mod snapshot;
 pub mod stats;

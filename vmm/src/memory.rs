@@ -191,7 +191,7 @@ impl VmMemory {
 /// 128 MiB.
 fn room_start(size: u64) -> u64 {
     let high = size.saturating_sub(layout::MMIO_HOLE_START);
-    (layout::MMIO_HOLE_END + high).next_multiple_of(crate::vm::ROOM_PIECE)
+    (layout::MMIO_HOLE_END + high).next_multiple_of(crate::room::ROOM_PIECE)
 }
 
 /// (guest address, length, file offset) of each region.

@@ -63,11 +63,11 @@ pub(in crate::virtio) fn release(
         // Private mappings (copy-on-write templates, tests) refuse that: there, dropping the
         // private pages is what frees memory, and it must not touch the template.
         let advice = [libc::MADV_REMOVE, libc::MADV_DONTNEED];
-        // SAFETY: the range lies within a slice of guest memory, whose contents Rust takes to be
-        // able to change at any time; both calls leave it mapped.
-        let done = advice
-            .iter()
-            .any(|advice| unsafe { libc::madvise(at, bytes, *advice) } == 0);
+        let done = advice.iter().any(|advice| {
+            // SAFETY: the range lies within a slice of guest memory, whose contents Rust takes to
+            // be able to change at any time; both calls leave it mapped.
+            unsafe { libc::madvise(at, bytes, *advice) == 0 }
+        });
         if !done {
             return Err(io::Error::last_os_error());
         }
