@@ -4,7 +4,7 @@
 //!
 //! usage: cri [--handler HANDLER] [--io fifo|streaming|both] [--isolation thread|process] [FILTER...]
 //!        cri --soak PODS     (makes and removes that many, and counts what is left)
-//!        cri --faults [KIND|MODE...]   (the matrix of faults, or what concerns a kind or mode of it)
+//!        cri --faults [MODE|RUNTIME|FAULT|STEP...]   (the matrix of faults, or a part of it)
 //!        cri [--handler HANDLER] [--io fifo|streaming] --run COMMAND...
 //!                            (runs a suite of others' on a node whose pods all have that runtime)
 

@@ -18,10 +18,11 @@ use super::proto::LinuxResources;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// Makes the cgroup `parent` of CRI's configuration if it is not there. Gives the directories that
-/// were made, outermost first, for [`remove`].
-pub fn ensure(parent: &str) -> Vec<PathBuf> {
-    let mut made = Vec::new();
+/// The directories of the cgroup `parent` of CRI's configuration that are not there, outermost first,
+/// for [`make`] and [`remove`]. They are to be written down before they are made, so that nothing is
+/// left of a daemon that ends in between.
+pub fn missing(parent: &str) -> Vec<PathBuf> {
+    let mut missing = Vec::new();
     let plain = parent.starts_with('/')
         && parent.len() < 1024
         && Path::new(parent)
@@ -29,28 +30,37 @@ pub fn ensure(parent: &str) -> Vec<PathBuf> {
             .skip(1)
             .all(|c| matches!(c, std::path::Component::Normal(_)));
     if !plain || !Path::new(ROOT).join("cgroup.controllers").exists() {
-        return made;
+        return missing;
     }
     let mut path = PathBuf::from(ROOT);
     for part in Path::new(parent).components().skip(1) {
         path.push(part);
-        match std::fs::create_dir(&path) {
-            Ok(()) => made.push(path.clone()),
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
-            Err(error) => {
-                tracing::warn!(%error, cgroup = %path.display(), "cannot be made");
-                break;
-            }
+        if !path.exists() {
+            missing.push(path.clone());
         }
     }
-    made
+    missing
+}
+
+/// Makes them.
+pub fn make(missing: &[PathBuf]) {
+    for path in missing {
+        match std::fs::create_dir(path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                tracing::warn!(%error, cgroup = %path.display(), "cannot be made");
+                return;
+            }
+            _ => {}
+        }
+    }
 }
 
 /// Removes cgroups that were made; those that others use by now stay.
 pub fn remove(made: &[PathBuf]) {
     for path in made.iter().rev().filter(|p| p.starts_with(ROOT)) {
-        if std::fs::remove_dir(path).is_err() {
-            return;
+        match std::fs::remove_dir(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return,
+            _ => {}
         }
     }
 }

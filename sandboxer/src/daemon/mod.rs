@@ -14,6 +14,7 @@ pub mod keeper;
 pub mod metrics;
 pub mod pod;
 pub mod process;
+pub mod program;
 pub mod proto;
 pub mod sandbox;
 pub mod shim;
@@ -88,10 +89,8 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> DaemonError {
 /// Runs the daemon.
 pub fn main() -> ExitCode {
     // Before anything else is done that a jail would have to undo.
-    match std::env::args_os().nth(1) {
-        Some(arg) if arg == worker::ARGUMENT => return worker::run::main(),
-        Some(arg) if arg == keeper::ARGUMENT => return keeper::process::main(),
-        _ => {}
+    if let Some(code) = program::main() {
+        return code;
     }
     match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -108,6 +107,7 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         return Ok(());
     }
     start_logging(&config);
+    program::open();
     private_dir(&config.run_dir)?;
     let lock_file = config.run_dir.join("sandboxer.lock");
     let _lock = fsutil::lock(&lock_file, false).map_err(|e| match e.kind() {

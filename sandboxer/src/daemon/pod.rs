@@ -120,14 +120,14 @@ impl<K: Kind> Pod<K> {
             pid: std::process::id(),
             started: None,
             cgroup_parent: parent.to_owned(),
-            cgroups: cgroup::ensure(parent),
+            cgroups: cgroup::missing(parent),
             containers: Vec::new(),
         };
         if let Err(error) = state.write(&dir) {
-            cgroup::remove(&state.cgroups);
             let _ = std::fs::remove_dir(&dir);
             return Err(failed(error));
         }
+        cgroup::make(&state.cgroups);
         Ok(Self::assemble(
             kind,
             events,

@@ -168,10 +168,7 @@ fn parse() -> Result<Cli, clap::Error> {
 }
 
 fn start(dispatch: impl FnOnce(Command, &Context) -> Result<u8, CliError>) -> ExitCode {
-    // One heap for all threads: by default each of them gets pages of its own, which counts where
-    // a VM's process takes a few hundred KiB.
-    // SAFETY: sets a parameter of glibc's allocator before any thread exists.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    crate::one_heap();
     let cli = match parse() {
         Ok(cli) => cli,
         Err(e) => {

@@ -137,9 +137,11 @@ pub fn until(what: &str, so: impl Fn() -> bool) -> Result<()> {
 }
 
 pub fn pod_directories() -> Vec<PathBuf> {
-    let entries = std::fs::read_dir("/run/bulkhead/pods");
-    let paths = entries.into_iter().flatten().flatten().map(|e| e.path());
-    paths.collect()
+    // Of all kinds.
+    let kinds = ["pods", "apps", "wasm", "host"];
+    let entries = kinds.map(|kind| std::fs::read_dir(format!("/run/bulkhead/{kind}")));
+    let entries = entries.into_iter().flatten().flatten().flatten();
+    entries.map(|e| e.path()).collect()
 }
 
 fn starting(node: &Node, handler: &str) -> Result<std::thread::JoinHandle<()>> {

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::report::{Goal, Report};
-use crate::cri::containerd::{APP, IoType, Node, OURS};
+use crate::cri::containerd::{APP, IoType, Isolation, Node, OURS};
 use crate::cri::{TestPod, pod};
 use crate::process;
 
@@ -28,6 +28,8 @@ const ROUNDS: usize = 5;
 const AT_ONCE: usize = 20;
 /// Numbers of pods whose memory is compared.
 const CROWDS: [usize; 3] = [1, 10, 50];
+/// Pods whose processes are measured, beyond a first one.
+const ISOLATED: usize = 8;
 /// Least memory of a guest: files that large which the daemon maps are guests' memory.
 const GUEST_BYTES: u64 = 64 << 20;
 /// A pod rests before its exits are counted, and for how long they are.
@@ -58,7 +60,7 @@ struct Cost {
 }
 
 /// Parts of the benchmark, in the order in which they run.
-pub const PARTS: [&str; 5] = ["steps", "at-once", "idle", "tcp", "crowds"];
+pub const PARTS: [&str; 6] = ["steps", "at-once", "idle", "tcp", "crowds", "isolated"];
 
 /// Runs these parts. Needs a host that may be changed: the lab.
 ///
@@ -67,23 +69,32 @@ pub const PARTS: [&str; 5] = ["steps", "at-once", "idle", "tcp", "crowds"];
 pub fn run(sandboxer: &Path, parts: &[String]) -> Result<Report> {
     let version = version(RUNC)?;
     let mut report = Report::new("pods", RUNC, &version);
-    let node = Node::start(sandboxer, &["busybox"], IoType::Fifo)?;
+    let mut node = None;
     for part in parts {
+        if part == "isolated" {
+            drop(node.take());
+            isolated(sandboxer, &mut report)?;
+            continue;
+        }
+        let node = match &mut node {
+            Some(node) => node,
+            none => none.insert(Node::start(sandboxer, &["busybox"], IoType::Fifo)?),
+        };
         match part.as_str() {
-            "steps" => one_by_one(&node, &mut report, &version)?,
+            "steps" => one_by_one(node, &mut report, &version)?,
             "at-once" => {
                 for handler in [OURS, APP] {
                     eprintln!("{AT_ONCE} pods at once");
-                    let (own, its) = (at_once(&node, handler)?, at_once(&node, RUNC)?);
+                    let (own, its) = (at_once(node, handler)?, at_once(node, RUNC)?);
                     let what = format!("{AT_ONCE} pods at once, until all run, {handler}");
                     report.add(&what, "ms", &[own], &[its], limit(handler, 2.5), COMMAND);
                 }
             }
-            "idle" => idle(&node, &mut report)?,
-            "tcp" => throughput(&node, &mut report)?,
+            "idle" => idle(node, &mut report)?,
+            "tcp" => throughput(node, &mut report)?,
             "crowds" => {
                 for handler in [OURS, APP] {
-                    crowds(&node, &mut report, handler)?;
+                    crowds(node, &mut report, handler)?;
                 }
             }
             other => bail!("unknown part {other}: {}", PARTS.join(", ")),
@@ -445,4 +456,65 @@ fn cost(node: &Node, handler: &str, pods: usize) -> Result<Cost> {
         helpers.len()
     );
     Ok(cost)
+}
+
+/// What a pod costs more when it has processes of its own, in memory and in time.
+fn isolated(sandboxer: &Path, report: &mut Report) -> Result<()> {
+    let mut found = Vec::new();
+    for isolation in [Isolation::Thread, Isolation::Process] {
+        let node = Node::start_isolated(isolation, sandboxer, &["busybox"], IoType::Fifo)?;
+        for handler in [OURS, APP] {
+            eprintln!("{handler}: {isolation:?}s");
+            let started = steps(&node, handler)?.started;
+            let mut pods = vec![TestPod::run(&node, handler, pod("first"))?];
+            let one = own_pss(&node, isolation, 1)?;
+            for n in 0..ISOLATED {
+                pods.push(TestPod::run(&node, handler, pod(&format!("isolated-{n}")))?);
+            }
+            let all = own_pss(&node, isolation, pods.len())?;
+            for pod in pods {
+                pod.remove()?;
+            }
+            found.push((started, (all - one) / 1024.0 / ISOLATED as f64));
+        }
+    }
+    let (threads, processes) = found.split_at(2);
+    for (n, handler) in [OURS, APP].into_iter().enumerate() {
+        let ((fast, few), (slow, more)) = (&threads[n], &processes[n]);
+        let what = format!("PSS of each further pod in processes of its own, {handler}");
+        report.beside("threads of the daemon", "");
+        report.add(&what, "MiB", &[*more], &[*few], Goal::Shown, COMMAND);
+        let what = format!("the same, beyond a pod in threads, {handler}");
+        report.add(&what, "MiB", &[more - few], &[], Goal::Value(4.0), COMMAND);
+        let what = format!("pod run + create + start, processes / threads, {handler}");
+        report.add(&what, "ms", slow, fast, Goal::Shown, COMMAND);
+    }
+    Ok(())
+}
+
+/// KiB of the daemon, and of its pods' processes, without guests.
+fn own_pss(node: &Node, isolation: Isolation, pods: usize) -> Result<f64> {
+    let mut sum = process::memory_beside_files(node.sandboxer_pid(), GUEST_BYTES)?.pss;
+    let mut count = 0;
+    for entry in fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|n| n.parse::<u32>().ok()) else {
+            continue;
+        };
+        // A process may end while we look.
+        let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        if comm.trim_end() == "sandboxer-pod" {
+            count += 1;
+            sum += process::memory_beside_files(pid, GUEST_BYTES)?.pss;
+        }
+    }
+    let expected = match isolation {
+        Isolation::Thread => 0,
+        Isolation::Process => 2 * pods,
+    };
+    ensure!(
+        count == expected,
+        "{count} processes for {pods} pods, {isolation:?}"
+    );
+    Ok(sum as f64)
 }

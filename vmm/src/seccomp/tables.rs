@@ -85,7 +85,6 @@ macro_rules! common {
             Rule::any(libc::SYS_clock_gettime, "time, where the vDSO has no clock"),
             Rule::any(libc::SYS_write, "events, the console, logs"),
             Rule::any(libc::SYS_rt_sigreturn, "after a kick, and after a refused call"),
-            Rule::any(libc::SYS_rt_sigprocmask, "the thread's end"),
             Rule::any(libc::SYS_sigaltstack, "the thread's end"),
             Rule::any(libc::SYS_exit, "the thread's end"),
             $($own,)*

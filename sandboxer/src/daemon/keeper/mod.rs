@@ -1,7 +1,6 @@
 //! Pods that outlive the daemon.
 //!
-//! With `isolation = "process"` a pod has a *keeper*: this program again, with the daemon's code for
-//! one pod ([`process`]). It takes containerd's Task calls at the pod's address, has its standard
+//! With `isolation = "process"` a pod has a *keeper*: a process with the daemon's code for one pod ([`process`]). It takes containerd's Task calls at the pod's address, has its standard
 //! streams, makes its mounts, and starts the jailed process of its VM ([`super::worker`]). It is
 //! trusted as the daemon is, and no code that a guest's memory reaches runs in it.
 //!

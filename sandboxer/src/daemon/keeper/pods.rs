@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_protocol::client::{Client, ClientOptions, RpcError};
@@ -22,6 +22,7 @@ use crate::daemon::controller::Controller;
 use crate::daemon::grpc::{self, Call, Service};
 use crate::daemon::metrics::{Source, Text};
 use crate::daemon::pod::blocking;
+use crate::daemon::program;
 use crate::daemon::proto::{CONTROLLER, IdRequest};
 use crate::daemon::sandbox::{Answer, Figure, Kind};
 use crate::daemon::task::check_id;
@@ -296,7 +297,7 @@ fn is_kept(dir: &Path) -> bool {
 /// Starts a keeper and waits until it answers. Blocks.
 fn launch(about: &About, mounts: Stdio) -> io::Result<Child> {
     // No code of ours runs between fork and exec, so this is a cheap vfork.
-    let mut child = Command::new("/proc/self/exe")
+    let mut child = program::command()
         .args(about.arguments())
         .env_remove("NOTIFY_SOCKET")
         .env_remove("WATCHDOG_USEC")

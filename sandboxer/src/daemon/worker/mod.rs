@@ -22,7 +22,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -36,6 +36,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
 
+use crate::daemon::program;
 use crate::daemon::sandbox::Stop;
 use crate::engine::EngineError;
 use crate::engine::stdio;
@@ -199,7 +200,7 @@ impl Worker {
         channel.patience(timeouts::call()).map_err(what())?;
         // No code of ours runs between fork and exec, so this is a cheap vfork.
         let mut making = Making {
-            starter: Command::new("/proc/self/exe")
+            starter: program::command()
                 .arg(ARGUMENT)
                 .env_clear()
                 .envs(std::env::vars_os().filter(|(name, _)| name == "BULKHEAD_TIMEOUT_FACTOR"))
