@@ -195,6 +195,7 @@ fn device(target: Target) -> io::Result<(Box<dyn VirtioDevice>, Option<UnixDatag
                 mac: Some([2, 0, 0, 0, 0, 1]),
                 mtu: Some(1500),
                 vhost: false,
+                plain: false,
             };
             (Box::new(Net::new(tap, &options)), Some(far))
         }

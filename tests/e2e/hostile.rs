@@ -224,6 +224,7 @@ fn hostile(dir: &Path, case: &str, rounds: u64, seed: u64) -> VmConfig {
             mtu: None,
             // The kernel's own queues must stop with the reset, too.
             vhost: case == "resets",
+            plain: false,
         }],
         vsock_cid: Some(3),
         rng: true,

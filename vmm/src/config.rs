@@ -85,6 +85,8 @@ pub struct NetConfig {
     pub mtu: Option<u16>,
     /// Use the host kernel's vhost-net where it is available.
     pub vhost: bool,
+    /// No offloads ([`bulkhead_devices::virtio::net::NetOptions::plain`]).
+    pub plain: bool,
 }
 
 /// Everything needed to build a VM. `Default` gives one vCPU, 128 MiB and no devices but the

@@ -469,6 +469,7 @@ impl Wiring<'_> {
                 mac: net.mac,
                 mtu: net.mtu,
                 vhost: net.vhost,
+                plain: net.plain,
             };
             let mut net = Net::new(tap, &options);
             net.open_vhost(self.mem.clone());

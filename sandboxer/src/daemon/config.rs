@@ -121,6 +121,10 @@ pub struct Microvm {
     pub disk_slots: u8,
     /// Back guest memory with huge pages of the host.
     pub hugepages: bool,
+    /// Let the host's kernel move packets between a pod's network and its VM, where it can.
+    pub vhost_net: bool,
+    /// Let packets be larger than the MTU, and without checksums, between guest and host.
+    pub net_offload: bool,
     /// Run where KVM is emulated and a boot takes minutes.
     pub allow_emulated_kvm: bool,
 }
@@ -249,6 +253,8 @@ impl Default for Microvm {
             grow_memory_mib: 1024,
             disk_slots: 4,
             hugepages: false,
+            vhost_net: false,
+            net_offload: true,
             allow_emulated_kvm: false,
         }
     }
@@ -414,6 +420,12 @@ impl Config {
         if !vm.grow_memory_mib.is_multiple_of(128) {
             return wrong("microvm.grow_memory_mib", "must be a multiple of 128");
         }
+        if vm.vhost_net && vm.isolation == Isolation::Process {
+            return wrong(
+                "microvm.vhost_net",
+                "cannot be together with isolation = \"process\": workers have no /dev/vhost-net",
+            );
+        }
         if vm.grow_cpus > 31 {
             return wrong("microvm.grow_cpus", "must be at most 31");
         }
@@ -459,6 +471,8 @@ mod tests {
         let error = parse("[microvm]\ndefault_cpus = \"x\"\n").expect_err("type");
         assert!(error.contains("line 2"), "{error}");
         assert!(parse("run_dir = \"/run/a/very/long/name\"").is_err());
+        assert!(parse("[microvm]\nvhost_net = true").is_ok());
+        assert!(parse("[microvm]\nvhost_net = true\nisolation = \"process\"").is_err());
         // Values that TOML is content with are named in the same way.
         for (text, line) in [
             (

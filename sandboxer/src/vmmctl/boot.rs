@@ -374,6 +374,7 @@ fn tap(id: &str, index: usize, name: &str, vhost: bool) -> Result<NetConfig, Eng
         mac: Some([0x02, 0xb7, bytes[0], bytes[1], bytes[2], bytes[3]]),
         mtu: None,
         vhost,
+        plain: false,
     })
 }
 

@@ -405,6 +405,7 @@ fn network(net: &Net, vhost: bool, id: &str) -> Result<(Vec<NetConfig>, Addresse
         mac: Some([0x02, 0xb7, bytes[0], bytes[1], bytes[2], bytes[3]]),
         mtu: None,
         vhost,
+        plain: false,
     };
     Ok((vec![config], tap.host.zip(tap.guest)))
 }

@@ -3,6 +3,7 @@
 //! `recovery.rs` and `worker.rs`.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -12,6 +13,7 @@ use bulkhead_tests::cri::containerd::{APP, IoType, Isolation, Node, OURS, PROCES
 use bulkhead_tests::cri::proto::*;
 use bulkhead_tests::cri::{Cri, TestPod, container, pod};
 use bulkhead_tests::env::PATIENCE;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -19,6 +21,9 @@ use super::host::Host;
 use super::recovery::{pod_directories, until, until_lost};
 use super::wasm;
 use super::worker::{keeper_of, worker_of};
+
+/// Where the daemon's state is.
+const STATE: &str = "/run/bulkhead";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
@@ -36,6 +41,12 @@ enum Fault {
     NoDescriptors,
     /// The daemon stands still, for a while.
     Frozen,
+    /// The file system of the daemon's (and containerd's) state is full, for a while.
+    NoSpace,
+    /// The host's clock is an hour ahead, for a while.
+    Clock,
+    /// The pod's process with the VM stands still, its CPUs included, for a while.
+    WorkerFrozen,
 }
 
 impl Fault {
@@ -48,6 +59,9 @@ impl Fault {
             Self::Keeper => "kill -9 keeper",
             Self::NoDescriptors => "EMFILE in daemon",
             Self::Frozen => "daemon stopped",
+            Self::NoSpace => "ENOSPC in run_dir",
+            Self::Clock => "clock jumps",
+            Self::WorkerFrozen => "worker stopped",
         }
     }
 
@@ -55,7 +69,12 @@ impl Fault {
     fn is_survived(self, isolation: Isolation) -> bool {
         match self {
             Self::Daemon | Self::Both => isolation == Isolation::Process,
-            Self::Containerd | Self::NoDescriptors | Self::Frozen => true,
+            Self::Containerd
+            | Self::NoDescriptors
+            | Self::Frozen
+            | Self::NoSpace
+            | Self::Clock
+            | Self::WorkerFrozen => true,
             Self::Worker | Self::Keeper => false,
         }
     }
@@ -86,7 +105,7 @@ struct Kind<'a> {
     handler: &'a str,
     isolation: Isolation,
     /// Where the program of wasm pods is.
-    volume: &'a std::path::Path,
+    volume: &'a Path,
 }
 
 impl Kind<'_> {
@@ -130,7 +149,8 @@ fn is_chosen(filters: &[String], name: &str) -> bool {
 ///
 /// # Errors
 /// A node cannot be had.
-pub fn matrix(program: &std::path::Path, filters: &[String]) -> Result<bool> {
+pub fn matrix(program: &Path, filters: &[String]) -> Result<bool> {
+    let _state = SmallState::mount()?;
     let volume = tempfile::tempdir()?;
     fs::write(volume.path().join("loop.wasm"), wat::parse_str(wasm::LOOP)?)?;
     let thread = [
@@ -139,8 +159,10 @@ pub fn matrix(program: &std::path::Path, filters: &[String]) -> Result<bool> {
         Fault::Both,
         Fault::NoDescriptors,
         Fault::Frozen,
+        Fault::NoSpace,
+        Fault::Clock,
     ];
-    let process = [Fault::Worker, Fault::Keeper];
+    let process = [Fault::Worker, Fault::Keeper, Fault::WorkerFrozen];
     let (mut cases, mut faults) = (0, Vec::new());
     println!(
         "{:<20} {:<8} {:<20} {:>6} {:>9}  failed",
@@ -186,8 +208,9 @@ pub fn matrix(program: &std::path::Path, filters: &[String]) -> Result<bool> {
                         continue;
                     }
                     // Wasm programs have no exec; a pod that starts has no worker to kill yet.
-                    let too_early = matches!(fault, Fault::Worker | Fault::Keeper)
-                        && matches!(step, Step::Starts | Step::Stops);
+                    let of_pod = [Fault::Worker, Fault::Keeper, Fault::WorkerFrozen];
+                    let too_early =
+                        of_pod.contains(fault) && matches!(step, Step::Starts | Step::Stops);
                     if (*handler == WASM && step == Step::Exec) || too_early {
                         continue;
                     }
@@ -367,7 +390,74 @@ fn happen(node: &mut Node, fault: Fault, target: Option<&TestPod>) -> Result<()>
             }
             signal(pid, Signal::SIGCONT)
         }
+        Fault::NoSpace => {
+            let full = Full::of(Path::new(STATE))?;
+            if let Ok(pod) = TestPod::run(node, OURS, pod("meanwhile")) {
+                forget(pod);
+            }
+            drop(full);
+            Ok(())
+        }
+        Fault::Clock => {
+            shift_clock(3600)?;
+            let pods = node.cri(OURS)?.pods();
+            shift_clock(-3600)?;
+            pods.map(drop)
+        }
+        Fault::WorkerFrozen => {
+            let pid = worker_of(target("worker")?)?;
+            signal(pid, Signal::SIGSTOP)?;
+            std::thread::sleep(std::time::Duration::from_secs(3));
+            signal(pid, Signal::SIGCONT)
+        }
     }
+}
+
+/// A file system of its own for the daemon's state, which can be filled without filling the host's
+/// memory.
+struct SmallState;
+
+impl SmallState {
+    fn mount() -> Result<Self> {
+        fs::create_dir_all(STATE)?;
+        let (kind, data) = (Some("tmpfs"), Some("size=16m,mode=755"));
+        mount(kind, STATE, kind, MsFlags::empty(), data)?;
+        Ok(Self)
+    }
+}
+
+impl Drop for SmallState {
+    fn drop(&mut self) {
+        let _ = umount2(STATE, MntFlags::MNT_DETACH);
+    }
+}
+
+/// A file that leaves nothing of its file system, as long as this lives.
+struct Full(PathBuf);
+
+impl Full {
+    fn of(dir: &Path) -> Result<Self> {
+        let full = Self(dir.join("full"));
+        let mut file = fs::File::create(&full.0)?;
+        let block = vec![0; 1 << 20];
+        for size in [1 << 20, 1 << 12, 1] {
+            while std::io::Write::write(&mut file, &block[..size]).is_ok() {}
+        }
+        Ok(full)
+    }
+}
+
+impl Drop for Full {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn shift_clock(seconds: i64) -> Result<()> {
+    use nix::time::{ClockId, clock_gettime, clock_settime};
+    let now = clock_gettime(ClockId::CLOCK_REALTIME)?;
+    let then = nix::sys::time::TimeSpec::new(now.tv_sec() + seconds, now.tv_nsec());
+    Ok(clock_settime(ClockId::CLOCK_REALTIME, then)?)
 }
 
 fn limit_files(pid: u32, limit: &str) -> Result<()> {

@@ -71,9 +71,13 @@ pub fn run(sandboxer: &Path, parts: &[String]) -> Result<Report> {
     let mut report = Report::new("pods", RUNC, &version);
     let mut node = None;
     for part in parts {
-        if part == "isolated" {
+        // These have nodes of their own.
+        if part == "isolated" || part == "tcp" {
             drop(node.take());
-            isolated(sandboxer, &mut report)?;
+            match part.as_str() {
+                "tcp" => throughput(sandboxer, &mut report)?,
+                _ => isolated(sandboxer, &mut report)?,
+            }
             continue;
         }
         let node = match &mut node {
@@ -91,7 +95,6 @@ pub fn run(sandboxer: &Path, parts: &[String]) -> Result<Report> {
                 }
             }
             "idle" => idle(node, &mut report)?,
-            "tcp" => throughput(node, &mut report)?,
             "crowds" => {
                 for handler in [OURS, APP] {
                     crowds(node, &mut report, handler)?;
@@ -257,10 +260,10 @@ fn wakeups(node: &Node) -> Result<f64> {
     Ok(count()?.saturating_sub(before) as f64 / WATCHED.as_secs_f64())
 }
 
-/// MiB a second through a TCP connection: pod to node, node to pod, pod to pod.
-fn throughput(node: &Node, report: &mut Report) -> Result<()> {
-    let of = |handler: &str| -> Result<[f64; 3]> {
-        eprintln!("{handler}: TCP");
+/// MiB a second through a TCP connection: pod to node, node to pod, pod to pod; as pods are by default,
+/// without offloads, and with the host's kernel at the queues.
+fn throughput(sandboxer: &Path, report: &mut Report) -> Result<()> {
+    let of = |node: &Node, handler: &str| -> Result<[f64; 3]> {
         let one = TestPod::run(node, handler, pod("from"))?;
         let from = one.sleeper("c")?;
         let other = TestPod::run(node, handler, pod("to"))?;
@@ -312,13 +315,30 @@ fn throughput(node: &Node, report: &mut Report) -> Result<()> {
         other.remove()?;
         Ok([to_node, from_node, to_pod])
     };
-    let (own, its) = (of(OURS)?, of(RUNC)?);
-    for (n, what) in ["pod to node", "node to pod", "pod to pod"]
-        .iter()
-        .enumerate()
-    {
-        let what = format!("TCP, {what}");
-        report.add(&what, "MiB/s", &[own[n]], &[its[n]], Goal::Shown, COMMAND);
+    let mut its = None;
+    for (name, lines) in [
+        ("", ""),
+        (", without offloads", "net_offload = false"),
+        (", vhost-net", "vhost_net = true"),
+    ] {
+        eprintln!("TCP{name}");
+        let node = Node::start_tuned(lines, sandboxer, &["busybox"], IoType::Fifo)?;
+        let its = match its {
+            Some(its) => its,
+            None => *its.insert(of(&node, RUNC)?),
+        };
+        for handler in [OURS, APP] {
+            // The app kernel's pods have no such settings.
+            if handler == APP && !name.is_empty() {
+                continue;
+            }
+            let own = of(&node, handler)?;
+            let ways = ["pod to node", "node to pod", "pod to pod"];
+            for (n, way) in ways.into_iter().enumerate() {
+                let what = format!("TCP, {way}, {handler}{name}");
+                report.add(&what, "MiB/s", &[own[n]], &[its[n]], Goal::Shown, COMMAND);
+            }
+        }
     }
     Ok(())
 }

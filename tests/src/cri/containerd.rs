@@ -92,7 +92,21 @@ impl Node {
         images: &[&str],
         io: IoType,
     ) -> Result<Self> {
-        Self::start_with(Purpose::Tests, isolation, sandboxer, images, io)
+        Self::start_with(Purpose::Tests, isolation, "", sandboxer, images, io)
+    }
+
+    /// The same with more lines for `[microvm]` in the daemon's configuration.
+    ///
+    /// # Errors
+    /// Something does not start; the logs say why.
+    pub fn start_tuned(
+        microvm: &str,
+        sandboxer: &Path,
+        images: &[&str],
+        io: IoType,
+    ) -> Result<Self> {
+        let isolation = Isolation::Thread;
+        Self::start_with(Purpose::Tests, isolation, microvm, sandboxer, images, io)
     }
 
     /// The same for another purpose.
@@ -105,12 +119,13 @@ impl Node {
         images: &[&str],
         io: IoType,
     ) -> Result<Self> {
-        Self::start_with(purpose, Isolation::Thread, sandboxer, images, io)
+        Self::start_with(purpose, Isolation::Thread, "", sandboxer, images, io)
     }
 
     fn start_with(
         purpose: Purpose<'_>,
         isolation: Isolation,
+        microvm: &str,
         sandboxer: &Path,
         images: &[&str],
         io: IoType,
@@ -148,6 +163,7 @@ impl Node {
             format!(
                 "[log]\nlevel = \"info\"\n\
                  [microvm]\ndefault_memory_mib = 192\nisolation = \"{isolation}\"\n\
+                 {microvm}\n\
                  [app]\nisolation = \"{isolation}\"\n\
                  [metrics]\nlisten = \"unix:{METRICS}\"\n"
             ),

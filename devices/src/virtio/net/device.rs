@@ -28,6 +28,9 @@ const F_HOST_TSO6: u64 = 1 << 12;
 pub(super) const F_MRG_RXBUF: u64 = 1 << 15;
 const F_STATUS: u64 = 1 << 16;
 
+const OFFLOADS: u64 =
+    F_CSUM | F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_HOST_TSO4 | F_HOST_TSO6;
+
 const QUEUE_SIZES: &[u16] = &[256, 256];
 const RX: usize = 0;
 const TX: usize = 1;
@@ -43,6 +46,8 @@ pub struct NetOptions {
     pub mtu: Option<u16>,
     /// Let the host kernel work on the queues where it can.
     pub vhost: bool,
+    /// Offer the guest no offloads: frames have checksums and the size of the MTU.
+    pub plain: bool,
 }
 
 /// What the device has done.
@@ -73,6 +78,7 @@ pub struct Net {
     mtu: Option<u16>,
     link_up: bool,
     want_vhost: bool,
+    plain: bool,
     kernel: Option<Kernel>,
     queues: Vec<Queue>,
     activation: Option<Activation>,
@@ -90,6 +96,7 @@ impl Net {
     pub fn new(tap: Tap, options: &NetOptions) -> Self {
         Self {
             want_vhost: options.vhost && tap.is_real(),
+            plain: options.plain,
             tap,
             mac: options.mac.unwrap_or_else(random_mac),
             mtu: options.mtu,
@@ -299,16 +306,11 @@ impl VirtioDevice for Net {
 
     fn features(&self) -> u64 {
         let mtu = if self.mtu.is_some() { F_MTU } else { 0 };
-        F_CSUM
-            | F_GUEST_CSUM
-            | F_MAC
-            | F_GUEST_TSO4
-            | F_GUEST_TSO6
-            | F_HOST_TSO4
-            | F_HOST_TSO6
-            | F_MRG_RXBUF
-            | F_STATUS
-            | mtu
+        let offloads = match self.plain {
+            true => 0,
+            false => OFFLOADS,
+        };
+        F_MAC | F_MRG_RXBUF | F_STATUS | offloads | mtu
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

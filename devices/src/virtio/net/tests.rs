@@ -199,6 +199,7 @@ fn configuration_and_link() {
         mac: Some([2, 1, 2, 3, 4, 5]),
         mtu: Some(9000),
         vhost: true,
+        plain: false,
     };
     let mut net = Net::new(tap, &options);
     let guest = Guest::new(2, 16);
@@ -217,6 +218,13 @@ fn configuration_and_link() {
     assert_eq!(guest.interrupt.status(), 2);
     assert_eq!(net.features() & 1 << 3, 1 << 3);
     assert_eq!(net.features() & F_HOST_TSO4, F_HOST_TSO4);
+    let plain = NetOptions {
+        plain: true,
+        ..NetOptions::default()
+    };
+    let plain = Net::new(cable().0, &plain).features();
+    let offloads = F_CSUM | F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_HOST_TSO4;
+    assert_eq!(plain & (offloads | F_MRG_RXBUF), F_MRG_RXBUF);
 
     let state = net.save();
     let (tap, _far) = cable();

@@ -51,6 +51,10 @@ pub struct Sizes {
     pub disk_slots: u8,
     /// Memory by huge pages of the host.
     pub hugepages: bool,
+    /// Packets by the host's kernel.
+    pub vhost_net: bool,
+    /// Whether packets may be larger than the MTU and without checksums on their way.
+    pub net_offload: bool,
 }
 
 impl Guests {
@@ -129,6 +133,8 @@ impl Guests {
                     },
                     disk_slots: if alone { 0 } else { wish.disk_slots },
                     hugepages: wish.hugepages,
+                    vhost_net: wish.vhost_net && !alone,
+                    net_offload: wish.net_offload,
                 }
             }
             Self::App => {
@@ -145,6 +151,8 @@ impl Guests {
                     // It has no driver for them.
                     disk_slots: 0,
                     hugepages: false,
+                    vhost_net: false,
+                    net_offload: true,
                 }
             }
         }

@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex};
 
 use bulkhead_protocol::rpc::{Code, Status};
 use bulkhead_protocol::sandbox::{ConfigureSandboxRequest, Share};
-use bulkhead_vmm::VmConfig;
+use bulkhead_vmm::{NetConfig, VmConfig};
 
 use super::agent::setup::{self, failed};
 use super::cgroup::{CpuShare, Threads, clean_threads};
@@ -242,7 +242,14 @@ fn build(
         disks: boot.disks,
         spare_disk_slots: sizes.disk_slots,
         shares: storage.devices(),
-        nets: std::mem::take(&mut network.devices),
+        nets: std::mem::take(&mut network.devices)
+            .into_iter()
+            .map(|net| NetConfig {
+                vhost: sizes.vhost_net,
+                plain: !sizes.net_offload,
+                ..net
+            })
+            .collect(),
         vsock_cid: Some(3),
         rng: true,
         allow_emulated_kvm: guests.allow_emulated_kvm(config),

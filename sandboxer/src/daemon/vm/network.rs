@@ -138,6 +138,7 @@ impl PodNetwork {
             mac: link.mac,
             mtu: u16::try_from(link.mtu).ok(),
             vhost: false,
+            plain: false,
         });
         Ok(())
     }

@@ -64,6 +64,8 @@ pub struct Net {
     pub mac: Option<[u8; 6]>,
     /// MTU.
     pub mtu: Option<u16>,
+    /// No offloads.
+    pub plain: bool,
 }
 
 /// The VM to run. With it come, in this order: KVM, the guest's memory, the kernel, the disks,

@@ -141,6 +141,7 @@ fn hand_over(vm: VmConfig) -> Result<(Wish, Vec<OwnedFd>), EngineError> {
             tap: net.tap,
             mac: net.mac,
             mtu: net.mtu,
+            plain: net.plain,
         });
     }
     let shares = vm.shares.into_iter().map(|share| Share {

@@ -94,7 +94,9 @@ fn config(wish: &Wish, fds: &mut VecDeque<OwnedFd>) -> io::Result<(VmConfig, Fil
             fd: Some(next()?),
             mac: net.mac,
             mtu: net.mtu,
+            // Opening it would need a device file in the jail.
             vhost: false,
+            plain: net.plain,
         });
     }
     let share = |share: &super::channel::Share| ShareConfig {
