@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_tests::cri::containerd::{APP, Node, OURS};
+use bulkhead_tests::cri::containerd::{APP, Node, OURS, WASM};
 use bulkhead_tests::cri::proto::Mount;
 use bulkhead_tests::cri::{TestPod, container, log, pod};
 use bulkhead_tests::env::{self, PATIENCE};
@@ -16,6 +16,7 @@ use bulkhead_tests::env::{self, PATIENCE};
 use super::Test;
 use super::failure::{privileged, with_privileges};
 use super::host::Host;
+use super::wasm;
 
 pub const TESTS: &[Test] = &[("hostile_container", false, |node, _| {
     for (handler, rounds) in [(OURS, "5"), (APP, "5")] {
@@ -61,17 +62,79 @@ fn no_devices(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// How long a neighbour's answers take, in order.
-fn answers(pod: &TestPod, c: &str, count: usize) -> Result<Vec<Duration>> {
-    let mut waits = Vec::new();
-    for _ in 0..count {
-        let begin = Instant::now();
-        let answer = pod.sh(c, "cat /tmp/mine")?;
-        ensure!(answer == "mine\n", "{answer:?}");
-        waits.push(begin.elapsed());
+/// A pod beside the hostile one, whose answers are looked at meanwhile.
+struct Neighbour {
+    handler: &'static str,
+    pod: TestPod,
+    /// Its container, where there is one all the time.
+    c: String,
+    /// Of a wasm pod: where its program is, and what it copies.
+    volume: tempfile::TempDir,
+    quiet: Vec<Duration>,
+    busy: Vec<Duration>,
+}
+
+impl Neighbour {
+    fn run(node: &Node, handler: &'static str) -> Result<Self> {
+        let volume = tempfile::tempdir()?;
+        let pod = TestPod::run(node, handler, pod(&format!("beside-{handler}")))?;
+        let mut c = String::new();
+        if handler == WASM {
+            fs::write(volume.path().join("copy.wasm"), wat::parse_str(wasm::COPY)?)?;
+        } else {
+            c = pod.sleeper("c")?;
+            pod.sh(&c, "echo mine > /tmp/mine")?;
+        }
+        let mut neighbour = Self {
+            handler,
+            pod,
+            c,
+            volume,
+            quiet: Vec::new(),
+            busy: Vec::new(),
+        };
+        for _ in 0..5 {
+            let wait = neighbour.answer()?;
+            neighbour.quiet.push(wait);
+        }
+        Ok(neighbour)
     }
-    waits.sort();
-    Ok(waits)
+
+    /// How long a right answer takes: of a VM to Exec, of a wasm pod a program from its start to its
+    /// end.
+    fn answer(&self) -> Result<Duration> {
+        let begin = Instant::now();
+        if self.handler != WASM {
+            let answer = self.pod.sh(&self.c, "cat /tmp/mine")?;
+            ensure!(answer == "mine\n", "{answer:?}");
+            return Ok(begin.elapsed());
+        }
+        let dir = self.volume.path();
+        let text = format!("answer {}\n", self.busy.len());
+        fs::write(dir.join("in"), &text)?;
+        let mut spec = container("copy", "busybox", &["/data/copy.wasm"]);
+        spec.mounts = vec![Mount {
+            container_path: "/data".into(),
+            host_path: dir.to_string_lossy().into_owned(),
+            ..Mount::default()
+        }];
+        let begin = Instant::now();
+        let c = self.pod.start(&spec)?;
+        let status = self.pod.cri.wait_exit(&c, PATIENCE)?;
+        let wait = begin.elapsed();
+        self.pod.cri.remove(&c)?;
+        ensure!(status.exit_code == 7, "{status:?}");
+        let copied = fs::read_to_string(dir.join("out"))?;
+        ensure!(copied == text, "{copied:?}");
+        Ok(wait)
+    }
+
+    fn medians(&mut self) -> [Option<Duration>; 2] {
+        [&mut self.quiet, &mut self.busy].map(|all| {
+            all.sort();
+            all.get(all.len() / 2).copied()
+        })
+    }
 }
 
 fn hostile_container(node: &mut Node, handler: &str, rounds: &str) -> Result<()> {
@@ -82,12 +145,13 @@ fn hostile_container(node: &mut Node, handler: &str, rounds: &str) -> Result<()>
     let image = env::guest_image()?;
     let image_before = digest(&image)?;
     TestPod::run(node, handler, pod("first"))?.remove()?;
+    Neighbour::run(node, WASM)?.pod.remove()?;
     let before = Host::settled(node)?;
 
-    let neighbour = TestPod::run(node, handler, pod("neighbour"))?;
-    let calm = neighbour.sleeper("c")?;
-    neighbour.sh(&calm, "echo mine > /tmp/mine")?;
-    let quiet = answers(&neighbour, &calm, 5)?;
+    let mut neighbours = [OURS, APP, WASM]
+        .map(|kind| Neighbour::run(node, kind).with_context(|| format!("neighbour, {kind}")))
+        .into_iter()
+        .collect::<Result<Vec<_>>>()?;
 
     let pod = TestPod::run(node, handler, privileged("walls"))?;
     let mut spec = with_privileges(container(
@@ -109,7 +173,6 @@ fn hostile_container(node: &mut Node, handler: &str, rounds: &str) -> Result<()>
         },
     ];
     let c = pod.start(&spec)?;
-    let mut busy = Vec::new();
     let begin = Instant::now();
     while pod.cri.status(&c)?.finished_at == 0 {
         ensure!(
@@ -117,17 +180,22 @@ fn hostile_container(node: &mut Node, handler: &str, rounds: &str) -> Result<()>
             "it does not end: {:?}",
             log(&pod.config, &spec)
         );
-        busy.extend(answers(&neighbour, &calm, 1)?);
+        for neighbour in &mut neighbours {
+            let wait = neighbour.answer();
+            let wait = wait.with_context(|| format!("neighbour, {}", neighbour.handler))?;
+            neighbour.busy.push(wait);
+        }
     }
-    busy.sort();
     let (out, err) = log(&pod.config, &spec)?;
     let status = pod.cri.status(&c)?;
-    println!(
-        "  {handler}: {:.1} s; the neighbour's answers took {:?} before, {:?} beside it (medians)",
-        begin.elapsed().as_secs_f64(),
-        quiet.get(quiet.len() / 2),
-        busy.get(busy.len() / 2),
-    );
+    println!("  {handler}: {:.1} s", begin.elapsed().as_secs_f64());
+    for neighbour in &mut neighbours {
+        let [quiet, busy] = neighbour.medians();
+        println!(
+            "    {}, beside it: an answer took {quiet:?} before, {busy:?} meanwhile (medians)",
+            neighbour.handler
+        );
+    }
     ensure!(
         status.exit_code == 0 && out.contains("walls: done"),
         "{status:?}\n{out}\n{err}"
@@ -157,7 +225,9 @@ fn hostile_container(node: &mut Node, handler: &str, rounds: &str) -> Result<()>
     let again = pod.sleeper("again")?;
     ensure!(pod.sh(&again, "echo well")? == "well\n");
     pod.remove()?;
-    neighbour.remove()?;
+    for neighbour in neighbours {
+        neighbour.pod.remove()?;
+    }
     let _ = fs::remove_dir_all(place);
     before.as_before(node).map(drop)
 }

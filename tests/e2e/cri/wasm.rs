@@ -16,7 +16,7 @@ use super::wide::pod_cgroup;
 pub const TESTS: &[Test] = &[("wasm_pod", false, wasm_pod)];
 
 /// Prints a line, copies `data/in` to `data/out` and ends with 7.
-const COPY: &str = r#"(module
+pub const COPY: &str = r#"(module
   (import "wasi_snapshot_preview1" "fd_write"
     (func $write (param i32 i32 i32 i32) (result i32)))
   (import "wasi_snapshot_preview1" "fd_read"
