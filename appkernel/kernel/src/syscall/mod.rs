@@ -11,6 +11,7 @@ mod memory;
 mod more;
 mod mounts;
 mod moves;
+mod opens;
 mod paths;
 mod pidfds;
 mod polls;
@@ -23,6 +24,7 @@ pub mod sysv;
 mod timers;
 mod users;
 mod watches;
+mod xattrs;
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -181,7 +183,7 @@ fn dispatch(call: &Call<'_>, frame: &mut Frame) -> Result<Option<u64>> {
 type Family = fn(&Call<'_>) -> Option<Result>;
 
 /// Who is asked for a call, one after the other.
-static FAMILIES: [Family; 18] = [
+static FAMILIES: [Family; 20] = [
     files::call,
     memory::call,
     paths::call,
@@ -200,6 +202,8 @@ static FAMILIES: [Family; 18] = [
     timers::call,
     mounts::call,
     pidfds::call,
+    xattrs::call,
+    opens::call,
 ];
 
 /// Who answered a number the last time, plus one: asked first.

@@ -19,7 +19,6 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
             Ok(_) => Err(Errno::EINVAL),
             Err(e) => Err(*e),
         },
-        188..=199 => extended(c),
         221 => match c.task.used_file(c.int(0)) {
             Ok(file) if matches!(file.kind, Kind::Pipe(..)) => Err(Errno::ESPIPE),
             Ok(_) if c.uint(3) > 5 || c.arg(2).cast_signed() < 0 => Err(Errno::EINVAL),
@@ -44,25 +43,6 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         436 => close_range(c),
         _ => return None,
     })
-}
-
-/// Extended attributes: the file has to be there, and has none.
-fn extended(c: &Call<'_>) -> Result {
-    // By path, by path of a link itself, by descriptor, for each of set, get, list and remove.
-    match (c.number - 188) % 3 {
-        2 => drop(c.task.used_file(c.int(0))?),
-        one => drop(super::paths::resolve(
-            c,
-            super::paths::CWD,
-            c.arg(0),
-            one == 0,
-        )?),
-    }
-    match c.number {
-        191..=193 => Err(Errno::ENODATA),
-        194..=196 => Ok(0),
-        _ => Err(Errno::EOPNOTSUPP),
-    }
 }
 
 /// prctl(2).
