@@ -15,6 +15,7 @@ use crate::fs;
 use crate::fs::node::Node;
 use crate::mm::{MMAP_TOP, Mapping, Mm, STACK_BYTES, STACK_TOP};
 use crate::task::Credentials;
+use crate::vdso;
 
 /// Where relocatable programs go (as on Linux without randomisation).
 const PROGRAM_BASE: u64 = 0x5555_5555_4000;
@@ -44,6 +45,7 @@ mod at {
     pub const SECURE: u64 = 23;
     pub const RANDOM: u64 = 25;
     pub const EXECFN: u64 = 31;
+    pub const SYSINFO_EHDR: u64 = 33;
 }
 
 /// A program to run.
@@ -332,7 +334,9 @@ fn program(
         shared: false,
         backing: Backing::Zero,
     })?;
-    let stack = stack(&mut mm, &loaded, loader_base, request, context.credentials)?;
+    let vdso = vdso::map(&mut mm)?;
+    let bases = (loader_base, vdso);
+    let stack = stack(&mut mm, &loaded, bases, request, context.credentials)?;
     Ok(Image {
         mm,
         path,
@@ -346,7 +350,7 @@ fn program(
 fn stack(
     mm: &mut Mm,
     loaded: &Loaded,
-    loader_base: u64,
+    (loader_base, vdso): (u64, Option<u64>),
     request: &Request,
     credentials: &Credentials,
 ) -> Result<u64, Errno> {
@@ -403,10 +407,13 @@ fn stack(
         (at::PLATFORM, base + platform),
         (at::RANDOM, base + random_at),
         (at::EXECFN, base + name),
-        (0, 0),
     ] {
         words.extend([key, value]);
     }
+    if let Some(vdso) = vdso {
+        words.extend([at::SYSINFO_EHDR, vdso]);
+    }
+    words.extend([0, 0]);
     let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
     let at = (base - bytes.len() as u64) & !15;
     mm.write(at, &bytes)?;

@@ -336,8 +336,15 @@ fn maps(task: &Task) -> Vec<u8> {
                 (0, 0, 0, path)
             }
             Backing::File(file, offset) => {
-                let (device, inode) = file.node.identity();
-                (*offset, device, inode, file.path.as_slice())
+                let path = file.path.as_slice();
+                // What is no file of a file system has no place there.
+                let (device, inode) = if path.starts_with(b"[") {
+                    (0, 0)
+                } else {
+                    file.node.identity()
+                };
+                let offset = if path.starts_with(b"[") { &0 } else { offset };
+                (*offset, device, inode, path)
             }
         };
         let line = format!(
