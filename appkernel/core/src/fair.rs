@@ -152,6 +152,17 @@ impl Share {
             .map(|quota| quota.quota_ns.saturating_sub(quota.used_ns))
     }
 
+    /// Quota (`None`: no limit) and period in nanoseconds.
+    pub fn limit_ns(&self) -> (Option<u64>, u64) {
+        let quota = self.quota.map(|q| q.quota_ns);
+        (quota, self.quota.map_or(USUAL_PERIOD_NS, |q| q.period_ns))
+    }
+
+    /// The weight (`cpu.shares`).
+    pub fn weight(&self) -> u64 {
+        self.weight
+    }
+
     /// Who has least is next.
     pub fn virtual_ns(&self) -> u64 {
         self.virtual_ns

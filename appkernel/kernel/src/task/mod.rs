@@ -2,15 +2,16 @@
 //!
 //! The kernel is not interrupted for another task: a task gives up the CPU where it sleeps, and at
 //! the end of a time slice while its program runs. Lock order: memory, open files, then what is
-//! below them (nodes, pipes), then `SCHEDULER`; under it only a task's `links`.
+//! below them (nodes, pipes), then `SCHEDULER`; under it only a task's `links` and a container's `share`.
 
 mod credentials;
 mod end;
 pub mod limits;
+mod ready;
 mod schedule;
 mod scheduling;
 
-use alloc::collections::{BTreeMap, VecDeque};
+use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::cell::UnsafeCell;
@@ -144,7 +145,7 @@ unsafe impl Sync for Task {}
 
 struct Scheduler {
     tasks: BTreeMap<u32, (Arc<Task>, State)>,
-    ready: VecDeque<u32>,
+    ready: ready::Ready,
     current: u32,
     /// The task of that number.
     running: Arc<Task>,
@@ -221,7 +222,7 @@ pub fn init(container: &Arc<Container>, entry: extern "C" fn() -> !) -> Option<A
     tasks.insert(0, (Arc::clone(&task), State::Ready));
     *SCHEDULER.lock() = Some(Scheduler {
         tasks,
-        ready: VecDeque::new(),
+        ready: ready::Ready::default(),
         current: 0,
         running: Arc::clone(&task),
         dead: Vec::new(),
@@ -235,8 +236,8 @@ pub fn kernel_thread(name: &[u8], entry: extern "C" fn() -> !) -> Option<()> {
     let id = with(|s| container.new_id(|id| s.tasks.contains_key(&id)));
     let task = kernel_task(&container, id, name, entry)?;
     with(|s| {
+        s.ready.push_back(id, &task.container);
         s.tasks.insert(id, (task, State::Ready));
-        s.ready.push_back(id);
     });
     Some(())
 }
@@ -469,8 +470,8 @@ impl Task {
         });
         self.container.charge.add(end::PAGES_OF_TASK as u64);
         with(|s| {
+            s.ready.push_back(id, &task.container);
             s.tasks.insert(id, (task, State::Ready));
-            s.ready.push_back(id);
         });
         Ok(id)
     }
