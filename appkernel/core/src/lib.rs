@@ -8,6 +8,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod bytes;
+pub mod capabilities;
 pub mod cmdline;
 pub mod elf;
 pub mod errno;

@@ -28,8 +28,8 @@ const SIGNATURES: &[(u16, &str)] = &[
     (266, "pfp"), (267, "fpxu"), (268, "fpo"), (269, "fpo"), (270, "dxxxxx"), (271, "xuxxu"), (273, "xu"),
     (280, "fpxx"), (281, "dxddxu"), (283, "dx"), (284, "u"), (285, "dxdd"), (286, "dxxx"), (288, "dxxx"),
     (289, "dxux"), (290, "ux"), (291, "x"), (292, "ddx"), (293, "xx"), (294, "x"), (302, "ddxx"), (309, "xxx"),
-    (316, "fpfpx"), (318, "xux"), (319, "px"), (332, "fpxxx"), (334, "xudx"), (424, "dsxx"), (434, "dx"),
-    (435, "xu"), (436, "uux"), (439, "fpox"),
+    (310, "dxuxux"), (311, "dxuxux"),    (316, "fpfpx"), (318, "xux"), (319, "px"), (322, "fpxxx"), (324, "dxd"), (332, "fpxxx"), (334, "xudx"), (424, "dsxx"), (434, "dx"),
+    (435, "xu"), (436, "uux"), (437, "fpxu"), (439, "fpox"),
 ];
 
 /// How a call's arguments are shown: a letter for each. Of calls that nobody listed all six, in

@@ -287,6 +287,11 @@ impl Container {
         for (at, root, kind) in [
             ("/proc", Node::Proc(proc::Entry::root()), "proc"),
             ("/sys", Node::Proc(proc::Entry::sys()), "sysfs"),
+            (
+                "/sys/fs/cgroup",
+                Node::Proc(proc::Entry::cgroup()),
+                "cgroup2",
+            ),
             ("/dev", Node::Memory(dev), "tmpfs"),
             ("/dev/pts", Node::Memory(pts), "devpts"),
             ("/dev/shm", Node::Memory(shm), "tmpfs"),

@@ -12,7 +12,7 @@ use appkernel_hal::{PAGE, clock, frames, vdso as code};
 
 use crate::fs::memory;
 use crate::fs::node::Node;
-use crate::mm::{LOWEST, MMAP_TOP, Mapping, Mm};
+use crate::mm::{LOWEST, Mapping, Mm};
 
 /// The two pages as a file, under the names that /proc shows. Made for the first program.
 static PAGES: Mutex<Option<[Arc<Mapping>; 2]>> = Mutex::new(None);
@@ -42,7 +42,8 @@ pub fn map(mm: &mut Mm) -> Result<Option<u64>, Errno> {
         }
         pages.clone()
     };
-    let (Some(pages), Some(start)) = (pages, mm.areas.find_free(2 * PAGE, LOWEST, MMAP_TOP)) else {
+    let (Some(pages), Some(start)) = (pages, mm.areas.find_free(2 * PAGE, LOWEST, mm.mmap_top))
+    else {
         return Ok(None);
     };
     for (page, (mapping, protection)) in (0..).zip(pages.into_iter().zip([READ, READ | EXECUTE])) {

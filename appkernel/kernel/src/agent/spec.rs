@@ -29,6 +29,7 @@ pub struct Process {
     pub cwd: String,
     pub credentials: Credentials,
     pub umask: u32,
+    pub no_new_privileges: bool,
     pub limits: Limits,
     /// Columns and rows of its terminal.
     pub size: Option<(u16, u16)>,
@@ -157,6 +158,7 @@ pub fn process(
         cwd: cwd.to_string(),
         credentials,
         umask: id(&value["user"]["umask"]).unwrap_or(0o22) & 0o777,
+        no_new_privileges: value["noNewPrivileges"] == true,
         limits: Limits::of_spec(value),
         size: side("width").zip(side("height")),
     })

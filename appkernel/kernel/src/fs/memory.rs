@@ -171,6 +171,20 @@ fn node(
     })
 }
 
+/// A file that somebody else owns or that changes does not give its rights to others any more.
+fn drop_privileges(attributes: &mut Attributes) {
+    const SET_USER: u32 = 0o4000;
+    const SET_GROUP: u32 = 0o2010;
+    if attributes.mode & kind::MASK == kind::DIRECTORY {
+        return;
+    }
+    attributes.mode &= !SET_USER;
+    // Without the group's right to execute it, the bit means something else.
+    if attributes.mode & SET_GROUP == SET_GROUP {
+        attributes.mode &= !0o2000;
+    }
+}
+
 impl State {
     fn touch(&mut self) {
         let now = now();
@@ -216,6 +230,9 @@ impl Node {
         let attributes = &mut state.attributes;
         if let Some(mode) = change.mode {
             attributes.mode = attributes.mode & kind::MASK | mode & 0o7777;
+        }
+        if change.uid.is_some() || change.gid.is_some() {
+            drop_privileges(attributes);
         }
         attributes.uid = change.uid.unwrap_or(attributes.uid);
         attributes.gid = change.gid.unwrap_or(attributes.gid);
@@ -577,6 +594,11 @@ impl Node {
             return Err(Errno::EFBIG);
         }
         let mut state = self.state.lock();
+        if state.attributes.mode & 0o6000 != 0
+            && !crate::task::current().credentials.lock().is_root()
+        {
+            drop_privileges(&mut state.attributes);
+        }
         let mut done = 0;
         while done < from.len() {
             let at = offset + done as u64;

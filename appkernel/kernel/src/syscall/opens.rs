@@ -29,8 +29,44 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
             flag::CREATE | flag::WRITE_ONLY | flag::TRUNCATE,
             c.uint(1),
         ),
+        437 => open_how(c),
         _ => return None,
     })
+}
+
+/// openat2(2), but for the ways to restrict the walk: programs that want these go on without them
+/// where there is no such call.
+fn open_how(c: &Call<'_>) -> Result {
+    const FIRST: u64 = 24;
+    const RESOLVE: u64 = 0x3f;
+    const TMPFILE: u64 = 0o20_000_000;
+    const KNOWN: u64 = 0o37_777_703;
+    let size = c.arg(3);
+    if size < FIRST {
+        return Err(Errno::EINVAL);
+    }
+    if size > 4096 {
+        return Err(Errno::E2BIG);
+    }
+    let mut bytes = alloc::vec![0; size as usize];
+    appkernel_hal::usercopy::read(&mut bytes, c.arg(2)).map_err(|_| Errno::EFAULT)?;
+    if bytes.iter().skip(FIRST as usize).any(|b| *b != 0) {
+        return Err(Errno::E2BIG);
+    }
+    let word = |i: usize| {
+        let part = bytes.get(i * 8..i * 8 + 8).and_then(|b| b.try_into().ok());
+        part.map_or(0, u64::from_le_bytes)
+    };
+    let (flags, mode, resolve) = (word(0), word(1), word(2));
+    let makes = flags & (u64::from(flag::CREATE) | TMPFILE) != 0;
+    if flags & !KNOWN != 0 || resolve & !RESOLVE != 0 || mode & !0o7777 != 0 || mode != 0 && !makes
+    {
+        return Err(Errno::EINVAL);
+    }
+    if resolve != 0 {
+        return Err(Errno::ENOSYS);
+    }
+    open(c, c.int(0), c.arg(1), flags as u32, mode as u32)
 }
 
 fn open(c: &Call<'_>, dir: i32, address: u64, flags: u32, mode: u32) -> Result {

@@ -74,7 +74,7 @@ fn name(address: u64) -> Result<Vec<u8>> {
 }
 
 fn has_capability(c: &Call<'_>, capability: u32) -> bool {
-    c.task.credentials.lock().capabilities() >> capability & 1 != 0
+    c.task.credentials.lock().capabilities.has(capability)
 }
 
 /// The node, if the caller may change or see its attribute of that name.
