@@ -89,6 +89,7 @@ static const char *const paths[] = {
     "/proc/self/maps", "/proc/self/mem", "/proc/self/fd/3", "/proc/self/fd/5", "/proc/self/stat",
     "/proc/self/status", "/proc/self/task", "/proc/1/fd", "/proc/mounts", "/proc/meminfo", "/proc/stat",
     "/proc/sys/kernel/pid_max", "/sys/class/net", "/proc/self/oom_score_adj", "/proc/self/ns/pid", "/none",
+    "user.a", "user.b", "/sys/fs/cgroup/cpu.max", "/proc/self/fdinfo/3",
 };
 
 // An address: of the arena, of the kernel, of nobody, at the end of something.
@@ -235,7 +236,8 @@ static const struct known {
     {87, "p"}, {88, "pp"}, {89, "pbl"}, {90, "pn"}, {91, "fn"}, {92, "pnn"}, {95, "n"}, {96, "bb"}, {97, "2b"},
     {98, "1b"}, {99, "b"}, {100, "b"}, {109, "kk"}, {112, ""}, {115, "nv"}, {116, "nv"}, {120, "bb"}, {127, "vl"},
     {128, "vbtn"}, {129, "ksv"}, {131, "vb"}, {132, "pv"}, {133, "pnn"}, {137, "pb"}, {138, "fb"}, {157, "4nnnn"},
-    {158, "nb"}, {160, "2v"}, {186, ""}, {188, "ppbl1"}, {191, "ppbl"}, {194, "pbl"}, {200, "ks"}, {202, "a9nta1"},
+    {158, "nb"}, {160, "2v"}, {186, ""}, {188, "ppbl1"}, {190, "fpbl1"}, {191, "ppbl"}, {193, "fpbl"}, {194, "pbl"}, {196, "fbl"},
+    {197, "pp"}, {199, "fp"}, {200, "ks"}, {202, "a9nta1"},
     {213, "n"}, {217, "fbl"}, {222, "1vb"}, {223, "11vb"}, {226, "1"}, {228, "1b"}, {229, "1b"}, {230, "1Ftb"},
     {232, "fb11"}, {233, "f1fv"}, {234, "kks"}, {247, "1kvFb"}, {254, "fpF"}, {255, "f1"}, {257, "fpFn"},
     {258, "fpn"}, {259, "fpnn"}, {260, "fpnnF"}, {262, "fpbF"}, {263, "fpF"}, {264, "fpfp"}, {265, "fpfpF"},
@@ -243,8 +245,8 @@ static const struct known {
     {274, "kbb"}, {275, "fvfvlF"}, {276, "fflF"}, {277, "fnlF"}, {280, "fpvF"}, {281, "fb11vn"}, {282, "fvnF"},
     {283, "1F"}, {284, "nF"}, {285, "fFnn"}, {286, "fFvb"}, {287, "fb"}, {288, "fbvF"}, {289, "fvnF"}, {290, "nF"},
     {291, "F"}, {292, "f4F"}, {293, "bF"}, {294, "F"}, {295, "fv1n"}, {296, "fv1n"}, {299, "fv1Ft"}, {302, "k2vb"},
-    {306, "f"}, {307, "fv1F"}, {309, "bb"}, {314, "kvF"}, {315, "kbnF"}, {316, "fpfpF"}, {318, "bnF"}, {319, "pF"},
-    {325, "azF"}, {326, "fvfvlF"}, {327, "fv1nnF"}, {328, "fv1nnF"}, {332, "fpFFb"}, {424, "fsvF"}, {434, "kF"},
+    {306, "f"}, {307, "fv1F"}, {309, "bb"}, {310, "kv1v1F"}, {311, "kv1v1F"}, {314, "kvF"}, {315, "kbnF"}, {316, "fpfpF"}, {318, "bnF"}, {319, "pF"},
+    {324, "9F9"}, {325, "azF"}, {326, "fvfvlF"}, {327, "fv1nnF"}, {328, "fv1nnF"}, {332, "fpFFb"}, {424, "fsvF"}, {434, "kF"},
     {435, "vn"}, {436, "ffF"}, {437, "fpvn"}, {438, "f9F"}, {439, "fpnF"}, {441, "fb1tvn"}, {452, "fpnF"},
 };
 

@@ -77,7 +77,7 @@ fn watch(root: &Path, arguments: &str) -> Result<u64, Finding> {
                 .args(["boot", "--bare-cmdline", "--memory", "128M", "--share"])
                 .arg(format!("root={}", root.display()))
                 .arg("--cmdline")
-                .arg(format!("app.run=/calls {arguments}"))
+                .arg(format!("norandmaps app.run=/calls {arguments}"))
                 .arg(env::app_kernel()?)
                 .stdin(Stdio::null())
                 .stdout(Stdio::piped())

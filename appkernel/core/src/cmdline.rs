@@ -37,6 +37,8 @@ pub struct Options {
     pub memory: Option<u64>,
     /// `app.strace`: print system calls.
     pub strace: bool,
+    /// `norandmaps`: programs and their parts are always at the same addresses.
+    pub norandmaps: bool,
     /// `quiet`: say nothing about the start.
     pub quiet: bool,
 }
@@ -125,6 +127,7 @@ impl Options {
                 "app.cwd" => options.cwd = value.to_string(),
                 "app.memory" => options.memory = bytes(value),
                 "app.strace" => options.strace = true,
+                "norandmaps" => options.norandmaps = true,
                 "quiet" => options.quiet = true,
                 _ => {}
             }

@@ -38,11 +38,16 @@ pub enum Op {
     Statfs = 17,
     Release = 18,
     Fsync = 20,
+    Setxattr = 21,
+    Getxattr = 22,
+    Listxattr = 23,
+    Removexattr = 24,
     Init = 26,
     Opendir = 27,
     Readdir = 28,
     Releasedir = 29,
     Create = 35,
+    Tmpfile = 51,
 }
 
 /// Who asks.

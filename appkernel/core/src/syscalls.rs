@@ -31,8 +31,11 @@ pub struct Call {
     pub support: Support,
 }
 
+const REFUSED: &str = "EPERM: for administrators of a machine";
+const CAPABILITIES: &str = "sets are kept as on Linux; those for users, groups and the bounding set are checked, for the rest root may what containers may; no ambient ones";
 const NO_ACL: &str = "mode bits and owners only: no access control lists, no capabilities of files";
-const CPU_ONLY: &str = "processor time only, all of it as user time";
+const CPU_ONLY: &str = "processor time, all of it as user time, and most memory; the rest is zero";
+const EXTENDED: &str = "user.* and security.capability: no access control lists; files of programs get no capabilities; values of a share's files have at most 65,000 bytes";
 const WATCHED: &str =
     "paths are watched: other names of a file, and changes that the host makes, are not seen";
 const LIMITS: &str =
@@ -42,9 +45,9 @@ const LIMITS: &str =
 #[rustfmt::skip]
 const PRESENT: &[(u16, Support)] = &[
     (0, Supported), (1, Supported),
-    (2, Partial("no O_TMPFILE, no device files of the image but the usual ones; flags of rare use are ignored")),
+    (2, Partial("no device files of the image but the usual ones; flags of rare use are ignored")),
     (3, Supported), (4, Supported), (5, Supported), (6, Supported), (7, Supported),
-    (8, Partial("no SEEK_DATA and SEEK_HOLE")),
+    (8, Partial("holes are not found: all of a file is data")),
     (9, Partial("no huge pages, flags of rare use are ignored")),
     (10, Supported), (11, Supported), (12, Supported),
     (13, Supported), (14, Supported), (15, Supported),
@@ -57,7 +60,7 @@ const PRESENT: &[(u16, Support)] = &[
     (34, Supported), (35, Supported), (36, Partial("all processor time counts as user time")), (37, Supported), (38, Partial("all processor time counts as user time")), (39, Supported),
     (40, Supported), (41, Partial("AF_UNIX, AF_INET, AF_INET6: streams, datagrams; of AF_NETLINK the questions about interfaces; no raw sockets")), (42, Supported), (43, Supported), (44, Partial("no out-of-band data")), (45, Partial("no out-of-band data")), (46, Partial("files but unix sockets are passed, credentials are not")), (47, Partial("as sendmsg")), (48, Supported), (49, Supported), (50, Supported), (51, Supported), (52, Supported), (53, Supported), (54, Partial("time limits, linger, address reuse, no-delay and v6-only have effect; others are kept and given back")), (55, Supported), (56, Partial("no namespaces; no CLONE_PARENT; working directory is never shared by processes")),
     (57, Supported), (58, Supported), (59, Partial("EAGAIN when the first thread of several has ended")),
-    (60, Supported), (61, Partial("no resource usage")),
+    (60, Supported), (61, Partial(CPU_ONLY)),
     (62, Supported), (63, Supported),
     (64, Supported), (65, Supported), (66, Supported), (67, Supported), (68, Supported), (69, Supported), (70, Supported), (71, Supported), 
     (72, Partial("owner, signal and leases are kept, and no signals are sent; record locks are not seen by the host")), (73, Partial("not seen by the host")), (74, Supported), (75, Supported), (76, Supported), (77, Supported), (78, Supported), (79, Supported), (80, Supported), (81, Supported),
@@ -65,26 +68,26 @@ const PRESENT: &[(u16, Support)] = &[
     (88, Supported), (89, Supported), (90, Partial(NO_ACL)), (91, Partial(NO_ACL)),
     (92, Partial(NO_ACL)), (93, Partial(NO_ACL)), (94, Partial(NO_ACL)), (95, Supported),
     (96, Supported), (97, Partial(LIMITS)), (98, Partial(CPU_ONLY)), (99, Partial("no load averages")),
-    (100, Partial(CPU_ONLY)), (102, Supported), (104, Supported),
+    (100, Partial(CPU_ONLY)), (102, Supported), (103, Partial(REFUSED)), (104, Supported),
     (105, Supported), (106, Supported), (107, Supported), (108, Supported),
     (109, Supported), (110, Supported), (111, Supported), (112, Supported),
     (113, Supported), (114, Supported), (115, Supported), (116, Supported),
     (117, Supported), (118, Supported), (119, Supported), (120, Supported),
     (121, Supported), (122, Supported), 
-    (123, Supported), (124, Supported), (125, Partial("root has the usual ones of a container, others none")), (126, Partial("accepted, changes nothing")),
+    (123, Supported), (124, Supported), (125, Partial(CAPABILITIES)), (126, Partial(CAPABILITIES)),
     (127, Supported), (128, Supported), (129, Supported), (130, Supported), (131, Supported),
     (132, Supported), (133, Partial("fifos, sockets, and the usual devices in memory")),
-    (135, Partial("accepted, changes nothing")), (137, Supported), (138, Supported), (140, Partial("kept and given back; all are scheduled the same")), (141, Partial("kept and given back; all are scheduled the same")), (142, Partial("kept and given back; all are scheduled the same")), (143, Partial("kept and given back; all are scheduled the same")), (144, Partial("kept and given back; all are scheduled the same")), (145, Partial("kept and given back; all are scheduled the same")), (146, Supported), (147, Supported), (148, Partial("kept and given back; all are scheduled the same")), (149, Supported), (150, Supported), (151, Partial("pages come when they are touched")), (152, Supported), (157, Partial("names; the usual others are accepted and change nothing")), (158, Supported), (160, Partial(LIMITS)), (161, Partial("files that were opened before are left as they are")), (162, Supported), (165, Partial("tmpfs, proc, sysfs and binds; the container's own mounts stay as they are")), (166, Supported), (170, Supported), (171, Supported), (186, Supported), (187, Partial("accepted, changes nothing")), (188, Partial("there are no extended attributes")), (189, Partial("there are no extended attributes")), (190, Partial("there are no extended attributes")), (191, Partial("there are no extended attributes")), (192, Partial("there are no extended attributes")), (193, Partial("there are no extended attributes")), (194, Partial("there are no extended attributes")), (195, Partial("there are no extended attributes")), (196, Partial("there are no extended attributes")), (197, Partial("there are no extended attributes")), (198, Partial("there are no extended attributes")), (199, Partial("there are no extended attributes")), (200, Supported), (201, Supported),
+    (135, Partial("ADDR_NO_RANDOMIZE has effect, others are kept and given back")), (137, Supported), (138, Supported), (140, Partial("kept and given back; all are scheduled the same")), (141, Partial("kept and given back; all are scheduled the same")), (142, Partial("kept and given back; all are scheduled the same")), (143, Partial("kept and given back; all are scheduled the same")), (144, Partial("kept and given back; all are scheduled the same")), (145, Partial("kept and given back; all are scheduled the same")), (146, Supported), (147, Supported), (148, Partial("kept and given back; all are scheduled the same")), (149, Supported), (150, Supported), (151, Partial("pages come when they are touched")), (152, Supported), (153, Partial(REFUSED)), (155, Partial(REFUSED)), (157, Partial("names; the usual others are accepted and change nothing")), (158, Supported), (160, Partial(LIMITS)), (161, Partial("files that were opened before are left as they are")), (162, Supported), (163, Partial(REFUSED)), (164, Partial(REFUSED)), (165, Partial("tmpfs, proc, sysfs and binds; the container's own mounts stay as they are")), (166, Supported), (167, Partial(REFUSED)), (168, Partial(REFUSED)), (169, Partial(REFUSED)), (170, Supported), (171, Supported), (172, Partial(REFUSED)), (173, Partial(REFUSED)), (175, Partial(REFUSED)), (176, Partial(REFUSED)), (186, Supported), (187, Partial("accepted, changes nothing")), (188, Partial(EXTENDED)), (189, Partial(EXTENDED)), (190, Partial(EXTENDED)), (191, Partial(EXTENDED)), (192, Partial(EXTENDED)), (193, Partial(EXTENDED)), (194, Partial(EXTENDED)), (195, Partial(EXTENDED)), (196, Partial(EXTENDED)), (197, Partial(EXTENDED)), (198, Partial(EXTENDED)), (199, Partial(EXTENDED)), (200, Supported), (201, Supported),
     (202, Partial("FUTEX_WAIT, FUTEX_WAKE, their bitset forms (any bit), FUTEX_REQUEUE and FUTEX_CMP_REQUEUE")),
     (203, Supported), (204, Supported), (213, Supported), (217, Supported), (218, Supported),
-    (220, Supported), (221, Partial("accepted, changes nothing")), (222, Supported), (223, Supported), (224, Supported), (225, Supported), (226, Supported), (228, Supported), (229, Supported), (230, Supported), (231, Supported), (232, Supported), (233, Partial("one epoll within another, no more")), (234, Supported),
-    (235, Supported), (247, Partial("no resource usage")),
+    (220, Supported), (221, Partial("accepted, changes nothing")), (222, Supported), (223, Supported), (224, Supported), (225, Supported), (226, Supported), (227, Partial(REFUSED)), (228, Supported), (229, Supported), (230, Supported), (231, Supported), (232, Supported), (233, Partial("one epoll within another, no more")), (234, Supported),
+    (235, Supported), (246, Partial(REFUSED)), (247, Partial(CPU_ONLY)),
     (251, Partial("kept and given back; all are scheduled the same")), (252, Partial("kept and given back; all are scheduled the same")), (253, Supported), (254, Partial(WATCHED)), (255, Supported), (257, Partial("as open")), (258, Supported), (259, Partial("as mknod")), (260, Partial(NO_ACL)), (261, Supported), (262, Supported), (263, Supported), (264, Supported),
     (265, Supported), (266, Supported), (267, Supported), (268, Partial(NO_ACL)), (269, Partial(NO_ACL)),
     (270, Partial("as select")), (271, Supported),
-    (272, Partial("files only: no namespaces")), (273, Partial("accepted, not used: robust futexes are not woken at a thread's end")), (275, Supported), (276, Supported),
-    (280, Supported), (281, Supported), (282, Supported), (283, Partial("not told when the clock is set")), (284, Supported), (285, Partial("the size only: nothing is reserved, no holes are punched")), (286, Supported), (287, Supported), (288, Supported), (289, Supported), (290, Supported), (291, Supported), (292, Supported), (293, Supported), (294, Supported), (295, Supported), (296, Supported), (297, Supported), (299, Partial("the time limit is not heeded")), (302, Partial(LIMITS)),
-    (306, Supported), (307, Supported), (309, Supported), (314, Partial("kept and given back; all are scheduled the same")), (315, Partial("kept and given back; all are scheduled the same")), (316, Partial("RENAME_NOREPLACE only")), (318, Supported), (319, Partial("no seals, no huge pages")), (325, Supported), (326, Supported), (327, Partial("flags change nothing but where it is written")), (328, Partial("flags change nothing but where it is written")), (332, Partial("no birth times, no mount ids")), (424, Supported), (434, Supported), (435, Partial("as clone; no chosen numbers, no cgroup")), (436, Supported), (438, Partial("of processes that the caller may send signals to")), (439, Partial(NO_ACL)), (441, Supported),
+    (272, Partial("files only: no namespaces")), (273, Partial("accepted, not used: robust futexes are not woken at a thread's end")), (275, Supported), (276, Supported), (277, Partial("always all of the file")),
+    (280, Supported), (281, Supported), (282, Supported), (283, Partial("not told when the clock is set")), (284, Supported), (285, Partial("the size only: nothing is reserved, no holes are punched")), (286, Supported), (287, Supported), (288, Supported), (289, Supported), (290, Supported), (291, Supported), (292, Supported), (293, Supported), (294, Supported), (295, Supported), (296, Supported), (297, Supported), (299, Partial("the time limit is not heeded")), (302, Partial(LIMITS)), (304, Partial(REFUSED)),
+    (306, Supported), (307, Supported), (309, Supported), (310, Supported), (311, Supported), (313, Partial(REFUSED)), (314, Partial("kept and given back; all are scheduled the same")), (315, Partial("kept and given back; all are scheduled the same")), (316, Partial("RENAME_NOREPLACE only")), (318, Supported), (319, Partial("no seals, no huge pages")), (320, Partial(REFUSED)), (322, Partial("as execve")), (324, Supported), (325, Supported), (326, Supported), (327, Partial("flags change nothing but where it is written")), (328, Partial("flags change nothing but where it is written")), (332, Partial("no birth times, no mount ids")), (424, Supported), (434, Supported), (435, Partial("as clone; no chosen numbers, no cgroup")), (436, Supported), (437, Partial("ENOSYS when the walk is to be restricted")), (438, Partial("of processes that the caller may send signals to")), (439, Partial(NO_ACL)), (441, Supported),
 ];
 
 /// Numbers of calls are below.
@@ -105,6 +108,11 @@ static TABLE: [Support; NUMBERS] = {
 pub fn support(number: u64) -> Support {
     let index = usize::try_from(number).unwrap_or(usize::MAX);
     TABLE.get(index).copied().unwrap_or(Missing)
+}
+
+/// Whether the call of a number is refused to everybody.
+pub fn is_refused(number: u64) -> bool {
+    support(number) == Partial(REFUSED)
 }
 
 /// The call of a number, if Linux has one.

@@ -11,12 +11,30 @@ const CLOCKSOURCE2: u32 = 1 << 3;
 /// Nanoseconds of a tick.
 pub const TICK_NS: u64 = 10_000_000;
 
+/// In the page that programs see: KVM's clock, its wall clock, our wall clock, whether there is any.
+const WALL_AT: u64 = 64;
+const OWN_WALL_AT: u64 = 128;
+const USABLE_AT: u64 = 136;
+
 static PAGE: AtomicU64 = AtomicU64::new(0);
+static SHARED: AtomicU64 = AtomicU64::new(0);
 static WALL: AtomicU64 = AtomicU64::new(0);
 static TICKS: AtomicU64 = AtomicU64::new(0);
 
 /// Asks KVM for its clock.
 pub fn init() {
+    if let Some(page) = frames::allocate_zeroed() {
+        SHARED.store(page, Ordering::Relaxed);
+        ask(page);
+    }
+}
+
+/// The frame of the page that programs may read, if there is one: `vdso` says what is in it.
+pub fn shared_page() -> Option<u64> {
+    Some(SHARED.load(Ordering::Relaxed)).filter(|page| *page != 0)
+}
+
+fn ask(page: u64) {
     let signature = __cpuid(0x4000_0000);
     if (signature.ebx, signature.ecx) != (0x4b4d_564b, 0x564b_4d56) {
         return;
@@ -24,19 +42,18 @@ pub fn init() {
     if __cpuid(0x4000_0001).eax & CLOCKSOURCE2 == 0 {
         return;
     }
-    let Some(page) = frames::allocate_zeroed() else {
-        return;
-    };
     // SAFETY: the registers exist by the feature bit; KVM writes into a frame that is kept for ever.
-    unsafe {
-        cpu::wrmsr(KVM_WALL_CLOCK, page + 64);
-        let wall = direct(page + 64).cast::<u32>();
+    let wall_ns = unsafe {
+        cpu::wrmsr(KVM_WALL_CLOCK, page + WALL_AT);
+        let wall = direct(page + WALL_AT).cast::<u32>();
         let seconds = u64::from(wall.add(1).read_volatile());
         let ns = u64::from(wall.add(2).read_volatile());
-        WALL.store(seconds * 1_000_000_000 + ns, Ordering::Relaxed);
         cpu::wrmsr(KVM_SYSTEM_TIME, page | 1);
-    }
+        direct(page + USABLE_AT).cast::<u32>().write_volatile(1);
+        seconds * 1_000_000_000 + ns
+    };
     PAGE.store(page, Ordering::Relaxed);
+    set_wall(wall_ns);
 }
 
 /// Whether time is known between ticks: then they need not be equally long.
@@ -89,5 +106,17 @@ pub fn realtime_ns() -> u64 {
 
 /// Sets the wall clock: nanoseconds since 1970, as of now.
 pub fn set_realtime_ns(ns: u64) {
-    WALL.store(ns.wrapping_sub(monotonic_ns()), Ordering::Relaxed);
+    set_wall(ns.wrapping_sub(monotonic_ns()));
+}
+
+/// Sets what is added to monotonic time for the day's, here and where programs look.
+fn set_wall(ns: u64) {
+    WALL.store(ns, Ordering::Relaxed);
+    if let Some(page) = shared_page() {
+        // SAFETY: within the frame that is kept for ever, at a place of ours; programs only read it,
+        // a whole aligned word at once.
+        unsafe {
+            direct(page + OWN_WALL_AT).cast::<u64>().write_volatile(ns);
+        }
+    }
 }

@@ -21,6 +21,7 @@ pub mod serial;
 pub mod sync;
 pub mod trap;
 pub mod usercopy;
+pub mod vdso;
 
 /// Where all physical memory is mapped.
 pub const DIRECT_MAP: u64 = 0xffff_8000_0000_0000;

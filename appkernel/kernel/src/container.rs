@@ -6,6 +6,7 @@ use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use appkernel_core::errno::Errno;
+use appkernel_core::fair::Share;
 use appkernel_hal::sync::Mutex;
 
 use crate::fs::node::Node;
@@ -136,6 +137,8 @@ pub struct Container {
     next: AtomicU32,
     /// Nanoseconds its programs had the CPU.
     pub cpu_ns: AtomicU64,
+    /// Its part of the CPU.
+    pub share: Mutex<Share>,
     /// Its memory.
     pub charge: Arc<Charge>,
     /// Tasks it may have.
@@ -169,6 +172,7 @@ impl Container {
             mounts: Mutex::new(alloc::vec![root]),
             next: AtomicU32::new(1),
             cpu_ns: AtomicU64::new(0),
+            share: Mutex::default(),
             charge: Arc::default(),
             pids_max: AtomicU64::new(u64::MAX),
             oom_kills: AtomicU64::new(0),
@@ -182,6 +186,20 @@ impl Container {
         // The last one hides those before it.
         let mount = mounts.iter().rev().find(|m| m.at == path)?;
         Some((mount.root.clone(), mount.read_only))
+    }
+
+    /// Whether the mount that a canonical path is on cannot be written.
+    pub fn is_read_only(&self, path: &[u8]) -> bool {
+        let mounts = self.mounts.lock();
+        let holds = |m: &&Mount| {
+            m.at == b"/"
+                || path
+                    .strip_prefix(&m.at[..])
+                    .is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/"))
+        };
+        // The longest that fits; of several at one place the last.
+        let mount = mounts.iter().filter(holds).max_by_key(|m| m.at.len());
+        path.starts_with(b"/") && mount.is_some_and(|m| m.read_only)
     }
 
     /// Mounts something.
@@ -269,6 +287,11 @@ impl Container {
         for (at, root, kind) in [
             ("/proc", Node::Proc(proc::Entry::root()), "proc"),
             ("/sys", Node::Proc(proc::Entry::sys()), "sysfs"),
+            (
+                "/sys/fs/cgroup",
+                Node::Proc(proc::Entry::cgroup()),
+                "cgroup2",
+            ),
             ("/dev", Node::Memory(dev), "tmpfs"),
             ("/dev/pts", Node::Memory(pts), "devpts"),
             ("/dev/shm", Node::Memory(shm), "tmpfs"),

@@ -3,9 +3,11 @@
 use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use appkernel_core::elf::{HEADER, Header, Segments};
 use appkernel_core::errno::Errno;
+use appkernel_core::fuse::Attributes;
 use appkernel_core::vma::{Area, Backing, EXECUTE, READ, WRITE};
 use appkernel_hal::trap::Frame;
 use appkernel_hal::{PAGE, USER_END, cpu};
@@ -15,6 +17,7 @@ use crate::fs;
 use crate::fs::node::Node;
 use crate::mm::{MMAP_TOP, Mapping, Mm, STACK_BYTES, STACK_TOP};
 use crate::task::Credentials;
+use crate::vdso;
 
 /// Where relocatable programs go (as on Linux without randomisation).
 const PROGRAM_BASE: u64 = 0x5555_5555_4000;
@@ -44,6 +47,7 @@ mod at {
     pub const SECURE: u64 = 23;
     pub const RANDOM: u64 = 25;
     pub const EXECFN: u64 = 31;
+    pub const SYSINFO_EHDR: u64 = 33;
 }
 
 /// A program to run.
@@ -60,8 +64,38 @@ pub struct Image {
     pub path: Vec<u8>,
     /// The path as it was asked for: the task is called after it.
     pub called: Vec<u8>,
+    /// Who it runs as, where that is not who asked for it.
+    becomes: Becomes,
     entry: u64,
     stack: u64,
+}
+
+/// Users and groups that a set-user-id or set-group-id program runs as.
+#[derive(Clone, Copy, Debug, Default)]
+struct Becomes {
+    uid: Option<u32>,
+    gid: Option<u32>,
+}
+
+impl Becomes {
+    fn of(attributes: &Attributes, allowed: bool) -> Self {
+        const SET_USER: u32 = 0o4000;
+        const SET_GROUP: u32 = 0o2010;
+        let has = |bits| allowed && attributes.mode & bits == bits;
+        Self {
+            uid: has(SET_USER).then_some(attributes.uid),
+            gid: has(SET_GROUP).then_some(attributes.gid),
+        }
+    }
+
+    fn apply(self, credentials: &mut Credentials) {
+        credentials.euid = self.uid.unwrap_or(credentials.euid);
+        credentials.egid = self.gid.unwrap_or(credentials.egid);
+        (credentials.suid, credentials.fsuid) = (credentials.euid, credentials.euid);
+        (credentials.sgid, credentials.fsgid) = (credentials.egid, credentials.egid);
+        let (uid, euid) = (credentials.uid, credentials.euid);
+        credentials.capabilities.program(uid, euid);
+    }
 }
 
 impl core::fmt::Debug for Image {
@@ -71,6 +105,11 @@ impl core::fmt::Debug for Image {
 }
 
 impl Image {
+    /// Makes whoever asked for it who it runs as.
+    pub fn set_credentials(&self, credentials: &mut Credentials) {
+        self.becomes.apply(credentials);
+    }
+
     /// Registers at its first instruction.
     pub fn frame(&self) -> Frame {
         Frame {
@@ -86,12 +125,30 @@ impl Image {
     }
 }
 
+/// Whether the machine wants random addresses (`norandmaps` on its command line: no).
+static RANDOM: AtomicBool = AtomicBool::new(true);
+
+/// Says whether the machine wants random addresses.
+pub fn randomize(on: bool) {
+    RANDOM.store(on, Ordering::Relaxed);
+}
+
+/// Whether a program of this personality gets random addresses.
+pub fn is_random(persona: u32) -> bool {
+    const NO_RANDOMIZE: u32 = 0x4_0000;
+    RANDOM.load(Ordering::Relaxed) && persona & NO_RANDOMIZE == 0
+}
+
 /// Where a program runs, and for whom.
 #[derive(Clone, Copy)]
 pub struct Context<'a> {
     pub container: &'a Container,
     pub cwd: &'a [u8],
     pub credentials: &'a Credentials,
+    /// Where things are in its memory is left to chance.
+    pub random: bool,
+    /// It may run as who owns the program, if the program wants that.
+    pub may_become: bool,
 }
 
 /// Why there is no program.
@@ -134,7 +191,13 @@ pub fn replace(request: &Request, context: Context<'_>) -> Result<Image, Failure
     }
     for _ in 0..SCRIPT_DEPTH {
         let found = fs::resolve(context.container, context.cwd, &request.path, true)?;
-        let node = found.node;
+        let mut node = found.node;
+        // By the number of an open file that may have no name any more.
+        if let Node::Proc(entry) = &node
+            && let Some(file) = entry.open_file()
+        {
+            node = file.node().cloned().ok_or(Errno::EACCES)?;
+        }
         if !node.is_regular() {
             return Err(Errno::EACCES.into());
         }
@@ -149,7 +212,8 @@ pub fn replace(request: &Request, context: Context<'_>) -> Result<Image, Failure
             request = script(&head, &request)?;
             continue;
         }
-        let image = program(&node, found.path, &request, context)?;
+        let becomes = Becomes::of(&attributes, context.may_become);
+        let image = program(&node, found.path, &request, context, becomes)?;
         return Ok(Image { called, ..image });
     }
     Err(Errno::ELOOP.into())
@@ -234,7 +298,7 @@ fn map_segments(
         (false, _) => 0,
         (true, 0) => mm
             .areas
-            .find_free(end - start, PAGE << 4, MMAP_TOP)
+            .find_free(end - start, PAGE << 4, mm.mmap_top)
             .ok_or(Errno::ENOMEM)?
             .saturating_sub(start),
         (true, wanted) => wanted,
@@ -248,7 +312,7 @@ fn map_segments(
         let memory_end = address
             .checked_add(segment.memory_bytes)
             .ok_or(Errno::ENOEXEC)?;
-        if memory_end > STACK_TOP - STACK_BYTES || first < crate::mm::LOWEST {
+        if memory_end > mm.stack_top - STACK_BYTES || first < crate::mm::LOWEST {
             return Err(Errno::ENOEXEC);
         }
         let mut protection = 0;
@@ -293,14 +357,53 @@ fn map_segments(
     Ok(base)
 }
 
+/// Random numbers for a new program: how far things in its memory are moved, as far as on Linux, and 16
+/// bytes for itself.
+struct Chance {
+    bytes: [u8; 16],
+    moves: [u64; 4],
+    used: usize,
+}
+
+impl Chance {
+    fn new(wanted: bool) -> Self {
+        let mut all = [0; 48];
+        cpu::random(&mut all);
+        let (bytes, rest) = all.split_at(16);
+        let mut chance = Self {
+            bytes: bytes.try_into().unwrap_or_default(),
+            moves: [0; 4],
+            used: 0,
+        };
+        if wanted {
+            for (to, from) in chance.moves.iter_mut().zip(rest.chunks(8)) {
+                *to = u64::from_le_bytes(from.try_into().unwrap_or_default());
+            }
+        }
+        chance
+    }
+
+    /// Up to `1 << bits` pages, in bytes.
+    fn pages(&mut self, bits: u32) -> u64 {
+        let number = self.moves.get(self.used).copied().unwrap_or(0);
+        self.used += 1;
+        (number & ((1 << bits) - 1)) * PAGE
+    }
+}
+
 fn program(
     node: &Node,
     path: Vec<u8>,
     request: &Request,
     context: Context<'_>,
+    becomes: Becomes,
 ) -> Result<Image, Failure> {
     let mut mm = Mm::new()?;
-    let loaded = map(&mut mm, node, &path, PROGRAM_BASE)?;
+    let mut chance = Chance::new(context.random);
+    mm.mmap_top = MMAP_TOP - chance.pages(28);
+    mm.stack_top = STACK_TOP - chance.pages(19);
+    let loaded = map(&mut mm, node, &path, PROGRAM_BASE + chance.pages(28))?;
+    mm.brk_start += chance.pages(13);
     mm.brk = mm.brk_start;
     let mut entry = loaded.base.saturating_add(loaded.header.entry);
     let mut loader_base = 0;
@@ -326,17 +429,23 @@ fn program(
         loader_base = loader.base;
     }
     mm.map(Area {
-        start: STACK_TOP - STACK_BYTES,
-        end: STACK_TOP,
+        start: mm.stack_top - STACK_BYTES,
+        end: mm.stack_top,
         protection: READ | WRITE,
         shared: false,
         backing: Backing::Zero,
     })?;
-    let stack = stack(&mut mm, &loaded, loader_base, request, context.credentials)?;
+    let vdso = vdso::map(&mut mm)?;
+    let bases = (loader_base, vdso);
+    let random = chance.bytes;
+    let mut credentials = context.credentials.clone();
+    becomes.apply(&mut credentials);
+    let stack = stack(&mut mm, &loaded, bases, request, &credentials, random)?;
     Ok(Image {
         mm,
         path,
         called: Vec::new(),
+        becomes,
         entry,
         stack,
     })
@@ -346,9 +455,10 @@ fn program(
 fn stack(
     mm: &mut Mm,
     loaded: &Loaded,
-    loader_base: u64,
+    (loader_base, vdso): (u64, Option<u64>),
     request: &Request,
     credentials: &Credentials,
+    random: [u8; 16],
 ) -> Result<u64, Errno> {
     let all = request.arguments.iter().chain(&request.environment);
     let total: usize = all.map(|s| s.len() + 1).sum();
@@ -367,15 +477,13 @@ fn stack(
         strings.push(0);
         at
     };
-    let mut random = [0; 16];
-    cpu::random(&mut random);
     let random_at = put(&random);
     let platform = put(b"x86_64");
     let name = put(&request.path);
     let arguments: Vec<u64> = request.arguments.iter().map(|a| put(a)).collect();
     let environment: Vec<u64> = request.environment.iter().map(|e| put(e)).collect();
     let end = put(b"");
-    let base = (STACK_TOP - 16 - strings.len() as u64) & !15;
+    let base = (mm.stack_top - 16 - strings.len() as u64) & !15;
     mm.write(base, &strings)?;
     let first = arguments.first().copied().unwrap_or(end);
     let middle = environment.first().copied().unwrap_or(end);
@@ -386,6 +494,8 @@ fn stack(
     words.push(0);
     words.extend(environment.iter().map(|e| base + e));
     words.push(0);
+    let secure = credentials.uid != credentials.euid || credentials.gid != credentials.egid;
+    let vector = words.len();
     let table = loaded.base + loaded.segments.table_address(&loaded.header);
     for (key, value) in [
         (at::PHDR, table),
@@ -399,16 +509,21 @@ fn stack(
         (at::GID, credentials.gid.into()),
         (at::EGID, credentials.egid.into()),
         (at::CLKTCK, 100),
-        (at::SECURE, 0),
+        (at::SECURE, secure.into()),
         (at::PLATFORM, base + platform),
         (at::RANDOM, base + random_at),
         (at::EXECFN, base + name),
-        (0, 0),
     ] {
         words.extend([key, value]);
     }
+    if let Some(vdso) = vdso {
+        words.extend([at::SYSINFO_EHDR, vdso]);
+    }
+    words.extend([0, 0]);
     let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
     let at = (base - bytes.len() as u64) & !15;
     mm.write(at, &bytes)?;
+    let (start, len) = (vector as u64 * 8, bytes.len() as u64);
+    mm.auxiliary = (at + start, len - start);
     Ok(at)
 }

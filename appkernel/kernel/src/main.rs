@@ -31,6 +31,8 @@ mod syscall;
 mod task;
 #[cfg(target_os = "none")]
 mod traps;
+#[cfg(target_os = "none")]
+mod vdso;
 
 #[cfg(not(target_os = "none"))]
 fn main() {

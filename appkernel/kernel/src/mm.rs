@@ -13,9 +13,9 @@ use appkernel_hal::{PAGE, cpu, frames};
 use crate::fs::fuse;
 use crate::fs::node::Node;
 
-/// Mappings are placed below; the stack lies above.
+/// Mappings are placed below, or somewhat lower; the stack lies above.
 pub const MMAP_TOP: u64 = 0x7fff_0000_0000;
-/// Top of the stack.
+/// Top of the stack, or somewhat lower.
 pub const STACK_TOP: u64 = 0x7fff_ffff_e000;
 /// Bytes of the stack.
 pub const STACK_BYTES: u64 = 8 << 20;
@@ -90,8 +90,13 @@ pub struct Mm {
     /// Address and length of arguments and of environment, on the stack.
     pub arguments: (u64, u64),
     pub environment: (u64, u64),
+    /// The same of the auxiliary vector.
+    pub auxiliary: (u64, u64),
     /// Start of the heap.
     pub brk_start: u64,
+    /// Where mappings are placed below, and where the stack ends.
+    pub mmap_top: u64,
+    pub stack_top: u64,
     /// End of the heap.
     pub brk: u64,
     /// What programs asked to stay (mlock): it is there, and nothing is ever swapped out.
@@ -132,7 +137,10 @@ impl Mm {
             areas: Areas::default(),
             arguments: (0, 0),
             environment: (0, 0),
+            auxiliary: (0, 0),
             brk_start: 0,
+            mmap_top: MMAP_TOP,
+            stack_top: STACK_TOP,
             brk: 0,
             locked: Areas::default(),
             lock_future: false,
@@ -280,7 +288,10 @@ impl Mm {
             areas: self.areas.clone(),
             arguments: self.arguments,
             environment: self.environment,
+            auxiliary: self.auxiliary,
             brk_start: self.brk_start,
+            mmap_top: self.mmap_top,
+            stack_top: self.stack_top,
             brk: self.brk,
             // A child has none of it.
             locked: Areas::default(),

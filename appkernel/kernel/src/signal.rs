@@ -172,6 +172,8 @@ pub struct Pending {
     pub saved_mask: Option<u64>,
     /// Alternate stack: start, bytes.
     pub stack: (u64, u64),
+    /// Signals that the thread waits for now (sigwait), blocked or not.
+    pub awaited: u64,
 }
 
 /// Real-time signals that wait for a thread, at most.
@@ -221,9 +223,46 @@ impl Pending {
         Some((signal, info))
     }
 
+    /// Whether the thread would take a signal that is sent to its process.
+    fn wants(&self, signal: Signal) -> bool {
+        (self.mask & !self.awaited) & signal.bit() == 0
+    }
+
+    /// Gives up those of `set` that were sent to the process and wait here because nobody wanted them.
+    fn give_up(&mut self, set: u64) -> Vec<(Signal, Info)> {
+        let set = set & self.mask & !self.awaited;
+        let of_process = |(signal, info): &mut (Signal, Info)| {
+            signal.bit() & set != 0 && info.code != code::TKILL
+        };
+        let given: Vec<_> = self.infos.extract_if(.., of_process).collect();
+        for (signal, _) in &given {
+            if self.infos.iter().all(|(s, _)| s != signal) {
+                self.set &= !signal.bit();
+            }
+        }
+        given
+    }
+
     fn forget(&mut self, set: u64) {
         self.set &= !set;
         self.infos.retain(|(s, _)| s.bit() & set == 0);
+    }
+}
+
+/// A thread wants signals of `set` now: those that were sent to its process when nobody wanted them
+/// wait at another thread.
+pub fn adopt(task: &Task, set: u64) {
+    // The threads of a process share these.
+    if set == 0 || Arc::strong_count(&task.links) == 1 {
+        return;
+    }
+    for other in task::living() {
+        if other.process == task.process && other.id != task.id {
+            let given = other.pending.lock().give_up(set);
+            for (signal, info) in given {
+                task.pending.lock().add(signal, info);
+            }
+        }
     }
 }
 
@@ -272,6 +311,10 @@ pub fn send(task: &Task, signal: Signal, info: Info) {
     };
     if wakes {
         task::wake_task(task.id);
+        // Another thread may read it from a file.
+        if Arc::strong_count(&task.links) > 1 {
+            task::wake(task::FILES);
+        }
     }
 }
 
@@ -283,9 +326,7 @@ pub fn send_process(process: u32, signal: Signal, info: Info) -> bool {
         .into_iter()
         .filter(|t| t.process == process)
         .collect();
-    let willing = threads
-        .iter()
-        .find(|t| t.pending.lock().mask & signal.bit() == 0);
+    let willing = threads.iter().find(|t| t.pending.lock().wants(signal));
     match willing.or(threads.first()) {
         Some(task) => {
             send(task, signal, info);

@@ -42,6 +42,7 @@ extern "C" fn kernel_main(start: u64) -> ! {
     hal::apic::init();
     let options = Options::parse(info.cmdline);
     syscall::trace(options.strace);
+    exec::randomize(!options.norandmaps);
     hal::serial::Serial::enable_input();
     hal::apic::enable_pin(traps::SERIAL_PIN);
     let ram_end = info
@@ -90,6 +91,8 @@ extern "C" fn kernel_main(start: u64) -> ! {
         container: &container,
         cwd: options.cwd.as_bytes(),
         credentials: &credentials,
+        random: exec::is_random(0),
+        may_become: true,
     };
     let image = match exec::load(&request, context) {
         Ok(image) => image,
@@ -111,6 +114,7 @@ extern "C" fn kernel_main(start: u64) -> ! {
         cwd: options.cwd.clone().into_bytes(),
         umask: 0o22,
         limits: task::Limits::default(),
+        no_new_privileges: false,
     };
     let Ok(first) = Task::make(new) else {
         fatal(format_args!("no memory for the first program"));

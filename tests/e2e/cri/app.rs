@@ -14,6 +14,7 @@ use super::{Test, basic, wide};
 pub const TESTS: &[Test] = &[
     ("app_pod", false, two_containers),
     ("app_memory", false, memory),
+    ("app_limits", false, limits),
     ("app_refusals", false, refusals),
     ("app_nothing_is_left", false, |node, _| {
         basic::come_and_go(node, APP, 3)
@@ -142,6 +143,63 @@ fn memory(node: &mut Node, _: &str) -> Result<()> {
         "{status:?}: {out}"
     );
     ensure!(pod.sh(&neighbour, "echo fine")? == "fine\n");
+    pod.remove()
+}
+
+/// A container's CPU quota and number of tasks are kept within the machine that it shares.
+fn limits(node: &mut Node, _: &str) -> Result<()> {
+    let pod = TestPod::run(node, APP, pod("applimits"))?;
+    let neighbour = pod.sleeper("neighbour")?;
+    let quota = |percent: i64| LinuxContainerResources {
+        cpu_period: 100_000,
+        cpu_quota: percent * 1000,
+        ..LinuxContainerResources::default()
+    };
+    let mut spec = container("busy", "busybox", &["sh", "-c", "while :; do :; done"]);
+    spec.linux.get_or_insert_default().resources = Some(quota(20));
+    let busy = pod.start(&spec)?;
+    let part = |seconds: &str| -> Result<f64> {
+        let now = || -> Result<(i64, u64)> {
+            let cpu = pod.cri.stats(&busy)?.cpu.context("no CPU statistics")?;
+            let used = cpu.usage_core_nano_seconds.context("no use of CPU")?;
+            Ok((cpu.timestamp, used.value))
+        };
+        let before = now()?;
+        pod.sh(&neighbour, &format!("sleep {seconds}"))?;
+        let after = now()?;
+        Ok((after.1 - before.1) as f64 / (after.0 - before.0) as f64)
+    };
+    let limited = part("5")?;
+    pod.cri.update(&busy, quota(70))?;
+    let more = part("5")?;
+    println!("  of 20 % of a CPU it has {limited:.2}, of 70 % {more:.2}");
+    ensure!(
+        (0.1..0.35).contains(&limited) && (0.45..0.85).contains(&more),
+        "{limited:.2} of 0.2, {more:.2} of 0.7"
+    );
+    pod.cri.stop(&busy, 0)?;
+
+    let tasks = |script: &str, name: &str| {
+        let mut spec = container(name, "busybox", &["sh", "-c", script]);
+        let resources = LinuxContainerResources {
+            unified: [("pids.max".to_owned(), "20".to_owned())].into(),
+            ..LinuxContainerResources::default()
+        };
+        spec.linux.get_or_insert_default().resources = Some(resources);
+        spec
+    };
+    let spec = tasks("while :; do sleep 1000 & echo one; done", "many");
+    let many = pod.start(&spec)?;
+    let status = pod.cri.wait_exit(&many, PATIENCE)?;
+    let (out, err) = log(&pod.config, &spec)?;
+    ensure!(
+        status.exit_code == 2 && out.lines().count() == 19 && err.contains("can't fork"),
+        "{status:?}: {out} {err}"
+    );
+    let bomb = pod.start(&tasks("f() { f | f & }; f; exec sleep 100000", "bomb"))?;
+    let script = "i=0; while [ $i -lt 30 ]; do /bin/true; i=$((i+1)); done; echo fine";
+    ensure!(pod.sh(&neighbour, script)? == "fine\n");
+    pod.cri.stop(&bomb, 0)?;
     pod.remove()
 }
 

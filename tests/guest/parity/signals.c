@@ -1,6 +1,7 @@
 // Signals: masks, queues, stacks, restarts, faults, waits, timers.
 #define _GNU_SOURCE
 #include <errno.h>
+#include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdio.h>
@@ -73,9 +74,52 @@ static void fault(const char *what, volatile char *address, int write)
     }
 }
 
+// A signal to the process that all threads block goes to the one that waits for it, however it waits.
+static volatile int stage;
+
+static void *waits(void *unused)
+{
+    sigset_t set;
+    int got = 0;
+    sigemptyset(&set), sigaddset(&set, SIGTERM);
+    stage = 1;
+    int result = sigwait(&set, &got);
+    printf("waited for: %d %d\n", result, got);
+    struct signalfd_siginfo info = {0};
+    int fd = signalfd(-1, &set, SFD_CLOEXEC);
+    stage = 2;
+    long bytes = read(fd, &info, sizeof info);
+    printf("read: %ld %d\n", bytes, info.ssi_signo);
+    kill(getpid(), SIGTERM);
+    show("at once", sigwaitinfo(&set, NULL));
+    kill(getpid(), SIGTERM);
+    int before = count;
+    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+    printf("unblocked: %d\n", count - before);
+    return unused;
+}
+
+static void threads(void)
+{
+    sigset_t set, old;
+    pthread_t thread;
+    signal(SIGTERM, counts);
+    sigemptyset(&set), sigaddset(&set, SIGTERM);
+    pthread_sigmask(SIG_BLOCK, &set, &old);
+    pthread_create(&thread, NULL, waits, NULL);
+    for (int i = 1; i <= 2; i++) {
+        while (stage != i)
+            usleep(1000);
+        kill(getpid(), SIGTERM);
+    }
+    pthread_join(thread, NULL);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+}
+
 int main(void)
 {
     setvbuf(stdout, NULL, _IOLBF, 0);
+    threads();
     sigset_t set1, old, pending;
     signal(SIGUSR1, counts);
     sigemptyset(&set1), sigaddset(&set1, SIGUSR1);

@@ -142,6 +142,9 @@ pub struct LinuxContainerResources {
     pub memory_limit_in_bytes: i64,
     #[prost(int64, tag = "5")]
     pub oom_score_adj: i64,
+    /// Files of cgroup v2 and what is in them.
+    #[prost(btree_map = "string, string", tag = "9")]
+    pub unified: BTreeMap<String, String>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]

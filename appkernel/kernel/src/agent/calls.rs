@@ -292,6 +292,7 @@ impl Agent {
         let most = container.charge.most();
         let most = most.map_or(total as u64, |n| n.min(total as u64));
         let us = container.cpu_ns.load(Ordering::Relaxed) / 1000;
+        let cpu = container.share.lock().statistics();
         let metrics = Metrics {
             pids: Some(PidsStat {
                 current: tasks.len() as u64,
@@ -300,6 +301,9 @@ impl Agent {
             cpu: Some(CPUStat {
                 usage_usec: us,
                 user_usec: us,
+                nr_periods: cpu.periods,
+                nr_throttled: cpu.throttled,
+                throttled_usec: cpu.throttled_ns / 1000,
                 ..CPUStat::default()
             }),
             memory: Some(MemoryStat {

@@ -124,6 +124,8 @@ impl Agent {
             container,
             cwd: spec.cwd.as_bytes(),
             credentials: &spec.credentials,
+            random: exec::is_random(0),
+            may_become: !spec.no_new_privileges,
         };
         let image = exec::load(&request, context).map_err(|e| match e {
             Errno::ENOEXEC | Errno::ELOOP => status(
@@ -179,6 +181,7 @@ impl Agent {
             cwd: spec.cwd.clone().into_bytes(),
             umask: spec.umask,
             limits: spec.limits,
+            no_new_privileges: spec.no_new_privileges,
         })
         .map_err(|e| failed("make the process", e))?;
         if let Some(pty) = &pty {

@@ -6,6 +6,8 @@ use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
 
 use appkernel_core::errno::Errno;
+use appkernel_core::fair;
+use appkernel_hal::clock;
 use bulkhead_protocol::rpc::{Code, Status};
 use serde_json::Value;
 
@@ -27,6 +29,7 @@ pub struct Process {
     pub cwd: String,
     pub credentials: Credentials,
     pub umask: u32,
+    pub no_new_privileges: bool,
     pub limits: Limits,
     /// Columns and rows of its terminal.
     pub size: Option<(u16, u16)>,
@@ -67,6 +70,37 @@ pub fn limit(container: &Container, resources: &Value) {
     if let Some(tasks) = most(&resources["pids"]["limit"]) {
         let tasks = tasks.unwrap_or(u64::MAX);
         container.pids_max.store(tasks, Ordering::Relaxed);
+    }
+    let cpu = &resources["cpu"];
+    let mut share = container.share.lock();
+    if let Some(weight) = cpu["shares"].as_u64().filter(|w| *w > 0) {
+        share.set_weight(weight);
+    }
+    let ns = |us: u64| us.saturating_mul(1000);
+    let quota = most(&cpu["quota"]).map(|us| us.map(ns));
+    let period = cpu["period"].as_u64().filter(|us| *us > 0).map(ns);
+    if quota.is_some() || period.is_some() {
+        share.set_quota(quota, period, clock::monotonic_ns());
+    }
+    // As files of cgroups, which come last.
+    let unified = |file: &str| resources["unified"][file].as_str().map(str::trim);
+    let number = |text: &str| match text {
+        "max" => Some(u64::MAX),
+        text => text.parse().ok(),
+    };
+    if let Some((quota, period)) = unified("cpu.max").and_then(fair::parse_max) {
+        share.set_quota(Some(quota), period, clock::monotonic_ns());
+    }
+    if let Some(weight) = unified("cpu.weight").and_then(number) {
+        share.set_weight(fair::shares_of(weight));
+    }
+    drop(share);
+    if let Some(tasks) = unified("pids.max").and_then(number) {
+        container.pids_max.store(tasks, Ordering::Relaxed);
+    }
+    if let Some(bytes) = unified("memory.max").and_then(number) {
+        let pages = (bytes != u64::MAX).then(|| bytes.div_ceil(4096));
+        container.charge.limit(pages.unwrap_or(u64::MAX));
     }
 }
 
@@ -124,6 +158,7 @@ pub fn process(
         cwd: cwd.to_string(),
         credentials,
         umask: id(&value["user"]["umask"]).unwrap_or(0o22) & 0o777,
+        no_new_privileges: value["noNewPrivileges"] == true,
         limits: Limits::of_spec(value),
         size: side("width").zip(side("height")),
     })

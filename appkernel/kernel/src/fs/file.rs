@@ -35,6 +35,9 @@ pub mod flag {
     pub const PATH: u32 = 0o10_000_000;
 }
 
+/// What follows the path of a file that has no name any more.
+pub const DELETED: &[u8] = b" (deleted)";
+
 /// How far a file is ready.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ready {
@@ -128,13 +131,29 @@ impl File {
 
     /// Whether opening its path again gives the same.
     pub fn has_path(&self) -> bool {
-        !self.path.is_empty() && !matches!(self.kind, Kind::Pipe(..) | Kind::Object(_))
+        !self.path.is_empty()
+            && !matches!(self.kind, Kind::Pipe(..) | Kind::Object(_))
+            && !self.is_nameless()
+    }
+
+    /// Whether it is a file whose names are all gone, or that never had one.
+    fn is_nameless(&self) -> bool {
+        match &self.kind {
+            Kind::Regular(node @ (Node::Share(_) | Node::Memory(_)), _) => {
+                self.path.ends_with(DELETED) || node.attributes().is_ok_and(|a| a.nlink == 0)
+            }
+            _ => false,
+        }
     }
 
     /// As /proc shows it.
     pub fn name(&self) -> Vec<u8> {
         if !self.path.is_empty() {
-            return self.path.clone();
+            let mut path = self.path.clone();
+            if self.is_nameless() && !path.ends_with(DELETED) {
+                path.extend(DELETED);
+            }
+            return path;
         }
         match &self.kind {
             Kind::Console => b"/dev/console".to_vec(),

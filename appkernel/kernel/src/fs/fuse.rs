@@ -1,5 +1,6 @@
 //! Client of a virtio-fs share: nodes, names, and the cache of their pages.
 
+mod extended;
 mod pages;
 
 use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -646,6 +647,10 @@ impl Node {
         )?;
         self.forget_name(name);
         file.state.lock().valid_until = 0;
+        // It may have had none.
+        if let Ok(fuse) = self.fuse() {
+            fuse.removed.lock().retain(|id| *id != file.id);
+        }
         Ok(())
     }
 

@@ -8,6 +8,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use appkernel_core::errno::Errno;
 use appkernel_core::fuse::{Attributes, DirEntry, NAME_MAX};
 use appkernel_core::locks::Locks;
+use appkernel_core::xattr;
 use appkernel_hal::sync::Mutex;
 use appkernel_hal::{PAGE, clock, frames};
 
@@ -19,6 +20,9 @@ use crate::container::Charge;
 const MAX_SIZE: u64 = 1 << 46;
 /// Names in one file system, at most: they are the kernel's memory.
 const MAX_NODES: u64 = 65536;
+
+/// Bytes of extended attributes in one file system, at most: they are the kernel's memory too.
+const MAX_EXTENDED: u64 = 1 << 20;
 
 static NEXT_DEVICE: AtomicU64 = AtomicU64::new(0x100);
 
@@ -35,6 +39,8 @@ struct Shared {
     used: AtomicU64,
     nodes: AtomicU64,
     next: AtomicU64,
+    /// Bytes of extended attributes.
+    extended: AtomicU64,
     /// Whose memory it is.
     charge: Arc<Charge>,
 }
@@ -58,6 +64,9 @@ struct State {
     attributes: Attributes,
     content: Content,
     locks: Locks,
+    extended: xattr::Attributes,
+    /// It was made without a name, and may get one.
+    linkable: bool,
 }
 
 /// A file in memory.
@@ -87,6 +96,7 @@ pub fn new_for(charge: &Arc<Charge>, bytes: Option<u64>, mode: u32) -> Arc<Node>
         used: AtomicU64::new(0),
         nodes: AtomicU64::new(1),
         next: AtomicU64::new(2),
+        extended: AtomicU64::new(0),
         charge: Arc::clone(charge),
     });
     node(&shared, 1, kind::DIRECTORY | mode, 0, &[], Owner::default())
@@ -96,6 +106,26 @@ pub fn new_for(charge: &Arc<Charge>, bytes: Option<u64>, mode: u32) -> Arc<Node>
 pub fn anonymous(owner: Owner) -> Arc<Node> {
     let root = new_for(&crate::task::current().container.charge, None, 0);
     node(&root.shared, 2, kind::REGULAR | 0o777, 0, &[], owner)
+}
+
+/// A file without a name that is made of these frames, and owns them.
+pub fn of_frames(frames: Vec<u64>) -> Arc<Node> {
+    let root = new(None, 0);
+    let file = node(
+        &root.shared,
+        2,
+        kind::REGULAR | 0o444,
+        0,
+        &[],
+        Owner::default(),
+    );
+    let mut state = file.state.lock();
+    state.attributes.size = frames.len() as u64 * PAGE;
+    let count = frames.len() as u64;
+    state.content = Content::File((0..).zip(frames).collect());
+    drop(state);
+    file.shared.used.fetch_add(count, Ordering::Relaxed);
+    file
 }
 
 fn node(
@@ -135,8 +165,24 @@ fn node(
             attributes,
             content,
             locks: Locks::default(),
+            extended: xattr::Attributes::default(),
+            linkable: false,
         }),
     })
+}
+
+/// A file that somebody else owns or that changes does not give its rights to others any more.
+fn drop_privileges(attributes: &mut Attributes) {
+    const SET_USER: u32 = 0o4000;
+    const SET_GROUP: u32 = 0o2010;
+    if attributes.mode & kind::MASK == kind::DIRECTORY {
+        return;
+    }
+    attributes.mode &= !SET_USER;
+    // Without the group's right to execute it, the bit means something else.
+    if attributes.mode & SET_GROUP == SET_GROUP {
+        attributes.mode &= !0o2000;
+    }
 }
 
 impl State {
@@ -184,6 +230,9 @@ impl Node {
         let attributes = &mut state.attributes;
         if let Some(mode) = change.mode {
             attributes.mode = attributes.mode & kind::MASK | mode & 0o7777;
+        }
+        if change.uid.is_some() || change.gid.is_some() {
+            drop_privileges(attributes);
         }
         attributes.uid = change.uid.unwrap_or(attributes.uid);
         attributes.gid = change.gid.unwrap_or(attributes.gid);
@@ -275,6 +324,78 @@ impl Node {
         Ok(made)
     }
 
+    /// Makes a file without a name; with `exclusive` it never gets one.
+    pub fn make_nameless(
+        &self,
+        mode: u32,
+        exclusive: bool,
+        owner: Owner,
+    ) -> Result<Arc<Self>, Errno> {
+        if frames::is_scarce() {
+            return Err(Errno::ENOSPC);
+        }
+        {
+            let mut state = self.state.lock();
+            state.directory()?;
+            if state.attributes.nlink == 0 {
+                return Err(Errno::ENOENT);
+            }
+        }
+        let number = self.shared.next.fetch_add(1, Ordering::Relaxed);
+        let made = node(&self.shared, number, kind::REGULAR | mode, 0, &[], owner);
+        let mut state = made.state.lock();
+        state.attributes.nlink = 0;
+        state.linkable = !exclusive;
+        drop(state);
+        Ok(made)
+    }
+
+    /// Changes the extended attributes, and counts what they take.
+    fn change_extended(
+        &self,
+        f: impl FnOnce(&mut xattr::Attributes) -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
+        let mut state = self.state.lock();
+        let before = state.extended.bytes() as u64;
+        f(&mut state.extended)?;
+        let after = state.extended.bytes() as u64;
+        state.attributes.times[2] = now();
+        let all = &self.shared.extended;
+        all.fetch_add(after.wrapping_sub(before), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Sets an extended attribute.
+    pub fn set_attribute(&self, name: &[u8], value: Vec<u8>, flags: u32) -> Result<(), Errno> {
+        let more = (name.len() + value.len()) as u64;
+        let used = self.shared.extended.load(Ordering::Relaxed);
+        if used + more > MAX_EXTENDED || frames::is_scarce() {
+            return Err(Errno::ENOSPC);
+        }
+        self.change_extended(|all| all.set(name, value, flags))
+    }
+
+    /// Takes an extended attribute away.
+    pub fn remove_attribute(&self, name: &[u8]) -> Result<(), Errno> {
+        self.change_extended(|all| all.remove(name))
+    }
+
+    /// The value of an extended attribute.
+    pub fn attribute(&self, name: &[u8]) -> Result<Vec<u8>, Errno> {
+        let state = self.state.lock();
+        let value = state.extended.get(name)?;
+        let mut copy = Vec::new();
+        copy.try_reserve_exact(value.len())
+            .map_err(|_| Errno::ENOMEM)?;
+        copy.extend(value);
+        Ok(copy)
+    }
+
+    /// Names of all extended attributes, each with its end.
+    pub fn attribute_names(&self) -> Vec<u8> {
+        self.state.lock().extended.list()
+    }
+
     /// One more name, in this directory, for a file.
     pub fn link(&self, name: &[u8], file: &Arc<Self>) -> Result<(), Errno> {
         if !Arc::ptr_eq(&self.shared, &file.shared) {
@@ -283,8 +404,14 @@ impl Node {
         if name.is_empty() || name.len() > NAME_MAX {
             return Err(Errno::ENAMETOOLONG);
         }
-        if file.attributes().mode & kind::MASK == kind::DIRECTORY {
-            return Err(Errno::EPERM);
+        {
+            let state = file.state.lock();
+            if state.attributes.mode & kind::MASK == kind::DIRECTORY {
+                return Err(Errno::EPERM);
+            }
+            if state.attributes.nlink == 0 && !state.linkable {
+                return Err(Errno::ENOENT);
+            }
         }
         let mut state = self.state.lock();
         let entries = state.directory()?;
@@ -297,6 +424,8 @@ impl Node {
         self.shared.nodes.fetch_add(1, Ordering::Relaxed);
         let mut state = file.state.lock();
         state.attributes.nlink = state.attributes.nlink.saturating_add(1);
+        state.linkable = false;
+        state.attributes.times[2] = now();
         Ok(())
     }
 
@@ -465,6 +594,11 @@ impl Node {
             return Err(Errno::EFBIG);
         }
         let mut state = self.state.lock();
+        if state.attributes.mode & 0o6000 != 0
+            && !crate::task::current().credentials.lock().is_root()
+        {
+            drop_privileges(&mut state.attributes);
+        }
         let mut done = 0;
         while done < from.len() {
             let at = offset + done as u64;
@@ -527,6 +661,9 @@ impl Drop for Node {
         let mut todo: Vec<Arc<Self>> = Vec::new();
         let take = |node: &mut Self, todo: &mut Vec<Arc<Self>>| {
             let mut state = node.state.lock();
+            let extended = state.extended.bytes() as u64;
+            node.shared.extended.fetch_sub(extended, Ordering::Relaxed);
+            state.extended = xattr::Attributes::default();
             match &mut state.content {
                 Content::Directory(entries) => {
                     todo.extend(core::mem::take(entries).into_values());

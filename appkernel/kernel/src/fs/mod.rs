@@ -10,6 +10,7 @@ pub mod pipe;
 pub mod proc;
 pub mod proc_text;
 pub mod pty;
+pub mod settings;
 pub mod virtio;
 pub mod watch;
 

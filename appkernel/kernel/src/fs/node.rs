@@ -283,6 +283,63 @@ impl Node {
         }
     }
 
+    /// Makes a regular file without a name on this directory's file system; the number is a handle
+    /// for writing. With `exclusive` it never gets a name.
+    pub fn create_nameless(
+        &self,
+        mode: u32,
+        exclusive: bool,
+        owner: Owner,
+    ) -> Result<(Self, u64), Errno> {
+        match self {
+            Self::Share(node) => {
+                let (node, handle) = node.create_nameless(mode, exclusive, owner)?;
+                Ok((Self::Share(node), handle))
+            }
+            Self::Memory(node) => {
+                let made = node.make_nameless(mode, exclusive, owner)?;
+                Ok((Self::Memory(made), 0))
+            }
+            Self::Proc(_) => Err(Errno::EOPNOTSUPP),
+        }
+    }
+
+    /// Sets an extended attribute.
+    pub fn set_attribute(&self, name: &[u8], value: Vec<u8>, flags: u32) -> Result<(), Errno> {
+        match self {
+            Self::Share(node) => node.set_attribute(name, &value, flags),
+            Self::Memory(node) => node.set_attribute(name, value, flags),
+            Self::Proc(_) => Err(Errno::EOPNOTSUPP),
+        }
+    }
+
+    /// The value of an extended attribute.
+    pub fn attribute(&self, name: &[u8]) -> Result<Vec<u8>, Errno> {
+        match self {
+            Self::Share(node) => node.attribute(name),
+            Self::Memory(node) => node.attribute(name),
+            Self::Proc(_) => Err(Errno::EOPNOTSUPP),
+        }
+    }
+
+    /// Names of all extended attributes, each with its end.
+    pub fn attribute_names(&self) -> Result<Vec<u8>, Errno> {
+        match self {
+            Self::Share(node) => node.attribute_names(),
+            Self::Memory(node) => Ok(node.attribute_names()),
+            Self::Proc(_) => Ok(Vec::new()),
+        }
+    }
+
+    /// Takes an extended attribute away.
+    pub fn remove_attribute(&self, name: &[u8]) -> Result<(), Errno> {
+        match self {
+            Self::Share(node) => node.remove_attribute(name),
+            Self::Memory(node) => node.remove_attribute(name),
+            Self::Proc(_) => Err(Errno::EOPNOTSUPP),
+        }
+    }
+
     /// Figures of the file system: type, block size, blocks, free blocks, files, free files.
     pub fn statistics(&self) -> Result<[u64; 6], Errno> {
         match self {

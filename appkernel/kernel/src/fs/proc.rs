@@ -13,6 +13,7 @@ use appkernel_hal::{clock, cpu, frames};
 use super::file::File;
 use super::node::{Node, kind};
 use super::proc_text as text;
+use super::settings;
 use crate::container::visible;
 use crate::net::{self, interface};
 use crate::task::{self, Task};
@@ -90,14 +91,20 @@ const PROC: &[(&str, What)] = &[
     ("sysvipc/msg", FILE),
     ("sysvipc/sem", FILE),
     ("sysvipc/shm", FILE),
+    ("#/auxv", FILE),
     ("#/cgroup", FILE),
     ("#/cmdline", FILE),
     ("#/comm", Writable),
+    ("#/coredump_filter", FILE),
+    ("#/cpuset", FILE),
     ("#/cwd", Link),
     ("#/environ", FILE),
     ("#/exe", Link),
     ("#/fd/$", Link),
     ("#/fd", Directory),
+    ("#/fdinfo/$", FILE),
+    ("#/fdinfo", Directory),
+    ("#/gid_map", FILE),
     ("#/io", FILE),
     ("#/limits", FILE),
     ("#/loginuid", Writable),
@@ -112,17 +119,37 @@ const PROC: &[(&str, What)] = &[
     ("#/net/udp", FILE),
     ("#/net/udp6", FILE),
     ("#/net/unix", FILE),
+    ("#/ns/cgroup", Link),
+    ("#/ns/ipc", Link),
+    ("#/ns/mnt", Link),
+    ("#/ns/net", Link),
+    ("#/ns/pid", Link),
+    ("#/ns/user", Link),
+    ("#/ns/uts", Link),
     ("#/oom_adj", Writable),
     ("#/oom_score", FILE),
     ("#/oom_score_adj", Writable),
+    ("#/personality", FILE),
     ("#/root", Link),
+    ("#/schedstat", FILE),
+    ("#/sessionid", FILE),
+    ("#/setgroups", FILE),
     ("#/smaps", FILE),
+    ("#/smaps_rollup", FILE),
     ("#/stat", FILE),
     ("#/statm", FILE),
     ("#/status", FILE),
+    ("#/task/#/children", FILE),
+    ("#/task/#/cmdline", FILE),
     ("#/task/#/comm", Writable),
+    ("#/task/#/maps", FILE),
+    ("#/task/#/schedstat", FILE),
     ("#/task/#/stat", FILE),
     ("#/task/#/status", FILE),
+    ("#/task/#/wchan", FILE),
+    ("#/timerslack_ns", FILE),
+    ("#/uid_map", FILE),
+    ("#/wchan", FILE),
 ];
 
 /// All entries of /sys; `@` is a network interface.
@@ -146,12 +173,20 @@ const SYS: &[(&str, What)] = &[
     ("devices/system/cpu/present", FILE),
     ("devices/system/cpu/cpu0/online", FILE),
     ("devices/system/node/online", FILE),
-    ("fs/cgroup/cgroup.controllers", FILE),
     ("fs/cgroup/cgroup.procs", FILE),
     ("fs/cgroup/cpu.max", FILE),
+    ("fs/cgroup/cpu.stat", FILE),
+    ("fs/cgroup/cpu.weight", FILE),
+    ("fs/cgroup/memory.current", FILE),
+    ("fs/cgroup/memory.events", FILE),
     ("fs/cgroup/memory.max", FILE),
+    ("fs/cgroup/memory.stat", FILE),
+    ("fs/cgroup/pids.current", FILE),
+    ("fs/cgroup/pids.max", FILE),
     ("kernel/mm/transparent_hugepage/enabled", FILE),
 ];
+
+const CGROUP: &str = "fs/cgroup";
 
 /// Which tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,11 +196,14 @@ enum Tree {
 }
 
 impl Tree {
-    fn table(self) -> &'static [(&'static str, What)] {
-        match self {
-            Self::Proc => PROC,
-            Self::Sys => SYS,
-        }
+    /// All its entries.
+    fn table(self) -> impl Iterator<Item = (&'static str, What)> {
+        let (own, constant) = match self {
+            Self::Proc => (PROC, settings::PROC),
+            Self::Sys => (SYS, settings::SYS),
+        };
+        let constant = constant.iter().map(|(name, _)| (*name, FILE));
+        own.iter().copied().chain(constant)
     }
 }
 
@@ -226,6 +264,14 @@ impl Entry {
         }
     }
 
+    /// What a container has at /sys/fs/cgroup: its own.
+    pub fn cgroup() -> Self {
+        Self {
+            at: CGROUP,
+            ..Self::sys()
+        }
+    }
+
     /// Number of the file system.
     pub fn device(&self) -> u64 {
         match self.tree {
@@ -238,6 +284,7 @@ impl Entry {
     pub fn magic(&self) -> u64 {
         match self.tree {
             Tree::Proc => 0x9fa0,
+            Tree::Sys if self.at.starts_with(CGROUP) => 0x6367_7270,
             Tree::Sys => 0x6265_6572,
         }
     }
@@ -252,8 +299,9 @@ impl Entry {
     }
 
     fn what(&self) -> What {
-        let found = self.tree.table().iter().find(|(name, _)| *name == self.at);
-        found.map_or(Directory, |(_, what)| *what)
+        let mut table = self.tree.table();
+        let found = table.find(|(name, _)| *name == self.at);
+        found.map_or(Directory, |(_, what)| what)
     }
 
     fn is_thread(&self) -> bool {
@@ -437,8 +485,26 @@ impl Entry {
             "#/exe" => self.place(|p| p.exe.clone())?,
             "#/cwd" => self.place(|p| p.cwd.clone())?,
             "#/fd/$" => self.open_file().ok_or(Errno::ENOENT)?.name(),
-            _ => return Err(Errno::EINVAL),
+            // Names only: there is nothing to enter.
+            at => match at.strip_prefix("#/ns/") {
+                Some(kind) => format!("{kind}:[{}]", self.namespace()).into_bytes(),
+                None => return Err(Errno::EINVAL),
+            },
         })
+    }
+
+    /// Number of a namespace: of the machine, or of the container.
+    fn namespace(&self) -> u64 {
+        const FIRST: u64 = 4_026_531_835;
+        const OF_CONTAINERS: u64 = 4_026_532_000;
+        match self.at {
+            "#/ns/user" => FIRST + 2,
+            "#/ns/net" => FIRST + 5,
+            at => {
+                let container = self.task().map_or(0, |t| t.container.number);
+                OF_CONTAINERS + u64::from(container) * 8 + at.len() as u64 % 8
+            }
+        }
     }
 
     fn place<T>(&self, f: impl FnOnce(&task::Place) -> T) -> Result<T, Errno> {
@@ -461,8 +527,19 @@ impl Entry {
 
     /// All of its text.
     pub fn text(&self) -> Result<Vec<u8>, Errno> {
+        let constant = match self.tree {
+            Tree::Proc => settings::PROC,
+            Tree::Sys => settings::SYS,
+        };
+        if let Some(text) = settings::find(constant, self.at) {
+            return Ok(text.as_bytes().to_vec());
+        }
         if self.at.starts_with('#') {
             let task = self.task().ok_or(Errno::ESRCH)?;
+            if self.at == "#/fdinfo/$" {
+                let file = task.file(self.fd.cast_signed())?;
+                return Ok(text::of_file(&file).into_bytes());
+            }
             let name = self.at.rsplit('/').next().unwrap_or_default();
             let name = if self.at.starts_with("#/net/") {
                 self.at.get(2..).unwrap_or_default()

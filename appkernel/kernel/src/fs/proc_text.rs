@@ -12,6 +12,7 @@ use core::sync::atomic::Ordering;
 
 use super::proc::{machine, uuid};
 use crate::container::visible;
+use crate::fs::file::File;
 use crate::task::{self, Task};
 
 /// The kernel's version as programs see it: the interface is that of this Linux, as far as it goes.
@@ -49,7 +50,9 @@ pub fn of_machine(at: &str) -> Option<Vec<u8>> {
              Buffers:               0 kB\nCached:                0 kB\nSwapCached:            0 kB\n\
              Active:                0 kB\nInactive:              0 kB\nSwapTotal:             0 kB\n\
              SwapFree:              0 kB\nDirty:                 0 kB\nAnonPages:             0 kB\n\
-             Mapped:                0 kB\nShmem:                 0 kB\nSlab:                  0 kB\n\
+             Mapped:                0 kB\nShmem:                 0 kB\nKReclaimable:          0 kB\n\
+             Slab:                  0 kB\nSReclaimable:          0 kB\nSUnreclaim:            0 kB\n\
+             KernelStack:           0 kB\nPageTables:            0 kB\n\
              CommitLimit:    {:8} kB\nCommitted_AS:          0 kB\nVmallocTotal:          0 kB\n\
              HugePages_Total:       0\nHugePages_Free:        0\nHugepagesize:       2048 kB\n",
             m.total_kib, m.free_kib, m.free_kib, m.total_kib
@@ -87,9 +90,11 @@ pub fn of_machine(at: &str) -> Option<Vec<u8>> {
         "sys/kernel/pid_max" => String::from("4194304\n"),
         "sys/kernel/random/boot_id" | "sys/kernel/random/uuid" => uuid(),
         "sys/kernel/random/entropy_avail" => String::from("256\n"),
-        "sys/kernel/randomize_va_space" | "sys/kernel/sched_autogroup_enabled" => {
-            String::from("0\n")
+        "sys/kernel/randomize_va_space" => {
+            let on = crate::exec::is_random(0);
+            format!("{}\n", if on { 2 } else { 0 })
         }
+        "sys/kernel/sched_autogroup_enabled" => String::from("0\n"),
         "sys/kernel/msgmax" => format!("{}\n", sysv::MESSAGE_MAX),
         "sys/kernel/msgmnb" => format!("{}\n", sysv::QUEUE_BYTES),
         "sys/kernel/msgmni" | "sys/kernel/shmmni" => format!("{}\n", sysv::MAX_OBJECTS),
@@ -120,13 +125,79 @@ pub fn of_machine(at: &str) -> Option<Vec<u8>> {
         | "devices/system/cpu/present"
         | "devices/system/node/online" => String::from("0\n"),
         "devices/system/cpu/cpu0/online" => String::from("1\n"),
-        "fs/cgroup/cgroup.controllers" | "fs/cgroup/cgroup.procs" => String::from("\n"),
-        "fs/cgroup/cpu.max" => String::from("max 100000\n"),
-        "fs/cgroup/memory.max" => String::from("max\n"),
         "kernel/mm/transparent_hugepage/enabled" => String::from("always madvise [never]\n"),
+        at => return of_cgroup(at.strip_prefix("fs/cgroup/")?),
+    };
+    Some(text.into_bytes())
+}
+
+/// The files of the running task's container as if it were a cgroup.
+fn of_cgroup(name: &str) -> Option<Vec<u8>> {
+    let container = alloc::sync::Arc::clone(&task::current().container);
+    let or_max = |n: Option<u64>| n.map_or(String::from("max"), |n| format!("{n}"));
+    let share = *container.share.lock();
+    let files = container.charge.in_files() * PAGE;
+    let text = match name {
+        "cgroup.procs" => {
+            let tasks = task::tasks_of(&container);
+            let first = tasks.iter().filter(|t| t.id == t.process);
+            first.map(|t| format!("{}\n", visible(t.id))).collect()
+        }
+        "cpu.max" => {
+            let (quota, period) = share.limit_ns();
+            let us = |ns: u64| ns / 1000;
+            format!("{} {}\n", or_max(quota.map(us)), us(period))
+        }
+        "cpu.stat" => {
+            let (us, counted) = (
+                container.cpu_ns.load(Ordering::Relaxed) / 1000,
+                share.statistics(),
+            );
+            format!(
+                "usage_usec {us}\nuser_usec {us}\nsystem_usec 0\nnr_periods {}\nnr_throttled {}\n\
+                 throttled_usec {}\nnr_bursts 0\nburst_usec 0\n",
+                counted.periods,
+                counted.throttled,
+                counted.throttled_ns / 1000
+            )
+        }
+        "cpu.weight" => format!("{}\n", (share.weight() * 100 / 1024).clamp(1, 10_000)),
+        "memory.current" => format!("{}\n", task::pages_of(&container) * PAGE),
+        "memory.events" => {
+            let kills = container.oom_kills.load(Ordering::Relaxed);
+            format!("low 0\nhigh 0\nmax 0\noom {kills}\noom_kill {kills}\noom_group_kill 0\n")
+        }
+        "memory.max" => {
+            let most = container.charge.most();
+            format!("{}\n", or_max(most.map(|pages| pages.saturating_mul(PAGE))))
+        }
+        "memory.stat" => {
+            let all = task::pages_of(&container) * PAGE;
+            format!(
+                "anon {}\nfile {files}\nkernel 0\nshmem {files}\ninactive_anon 0\nactive_anon {}\n\
+                 inactive_file 0\nactive_file 0\nunevictable 0\n",
+                all.saturating_sub(files),
+                all.saturating_sub(files)
+            )
+        }
+        "pids.current" => format!("{}\n", task::tasks_of(&container).len()),
+        "pids.max" => {
+            let most = container.pids_max.load(Ordering::Relaxed);
+            format!("{}\n", or_max((most != u64::MAX).then_some(most)))
+        }
         _ => return None,
     };
     Some(text.into_bytes())
+}
+
+/// What /proc says of an open file.
+pub fn of_file(file: &File) -> String {
+    let ino = file.node().map_or(0, |node| node.identity().1);
+    format!(
+        "pos:\t{}\nflags:\t0{:o}\nmnt_id:\t20\nino:\t{ino}\n",
+        *file.offset.lock(),
+        file.flags()
+    )
 }
 
 fn cpuinfo() -> String {
@@ -193,7 +264,42 @@ pub fn of_task(name: &str, task: &Task, thread: bool) -> Option<Vec<u8>> {
         return crate::net::text::proc(name).map(String::into_bytes);
     }
     let text = match name {
+        "auxv" => {
+            let mm = task.memory()?;
+            let mut mm = mm.lock();
+            let (start, len) = mm.auxiliary;
+            let mut bytes = alloc::vec![0; len.min(PAGE) as usize];
+            let read = mm.read(start, &mut bytes);
+            bytes.truncate(read);
+            return Some(bytes);
+        }
         "cgroup" => String::from("0::/\n"),
+        "children" => {
+            let mut text = String::new();
+            for child in task::tasks_of(&task.container) {
+                if child.id == child.process && child.links.lock().parent == task.process {
+                    text += &format!("{} ", visible(child.id));
+                }
+            }
+            text
+        }
+        "coredump_filter" => String::from("00000033\n"),
+        "cpuset" => String::from("/\n"),
+        "gid_map" | "uid_map" => format!("{:>10} {:>10} {:>10}\n", 0, 0, u32::MAX),
+        "personality" => format!("{:08x}\n", task.asked.lock().persona),
+        "schedstat" => format!("{} 0 0\n", task.cpu_ns.load(Ordering::Relaxed)),
+        "sessionid" => String::from("4294967295"),
+        "setgroups" => String::from("allow\n"),
+        "smaps_rollup" => {
+            let (_, resident) = memory(task);
+            format!(
+                "00000000-7fffffffffff ---p 00000000 00:00 0                          [rollup]\n\
+                 Rss:            {0:8} kB\nPss:            {0:8} kB\nSwap:                  0 kB\n",
+                resident * 4
+            )
+        }
+        "timerslack_ns" => format!("{}\n", task.asked.lock().timer_slack_ns),
+        "wchan" => String::from("0"),
         "cmdline" | "environ" => {
             let mm = task.memory()?;
             let mut mm = mm.lock();
@@ -328,7 +434,7 @@ fn maps(task: &Task) -> Vec<u8> {
                 let path: &[u8] =
                     if area.start >= mm.brk_start && area.end <= mm.brk.next_multiple_of(PAGE) {
                         b"[heap]"
-                    } else if area.end == crate::mm::STACK_TOP {
+                    } else if area.end == mm.stack_top {
                         b"[stack]"
                     } else {
                         b""
@@ -336,8 +442,15 @@ fn maps(task: &Task) -> Vec<u8> {
                 (0, 0, 0, path)
             }
             Backing::File(file, offset) => {
-                let (device, inode) = file.node.identity();
-                (*offset, device, inode, file.path.as_slice())
+                let path = file.path.as_slice();
+                // What is no file of a file system has no place there.
+                let (device, inode) = if path.starts_with(b"[") {
+                    (0, 0)
+                } else {
+                    file.node.identity()
+                };
+                let offset = if path.starts_with(b"[") { &0 } else { offset };
+                (*offset, device, inode, path)
             }
         };
         let line = format!(
@@ -406,7 +519,7 @@ fn status(task: &Task) -> String {
     let (ignored, caught) = task.handlers().lock().sets();
     let c = task.credentials.lock().clone();
     let groups: Vec<String> = c.groups.iter().map(|g| format!("{g}")).collect();
-    let capabilities = c.capabilities();
+    let set = c.capabilities;
     let no_new = u8::from(task.asked.lock().no_new_privileges);
     format!(
         "Name:\t{}\nUmask:\t{:04o}\nState:\t{letter} ({state})\nTgid:\t{}\nNgid:\t0\nPid:\t{}\nPPid:\t{}\n\
@@ -414,8 +527,8 @@ fn status(task: &Task) -> String {
          VmPeak:\t{:8} kB\nVmSize:\t{:8} kB\nVmLck:\t{:8} kB\nVmHWM:\t{:8} kB\nVmRSS:\t{:8} kB\nVmData:\t{:8} kB\n\
          VmSwap:\t       0 kB\nThreads:\t{}\nSigPnd:\t{pending:016x}\nShdPnd:\t0000000000000000\n\
          SigBlk:\t{mask:016x}\nSigIgn:\t{ignored:016x}\nSigCgt:\t{caught:016x}\n\
-         CapInh:\t0000000000000000\nCapPrm:\t{capabilities:016x}\nCapEff:\t{capabilities:016x}\n\
-         CapBnd:\t{capabilities:016x}\nCapAmb:\t0000000000000000\nNoNewPrivs:\t{no_new}\nSeccomp:\t0\n\
+         CapInh:\t{:016x}\nCapPrm:\t{:016x}\nCapEff:\t{:016x}\n\
+         CapBnd:\t{:016x}\nCapAmb:\t0000000000000000\nNoNewPrivs:\t{no_new}\nSeccomp:\t0\n\
          Cpus_allowed:\t1\nCpus_allowed_list:\t0\nMems_allowed:\t1\nMems_allowed_list:\t0\n\
          voluntary_ctxt_switches:\t0\nnonvoluntary_ctxt_switches:\t0\n",
         String::from_utf8_lossy(&task.name.lock()),
@@ -439,5 +552,9 @@ fn status(task: &Task) -> String {
         resident * 4,
         size / 1024,
         task::threads(task.process),
+        set.inheritable,
+        set.permitted,
+        set.effective,
+        set.bounding,
     )
 }

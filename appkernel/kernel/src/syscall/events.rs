@@ -363,7 +363,10 @@ impl Object for SignalFd {
         }
         let mask = *self.0.lock();
         let me = task::current();
-        let take = || me.pending.lock().take(mask);
+        let take = || {
+            signal::adopt(&me, mask);
+            me.pending.lock().take(mask)
+        };
         let mut next = Some(if wait {
             task::wait_for(task::FILES, take)?
         } else {
@@ -401,8 +404,10 @@ impl Object for SignalFd {
 
     fn ready(&self) -> Ready {
         let mask = *self.0.lock();
+        let me = task::current();
+        signal::adopt(&me, mask);
         Ready {
-            readable: task::current().pending.lock().waiting() & mask != 0,
+            readable: me.pending.lock().waiting() & mask != 0,
             ..Ready::default()
         }
     }

@@ -35,18 +35,18 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         }
         98 if !(-1..=1).contains(&c.int(0)) => Err(Errno::EINVAL),
         98 => {
-            let us = cpu_ns(c) / 1000;
-            let mut words = [0; 18];
-            if c.int(0) != -1 {
-                words[0] = us / 1_000_000;
-                words[1] = us % 1_000_000;
-            }
-            put_words(c.arg(1), &words).map(|()| 0)
+            let used = match c.int(0) {
+                -1 => c.task.links.lock().children,
+                thread => used(c, thread == 1),
+            };
+            put_words(c.arg(1), &super::processes::usage(used)).map(|()| 0)
         }
         99 => sysinfo(c),
         100 => {
+            let children = c.task.links.lock().children.cpu_ns / clock::TICK_NS;
+            let own = cpu_ns(c) / clock::TICK_NS;
             if c.arg(0) != 0
-                && let Err(e) = put_words(c.arg(0), &[cpu_ns(c) / clock::TICK_NS, 0, 0, 0])
+                && let Err(e) = put_words(c.arg(0), &[own, 0, children, 0])
             {
                 return Some(Err(e));
             }
@@ -89,6 +89,22 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
 fn cpu_ns(c: &Call<'_>) -> u64 {
     task::charge();
     task::process_cpu_ns(c.task.process)
+}
+
+/// What the caller's process, or only its thread, has used.
+fn used(c: &Call<'_>, thread: bool) -> task::Used {
+    let all = cpu_ns(c);
+    let cpu_ns = if thread {
+        c.task.cpu_ns.load(Ordering::Relaxed)
+    } else {
+        all
+    };
+    let pages = c.task.mm().lock().resident() as u64;
+    let most = c.task.links.lock().used.pages;
+    task::Used {
+        cpu_ns,
+        pages: pages.max(most),
+    }
 }
 
 /// sethostname and setdomainname: of the container.

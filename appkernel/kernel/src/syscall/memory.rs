@@ -223,7 +223,7 @@ fn map(c: &Call<'_>) -> Result {
             _ => {
                 let start = mm
                     .areas
-                    .find_free(len, LOWEST, MMAP_TOP)
+                    .find_free(len, LOWEST, mm.mmap_top)
                     .ok_or(Errno::ENOMEM)?;
                 (start, start + len)
             }
@@ -332,7 +332,7 @@ fn remap(c: &Call<'_>) -> Result {
         new
     } else {
         mm.areas
-            .find_free(new_len, LOWEST, MMAP_TOP)
+            .find_free(new_len, LOWEST, mm.mmap_top)
             .ok_or(Errno::ENOMEM)?
     };
     let backing = match &area.backing {

@@ -11,6 +11,8 @@ mod memory;
 mod more;
 mod mounts;
 mod moves;
+mod opens;
+mod others;
 mod paths;
 mod pidfds;
 mod polls;
@@ -23,6 +25,7 @@ pub mod sysv;
 mod timers;
 mod users;
 mod watches;
+mod xattrs;
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -174,14 +177,20 @@ fn dispatch(call: &Call<'_>, frame: &mut Frame) -> Result<Option<u64>> {
     match call.number {
         15 => signals::sigreturn(call, frame).map(|()| None),
         59 => processes::execve(call, frame).map(|()| None),
+        322 => processes::execveat(call, frame).map(|()| None),
         _ => one(call).map(Some),
     }
+}
+
+/// Calls that only administrators of a machine may make, which no container's program is.
+fn refused(c: &Call<'_>) -> Option<Result> {
+    syscalls::is_refused(c.number).then_some(Err(Errno::EPERM))
 }
 
 type Family = fn(&Call<'_>) -> Option<Result>;
 
 /// Who is asked for a call, one after the other.
-static FAMILIES: [Family; 18] = [
+static FAMILIES: [Family; 22] = [
     files::call,
     memory::call,
     paths::call,
@@ -200,6 +209,10 @@ static FAMILIES: [Family; 18] = [
     timers::call,
     mounts::call,
     pidfds::call,
+    xattrs::call,
+    opens::call,
+    others::call,
+    refused,
 ];
 
 /// Who answered a number the last time, plus one: asked first.

@@ -1,5 +1,6 @@
 //! Calls of little substance that programs make all the same.
 
+use appkernel_core::capabilities;
 use appkernel_core::errno::Errno;
 
 use super::{Call, Result, get, moves, put};
@@ -10,7 +11,15 @@ use crate::fs::fuse::Change;
 pub fn call(c: &Call<'_>) -> Option<Result> {
     Some(match c.number {
         73 => super::file_locks::flock(c),
-        135 => Ok(0),
+        135 => {
+            const ASK: u32 = u32::MAX;
+            let mut asked = c.task.asked.lock();
+            let old = asked.persona;
+            if c.uint(0) != ASK {
+                asked.persona = c.uint(0);
+            }
+            Ok(old.into())
+        }
         157 => control(c),
         162 => Ok(0),
         187 => match &c.task.used_file(c.int(0)) {
@@ -19,7 +28,6 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
             Ok(_) => Err(Errno::EINVAL),
             Err(e) => Err(*e),
         },
-        188..=199 => extended(c),
         221 => match c.task.used_file(c.int(0)) {
             Ok(file) if matches!(file.kind, Kind::Pipe(..)) => Err(Errno::ESPIPE),
             Ok(_) if c.uint(3) > 5 || c.arg(2).cast_signed() < 0 => Err(Errno::EINVAL),
@@ -46,25 +54,6 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
     })
 }
 
-/// Extended attributes: the file has to be there, and has none.
-fn extended(c: &Call<'_>) -> Result {
-    // By path, by path of a link itself, by descriptor, for each of set, get, list and remove.
-    match (c.number - 188) % 3 {
-        2 => drop(c.task.used_file(c.int(0))?),
-        one => drop(super::paths::resolve(
-            c,
-            super::paths::CWD,
-            c.arg(0),
-            one == 0,
-        )?),
-    }
-    match c.number {
-        191..=193 => Err(Errno::ENODATA),
-        194..=196 => Ok(0),
-        _ => Err(Errno::EOPNOTSUPP),
-    }
-}
-
 /// prctl(2).
 fn control(c: &Call<'_>) -> Result {
     match c.uint(0) {
@@ -75,7 +64,25 @@ fn control(c: &Call<'_>) -> Result {
         8 if c.arg(1) > 1 => Err(Errno::EINVAL),
         38 if c.arg(1) != 1 || c.arg(2) | c.arg(3) | c.arg(4) != 0 => Err(Errno::EINVAL),
         39 if c.arg(1) | c.arg(2) | c.arg(3) | c.arg(4) != 0 => Err(Errno::EINVAL),
-        4 | 8 | 36 | 0x5356_4d41 => Ok(0),
+        4 | 36 | 0x5356_4d41 => Ok(0),
+        8 => {
+            c.task.credentials.lock().capabilities.keep = c.arg(1) == 1;
+            Ok(0)
+        }
+        // No filter of calls; no special capabilities; time stamps are readable; no huge pages; what
+        // a memory error does is left to the machine.
+        21 | 27 => Ok(0),
+        25 => put(c.arg(1), &1u32.to_le_bytes()).map(|()| 0),
+        28 if c.task.credentials.lock().is_root() => Ok(0),
+        28 | 35 => Err(Errno::EPERM),
+        33 | 41 => Ok(0),
+        34 => Ok(2),
+        40 => {
+            let address = c.task.clear_tid.load(core::sync::atomic::Ordering::Relaxed);
+            put(c.arg(1), &address.to_le_bytes()).map(|()| 0)
+        }
+        42 => Ok(1),
+        47 => ambient(c),
         1 => {
             c.task.asked.lock().death_signal = c.uint(1);
             Ok(0)
@@ -85,7 +92,7 @@ fn control(c: &Call<'_>) -> Result {
             put(c.arg(1), &signal.to_le_bytes()).map(|()| 0)
         }
         3 => Ok(1),
-        7 => Ok(0),
+        7 => Ok(c.task.credentials.lock().capabilities.keep.into()),
         // No set-user-id programs are honoured: there is nothing to be denied.
         38 => {
             c.task.asked.lock().no_new_privileges = true;
@@ -119,8 +126,27 @@ fn control(c: &Call<'_>) -> Result {
             put(c.arg(1), &name).map(|()| 0)
         }
         // Capabilities of the bounding set.
-        23 => Ok((c.task.credentials.lock().capabilities() >> c.arg(1).min(63) & 1 != 0).into()),
-        24 => Ok(0),
+        23 if c.arg(1) > capabilities::LAST => Err(Errno::EINVAL),
+        23 => Ok(c.task.credentials.lock().capabilities.bounding >> c.arg(1) & 1),
+        24 => {
+            let mut own = c.task.credentials.lock();
+            own.capabilities.drop_bounding(c.arg(1)).map(|()| 0)
+        }
+        _ => Err(Errno::EINVAL),
+    }
+}
+
+/// Ambient capabilities: there are none, and none are raised.
+fn ambient(c: &Call<'_>) -> Result {
+    const IS_SET: u64 = 1;
+    const RAISE: u64 = 2;
+    const LOWER: u64 = 3;
+    const CLEAR: u64 = 4;
+    match c.arg(1) {
+        CLEAR if c.arg(2) | c.arg(3) | c.arg(4) == 0 => Ok(0),
+        IS_SET | RAISE | LOWER if c.arg(2) > 40 || c.arg(3) | c.arg(4) != 0 => Err(Errno::EINVAL),
+        IS_SET | LOWER => Ok(0),
+        RAISE => Err(Errno::EPERM),
         _ => Err(Errno::EINVAL),
     }
 }

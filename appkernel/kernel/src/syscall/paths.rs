@@ -1,20 +1,16 @@
 //! Calls that name files by paths.
 
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use appkernel_core::errno::Errno;
 use appkernel_core::fuse::Attributes;
 use appkernel_hal::clock;
-use appkernel_hal::sync::Mutex;
 
 use super::{Call, Result, get_path, put};
 use crate::fs::dev::Special;
-use crate::fs::file::{File, Kind, flag};
+use crate::fs::file::{File, Kind};
 use crate::fs::fuse::Change;
 use crate::fs::node::{Node, kind};
-use crate::fs::pipe::End;
-use crate::fs::pty;
 use crate::fs::watch::{self, event};
 use crate::fs::{self, Found, Place};
 use crate::task::may;
@@ -28,15 +24,6 @@ pub(super) const AT_EMPTY_PATH: u32 = 0x1000;
 pub fn call(c: &Call<'_>) -> Option<Result> {
     let a = |i| c.arg(i);
     Some(match c.number {
-        2 => open(c, CWD, a(0), c.uint(1), c.uint(2)),
-        257 => open(c, c.int(0), a(1), c.uint(2), c.uint(3)),
-        85 => open(
-            c,
-            CWD,
-            a(0),
-            flag::CREATE | flag::WRITE_ONLY | flag::TRUNCATE,
-            c.uint(1),
-        ),
         4 => stat_path(c, CWD, a(0), a(1), 0),
         6 => stat_path(c, CWD, a(0), a(1), AT_SYMLINK_NOFOLLOW),
         5 => stat_file(c, c.int(0), a(1)),
@@ -83,7 +70,7 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
 }
 
 /// The directory that a relative path starts from.
-fn base(c: &Call<'_>, dir: i32, path: &[u8]) -> Result<Vec<u8>> {
+pub(super) fn base(c: &Call<'_>, dir: i32, path: &[u8]) -> Result<Vec<u8>> {
     if path.is_empty() {
         return Err(Errno::ENOENT);
     }
@@ -138,185 +125,6 @@ fn removes(c: &Call<'_>, place: &Place) -> Result<()> {
         return Err(Errno::EPERM);
     }
     Ok(())
-}
-
-fn open(c: &Call<'_>, dir: i32, address: u64, flags: u32, mode: u32) -> Result {
-    const TMPFILE: u32 = 0o20_000_000;
-    let path = get_path(address)?;
-    if flags & TMPFILE != 0 {
-        // Programs then make a file with a name and take that away.
-        return Err(Errno::EOPNOTSUPP);
-    }
-    let follow = flags & flag::NOFOLLOW == 0
-        && flags & (flag::CREATE | flag::EXCLUSIVE) != flag::CREATE | flag::EXCLUSIVE;
-    let place = fs::walk(&c.task.container, &base(c, dir, &path)?, &path, follow)?;
-    let (kind, path) = match &place.found {
-        None if flags & flag::CREATE == 0 => return Err(Errno::ENOENT),
-        None if place.slash => return Err(Errno::EISDIR),
-        None => {
-            changes(c, &place)?;
-            let umask = c.task.place.lock().umask;
-            let owner = c.task.credentials.lock().owner();
-            let (node, handle) =
-                place
-                    .directory
-                    .create(&place.name, mode & 0o7777 & !umask, owner)?;
-            // What is open for reading only can be changed by no call.
-            let handle = if flags & flag::ACCESS == 0 {
-                node.close(handle);
-                None
-            } else {
-                Some(handle)
-            };
-            (Kind::Regular(node, handle), place.path())
-        }
-        Some(_) if flags & flag::CREATE != 0 && flags & flag::EXCLUSIVE != 0 => {
-            return Err(Errno::EEXIST);
-        }
-        Some(found) => (open_found(c, &place, found, flags)?, found.path.clone()),
-    };
-    let is_directory = matches!(kind, Kind::Directory(..));
-    if flags & flag::PATH == 0 {
-        if place.found.is_none() {
-            watch::tell(&path, event::CREATE, false);
-        } else if flags & flag::TRUNCATE != 0 {
-            watch::tell(&path, event::MODIFY, false);
-        }
-        watch::tell(&path, event::OPEN, is_directory);
-    }
-    let kept = flags & !(flag::CREATE | flag::EXCLUSIVE | flag::TRUNCATE | flag::CLOEXEC);
-    let file = Arc::new(File::at(kind, kept, path));
-    let fd = c
-        .task
-        .files()
-        .lock()
-        .insert(file, 0, flags & flag::CLOEXEC != 0)?;
-    Ok(fd as u64)
-}
-
-fn open_found(c: &Call<'_>, place: &Place, found: &Found, flags: u32) -> Result<Kind> {
-    let node = found.node.clone();
-    if flags & flag::PATH != 0 {
-        return Ok(if node.is_directory() {
-            Kind::Directory(node, Mutex::new(None))
-        } else {
-            Kind::Regular(node, None)
-        });
-    }
-    if let Node::Proc(entry) = &node
-        && let Some(file) = entry.open_file()
-        && flags & flag::NOFOLLOW == 0
-    {
-        return open_again(&file, flags);
-    }
-    if node.is_link() {
-        return Err(Errno::ELOOP);
-    }
-    let access = flags & flag::ACCESS;
-    let mut wanted = match access {
-        0 => may::READ,
-        flag::WRITE_ONLY => may::WRITE,
-        _ => may::READ | may::WRITE,
-    };
-    if flags & flag::TRUNCATE != 0 {
-        wanted |= may::WRITE;
-    }
-    let writes = wanted & may::WRITE != 0;
-    let credentials = c.task.credentials.lock().clone();
-    if !credentials.files_root() && !credentials.may(&node.attributes()?, wanted) {
-        return Err(Errno::EACCES);
-    }
-    const NOATIME: u32 = 0o1_000_000;
-    if flags & NOATIME != 0 && !credentials.owns(&node.attributes()?) {
-        return Err(Errno::EPERM);
-    }
-    match node.kind() {
-        kind::DIRECTORY if writes || flags & flag::CREATE != 0 => Err(Errno::EISDIR),
-        kind::DIRECTORY => Ok(Kind::Directory(node, Mutex::new(None))),
-        _ if place.slash || flags & flag::DIRECTORY != 0 => Err(Errno::ENOTDIR),
-        kind::REGULAR => {
-            if writes && found.read_only {
-                return Err(Errno::EROFS);
-            }
-            let handle = if writes {
-                Some(node.open_for_writing()?)
-            } else {
-                None
-            };
-            if flags & flag::TRUNCATE != 0 {
-                node.change(&Change {
-                    size: Some(0),
-                    ..Change::default()
-                })?;
-            }
-            Ok(Kind::Regular(node, handle))
-        }
-        // Device files of an image are its own numbers, but the kernel's devices.
-        kind::CHARACTER => special(c, &node, flags),
-        kind::FIFO => fs::pipe::open_fifo(&node, access, flags & flag::NONBLOCK == 0),
-        _ => Err(Errno::ENXIO),
-    }
-}
-
-/// /dev/stdout and the like: the same pipe, terminal or socket again.
-fn open_again(file: &Arc<File>, flags: u32) -> Result<Kind> {
-    let end = match flags & flag::ACCESS {
-        0 => End::Read,
-        flag::WRITE_ONLY => End::Write,
-        _ => End::Both,
-    };
-    Ok(match &file.kind {
-        Kind::Pipe(pipe, _) => {
-            pipe.open(end);
-            Kind::Pipe(Arc::clone(pipe), end)
-        }
-        Kind::Object(object) if object.mode() & kind::MASK == kind::SOCKET => {
-            return Err(Errno::ENXIO);
-        }
-        Kind::Object(object) => Kind::Object(Arc::clone(object)),
-        Kind::Console => Kind::Console,
-        Kind::Device(device) => Kind::Device(*device),
-        Kind::Regular(node, handle) => {
-            let handle = match handle {
-                Some(_) if end != End::Read => Some(node.open_for_writing()?),
-                _ => None,
-            };
-            Kind::Regular(node.clone(), handle)
-        }
-        Kind::Directory(node, _) => Kind::Directory(node.clone(), Mutex::new(None)),
-    })
-}
-
-fn special(c: &Call<'_>, node: &Node, flags: u32) -> Result<Kind> {
-    const NOCTTY: u32 = 0o400;
-    let rdev = node.attributes()?.rdev;
-    match Special::of(rdev).ok_or(Errno::ENXIO)? {
-        Special::Device(device) => Ok(Kind::Device(device)),
-        Special::Console => Ok(Kind::Console),
-        Special::Tty if c.task.container.number == 0 => Ok(Kind::Console),
-        Special::Tty => {
-            let session = c.task.links.lock().session;
-            Ok(Kind::Object(
-                pty::of_session(session).ok_or(Errno::ENXIO)?.open(),
-            ))
-        }
-        Special::Ptmx => {
-            let master = pty::Master::new()?;
-            if let Some((Node::Memory(pts), _)) = c.task.container.mount_at(b"/dev/pts") {
-                let owner = c.task.credentials.lock().owner();
-                fs::dev::add_terminal(&pts, master.pty().number, owner);
-            }
-            Ok(Kind::Object(Arc::new(master)))
-        }
-        Special::Pts(number) => {
-            let pty = pty::find(number).ok_or(Errno::ENXIO)?;
-            let session = c.task.links.lock().session;
-            if flags & NOCTTY == 0 && session == c.task.process {
-                pty.take_over(session);
-            }
-            Ok(Kind::Object(pty.open()))
-        }
-    }
 }
 
 /// Attributes of what is no file of a file system.
@@ -663,12 +471,28 @@ fn unlink(c: &Call<'_>, dir: i32, path: u64, directory: bool) -> Result {
     Ok(0)
 }
 
+/// The file that gets one more name.
+fn linked(c: &Call<'_>, from: (i32, u64), follow: bool, flags: u32) -> Result<Node> {
+    if flags & AT_EMPTY_PATH != 0 && super::get::<1>(from.1) == Ok([0]) {
+        let file = c.task.file(from.0)?;
+        return file.node().cloned().ok_or(Errno::EXDEV);
+    }
+    let node = resolve(c, from.0, from.1, follow)?.node;
+    if let Node::Proc(entry) = &node
+        && follow
+        && let Some(file) = entry.open_file()
+    {
+        return file.node().cloned().ok_or(Errno::EXDEV);
+    }
+    Ok(node)
+}
+
 fn link(c: &Call<'_>, from: (i32, u64), to: (i32, u64), flags: u32) -> Result {
     const AT_SYMLINK_FOLLOW: u32 = 0x400;
     if flags & !(AT_SYMLINK_FOLLOW | AT_EMPTY_PATH) != 0 {
         return Err(Errno::EINVAL);
     }
-    let node = resolve(c, from.0, from.1, flags & AT_SYMLINK_FOLLOW != 0)?.node;
+    let node = linked(c, from, flags & AT_SYMLINK_FOLLOW != 0, flags)?;
     let place = walk(c, to.0, to.1)?;
     if place.found.is_some() {
         return Err(Errno::EEXIST);

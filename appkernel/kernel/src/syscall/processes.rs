@@ -10,8 +10,9 @@ use appkernel_hal::{USER_END, usercopy};
 use super::{Call, Result, get_path, get_string, get_u64, put, put_words};
 use crate::container::visible;
 use crate::exec::{self, ARGUMENTS_MAX};
+use crate::fs;
 use crate::signal::Signal;
-use crate::task::{self, CloneOptions, Task};
+use crate::task::{self, CloneOptions, Task, Used};
 
 /// Flags of clone.
 mod flag {
@@ -270,18 +271,58 @@ fn strings(at: u64, total: &mut usize) -> Result<Vec<Vec<u8>>> {
 
 /// execve(2): sets the registers of the new program.
 pub fn execve(c: &Call<'_>, frame: &mut Frame) -> Result<()> {
+    let cwd = c.task.place.lock().cwd.clone();
+    execute(c, frame, (get_path(c.arg(0))?, cwd), (c.arg(1), c.arg(2)))
+}
+
+/// execveat(2).
+pub fn execveat(c: &Call<'_>, frame: &mut Frame) -> Result<()> {
+    use super::paths::{AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW};
+    let flags = c.uint(4);
+    if flags & !(AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW) != 0 {
+        return Err(Errno::EINVAL);
+    }
+    let path = get_path(c.arg(1))?;
+    let (path, cwd) = if path.is_empty() && flags & AT_EMPTY_PATH != 0 {
+        // By its number: it may have no name.
+        c.task.file(c.int(0))?;
+        let path = alloc::format!("/proc/self/fd/{}", c.int(0)).into_bytes();
+        (path, b"/".to_vec())
+    } else {
+        let cwd = super::paths::base(c, c.int(0), &path)?;
+        if flags & AT_SYMLINK_NOFOLLOW != 0
+            && fs::resolve(&c.task.container, &cwd, &path, false)?
+                .node
+                .is_link()
+        {
+            return Err(Errno::ELOOP);
+        }
+        (path, cwd)
+    };
+    execute(c, frame, (path, cwd), (c.arg(2), c.arg(3)))
+}
+
+/// The program at a path (from a directory), with arguments and environment at these addresses.
+fn execute(
+    c: &Call<'_>,
+    frame: &mut Frame,
+    (path, cwd): (Vec<u8>, Vec<u8>),
+    (arguments, environment): (u64, u64),
+) -> Result<()> {
     let mut total = 0;
     let request = exec::Request {
-        path: get_path(c.arg(0))?,
-        arguments: strings(c.arg(1), &mut total)?,
-        environment: strings(c.arg(2), &mut total)?,
+        path,
+        arguments: strings(arguments, &mut total)?,
+        environment: strings(environment, &mut total)?,
     };
-    let cwd = c.task.place.lock().cwd.clone();
     let credentials = c.task.credentials.lock().clone();
+    let asked = *c.task.asked.lock();
     let context = exec::Context {
         container: &c.task.container,
         cwd: &cwd,
         credentials: &credentials,
+        random: exec::is_random(asked.persona),
+        may_become: !asked.no_new_privileges,
     };
     let image = match exec::replace(&request, context) {
         Ok(image) => image,
@@ -317,6 +358,7 @@ fn begin(task: &Task, image: exec::Image, frame: &mut Frame) {
     own.lock().reset();
     *task.handlers.lock() = own;
     task.pending.lock().stack = (0, 0);
+    image.set_credentials(&mut task.credentials.lock());
     crate::alarms::forget_made(task.process);
     *frame = image.frame();
     task.replace(image);
@@ -382,7 +424,7 @@ enum Event {
 }
 
 /// Waits for a child of `who` (as wait4 has it); `None` if there is nothing yet and `NOHANG`.
-fn wait(c: &Call<'_>, who: i32, options: u32) -> Result<Option<(u32, Event)>> {
+fn wait(c: &Call<'_>, who: i32, options: u32) -> Result<Option<(u32, Event, Used)>> {
     let me = c.task.process;
     let group = c.task.links.lock().group;
     let container = &c.task.container;
@@ -412,22 +454,25 @@ fn wait(c: &Call<'_>, who: i32, options: u32) -> Result<Option<(u32, Event)>> {
                 if options & NOWAIT == 0 {
                     links.stopped = None;
                 }
-                return Some((child.id, Event::Stopped(signal)));
+                return Some((child.id, Event::Stopped(signal), Used::default()));
             }
             if options & CONTINUED != 0 && links.continued {
                 if options & NOWAIT == 0 {
                     links.continued = false;
                 }
-                return Some((child.id, Event::Continued));
+                return Some((child.id, Event::Continued, Used::default()));
             }
             None
         })
     };
     let look = || {
         if options & EXITED != 0
-            && let Some((id, status)) = task::find_zombie(matches, options & NOWAIT == 0)
+            && let Some((id, status, used)) = task::find_zombie(matches, options & NOWAIT == 0)
         {
-            return Some(Ok((id, Event::Ended(status))));
+            if options & NOWAIT == 0 {
+                c.task.links.lock().children.add(used);
+            }
+            return Some(Ok((id, Event::Ended(status), used)));
         }
         if let Some(found) = changed() {
             return Some(Ok(found));
@@ -440,6 +485,16 @@ fn wait(c: &Call<'_>, who: i32, options: u32) -> Result<Option<(u32, Event)>> {
     task::wait_for(task::CHILD + me as usize, look)?.map(Some)
 }
 
+/// As `struct rusage` has it: all time as the program's own, and the memory in KiB.
+pub fn usage(used: Used) -> [u64; 18] {
+    let us = used.cpu_ns / 1000;
+    let mut words = [0; 18];
+    words[0] = us / 1_000_000;
+    words[1] = us % 1_000_000;
+    words[4] = used.pages * 4;
+    words
+}
+
 fn wait4(c: &Call<'_>) -> Result {
     let options = c.uint(2);
     if options & !(NOHANG | UNTRACED | CONTINUED | 0xe000_0000) != 0 {
@@ -448,7 +503,7 @@ fn wait4(c: &Call<'_>) -> Result {
     if c.int(0) == i32::MIN {
         return Err(Errno::ESRCH);
     }
-    let Some((id, event)) = wait(c, c.int(0), options | EXITED)? else {
+    let Some((id, event, used)) = wait(c, c.int(0), options | EXITED)? else {
         return Ok(0);
     };
     let status = match event {
@@ -460,7 +515,7 @@ fn wait4(c: &Call<'_>) -> Result {
         put(c.arg(1), &status.to_le_bytes())?;
     }
     if c.arg(3) != 0 {
-        put_words(c.arg(3), &[0; 18])?;
+        put_words(c.arg(3), &usage(used))?;
     }
     Ok(visible(id).into())
 }
@@ -484,7 +539,10 @@ fn waitid(c: &Call<'_>) -> Result {
         return Err(Errno::EINVAL);
     }
     let mut words = [0u64; 16];
-    if let Some((id, event)) = wait(c, who, options)? {
+    if let Some((id, event, used)) = wait(c, who, options)? {
+        if c.arg(4) != 0 {
+            put_words(c.arg(4), &usage(used))?;
+        }
         let (code, status) = match event {
             Event::Ended(status) if status & 0x7f == 0 => (1, (status >> 8) as u32),
             Event::Ended(status) => (2, status as u32 & 0x7f),

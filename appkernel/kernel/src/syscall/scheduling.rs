@@ -236,7 +236,8 @@ fn get_io(c: &Call<'_>) -> Result {
     let values = all.iter().map(|t| {
         let own = *t.scheduling.lock();
         match own.io {
-            // What follows from the nice value.
+            // Of one thread what was set; else what follows from the nice value.
+            None if c.uint(0) == 1 => 0,
             None => (2 << 13) | ((own.nice + 20) as u32 / 5),
             Some(io) => io,
         }

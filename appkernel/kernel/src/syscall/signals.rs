@@ -88,6 +88,8 @@ fn mask(c: &Call<'_>) -> Result {
         }
         old
     };
+    let now = c.task.pending.lock().mask;
+    signal::adopt(c.task, old & !now);
     if c.arg(2) != 0 {
         put(c.arg(2), &old.to_le_bytes())?;
     }
@@ -252,8 +254,12 @@ fn timed_wait(c: &Call<'_>) -> Result {
         0 => None,
         at => Some(appkernel_hal::clock::monotonic_ns().saturating_add(super::get_timespec(at)?)),
     };
+    signal::adopt(c.task, set);
+    c.task.pending.lock().awaited = set;
     let take = || c.task.pending.lock().take(set);
-    let (signal, info) = match task::wait_until(task::TIME, deadline, take) {
+    let found = task::wait_until(task::TIME, deadline, take);
+    c.task.pending.lock().awaited = 0;
+    let (signal, info) = match found {
         Err(Errno::ETIMEDOUT) => return Err(Errno::EAGAIN),
         other => other?,
     };

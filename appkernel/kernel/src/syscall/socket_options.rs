@@ -39,6 +39,7 @@ const TCP_MAXSEG: u32 = 2;
 const TCP_INFO: u32 = 11;
 const IPPROTO_IP: u32 = 0;
 const IP_TTL: u32 = 2;
+const IP_OPTIONS: u32 = 4;
 const IP_MTU: u32 = 14;
 /// What a socket's buffers are said to hold, and at most.
 const BUFFER: u32 = 212_992;
@@ -179,6 +180,8 @@ pub fn get_option(c: &Call<'_>) -> Result {
             0 => 65536,
             mtu => mtu as u32,
         }),
+        // No options in packets.
+        (IPPROTO_IP, IP_OPTIONS) => Vec::new(),
         _ => word(socket.option(level, option).unwrap_or(0)),
     };
     let count = bytes.len().min(room);

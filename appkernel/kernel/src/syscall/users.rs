@@ -2,10 +2,11 @@
 
 use alloc::vec::Vec;
 
+use appkernel_core::capabilities::{Capabilities, SETGID, SETUID};
 use appkernel_core::errno::Errno;
 
-use super::{Call, Result, get, put, put_words};
-use crate::task::Credentials;
+use super::{Call, Result, get, put};
+use crate::task;
 
 /// As Linux (`NGROUPS_MAX`).
 const MAX_GROUPS: u64 = 65536;
@@ -21,7 +22,7 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         108 => Ok(own().egid.into()),
         105 => {
             let id = c.uint(0);
-            if own().is_root() {
+            if own().capabilities.has(SETUID) {
                 set_users(c, [id, id, id])
             } else {
                 set_users(c, [KEEP, id, KEEP])
@@ -29,7 +30,7 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         }
         106 => {
             let id = c.uint(0);
-            if own().is_root() {
+            if own().capabilities.has(SETGID) {
                 set_groups_of(c, [id, id, id])
             } else {
                 set_groups_of(c, [KEEP, id, KEEP])
@@ -48,10 +49,9 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
             let own = own();
             let (ruid, euid) = (c.uint(0), c.uint(1));
             // The saved one is no choice for the real one.
-            let real_ok = own.is_root() || ruid == KEEP || [own.uid, own.euid].contains(&ruid);
-            if !real_ok
-                || !own.is_root() && euid != KEEP && ![own.uid, own.euid, own.suid].contains(&euid)
-            {
+            let may = own.capabilities.has(SETUID);
+            let real_ok = may || ruid == KEEP || [own.uid, own.euid].contains(&ruid);
+            if !real_ok || !may && euid != KEEP && ![own.uid, own.euid, own.suid].contains(&euid) {
                 return Some(Err(Errno::EPERM));
             }
             set_users(c, [c.uint(0), c.uint(1), saved])
@@ -98,7 +98,7 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
             Ok(old.into())
         }
         125 => capabilities(c),
-        126 => Ok(0),
+        126 => set_capabilities(c),
         _ => return None,
     })
 }
@@ -110,7 +110,7 @@ fn put_ids(c: &Call<'_>, ids: [u32; 3]) -> Result {
     Ok(0)
 }
 
-/// Only root becomes anybody; others change between what they are already.
+/// Who has the capability becomes anybody; others change between what they are already.
 fn chosen(wanted: [u32; 3], now: [u32; 3], root: bool) -> Result<[u32; 3]> {
     let mut new = now;
     for (slot, id) in new.iter_mut().zip(wanted) {
@@ -128,15 +128,16 @@ fn chosen(wanted: [u32; 3], now: [u32; 3], root: bool) -> Result<[u32; 3]> {
 fn set_users(c: &Call<'_>, wanted: [u32; 3]) -> Result {
     let mut own = c.task.credentials.lock();
     let now = [own.uid, own.euid, own.suid];
-    [own.uid, own.euid, own.suid] = chosen(wanted, now, own.is_root())?;
-    own.fsuid = own.euid;
+    let new = chosen(wanted, now, own.capabilities.has(SETUID))?;
+    own.set_users(new);
     Ok(0)
 }
 
 fn set_groups_of(c: &Call<'_>, wanted: [u32; 3]) -> Result {
     let mut own = c.task.credentials.lock();
     let now = [own.gid, own.egid, own.sgid];
-    [own.gid, own.egid, own.sgid] = chosen(wanted, now, own.is_root())?;
+    let may = own.capabilities.has(SETGID);
+    [own.gid, own.egid, own.sgid] = chosen(wanted, now, may)?;
     own.fsgid = own.egid;
     Ok(0)
 }
@@ -160,7 +161,7 @@ fn set_groups(c: &Call<'_>) -> Result {
     if count > MAX_GROUPS {
         return Err(Errno::EINVAL);
     }
-    if !c.task.credentials.lock().is_root() {
+    if !c.task.credentials.lock().capabilities.has(SETGID) {
         return Err(Errno::EPERM);
     }
     let mut groups = Vec::new();
@@ -171,20 +172,66 @@ fn set_groups(c: &Call<'_>) -> Result {
     Ok(0)
 }
 
-/// capget(2).
-fn capabilities(c: &Call<'_>) -> Result {
+/// How many halves of each set a version of the structure has, and the process it is about.
+fn header(c: &Call<'_>) -> Result<(usize, u32)> {
+    const VERSION_1: u32 = 0x1998_0330;
+    const VERSION_2: u32 = 0x2007_1026;
     const VERSION_3: u32 = 0x2008_0522;
     let version = u32::from_le_bytes(get(c.arg(0))?);
-    if version != VERSION_3 {
-        put(c.arg(0), &VERSION_3.to_le_bytes())?;
-        return Err(Errno::EINVAL);
+    let halves = match version {
+        VERSION_1 => 1,
+        VERSION_2 | VERSION_3 => 2,
+        _ => {
+            put(c.arg(0), &VERSION_3.to_le_bytes())?;
+            return Err(Errno::EINVAL);
+        }
+    };
+    let process = u32::from_le_bytes(get(c.arg(0).wrapping_add(4))?);
+    Ok((halves, process))
+}
+
+/// capget(2).
+fn capabilities(c: &Call<'_>) -> Result {
+    let (halves, process) = match header(c) {
+        // Only the version was asked for.
+        Err(Errno::EINVAL) if c.arg(1) == 0 => return Ok(0),
+        other => other?,
+    };
+    let own: Capabilities = match process {
+        0 => c.task.credentials.lock().capabilities,
+        id => {
+            let task = task::find(c.task.container.id(id)).ok_or(Errno::ESRCH)?;
+            let credentials = task.credentials.lock();
+            credentials.capabilities
+        }
+    };
+    if c.arg(1) == 0 {
+        return Ok(0);
     }
-    if c.arg(1) != 0 {
-        let own: Credentials = c.task.credentials.lock().clone();
-        let all = own.capabilities();
-        let half = |shift: u32| all >> shift & 0xffff_ffff;
-        let words = [half(0) | half(0) << 32, half(32) << 32, half(32)];
-        put_words(c.arg(1), &words)?;
+    let mut bytes = Vec::new();
+    for half in 0..halves {
+        for set in [own.effective, own.permitted, own.inheritable] {
+            bytes.extend(((set >> (32 * half)) as u32).to_le_bytes());
+        }
     }
+    put(c.arg(1), &bytes)?;
+    Ok(0)
+}
+
+/// capset(2): of the caller itself.
+fn set_capabilities(c: &Call<'_>) -> Result {
+    let (halves, process) = header(c)?;
+    if process != 0 && c.task.container.id(process) != c.task.id {
+        return Err(Errno::EPERM);
+    }
+    let mut sets = [0u64; 3];
+    for half in 0..halves {
+        for (i, set) in sets.iter_mut().enumerate() {
+            let at = c.arg(1).wrapping_add((half * 12 + i * 4) as u64);
+            *set |= u64::from(u32::from_le_bytes(get(at)?)) << (32 * half);
+        }
+    }
+    let mut own = c.task.credentials.lock();
+    own.capabilities.set(sets[0], sets[1], sets[2])?;
     Ok(0)
 }

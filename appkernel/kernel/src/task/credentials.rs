@@ -2,6 +2,7 @@
 
 use alloc::vec::Vec;
 
+use appkernel_core::capabilities::Capabilities;
 use appkernel_core::fuse::Attributes;
 
 use crate::fs::node::{Owner, kind};
@@ -19,6 +20,7 @@ pub struct Credentials {
     /// Who it is for files: the effective ones unless it says otherwise (setfsuid).
     pub fsuid: u32,
     pub fsgid: u32,
+    pub capabilities: Capabilities,
 }
 
 /// Permission bits, as in a mode.
@@ -41,6 +43,7 @@ impl Credentials {
             groups,
             fsuid: uid,
             fsgid: gid,
+            capabilities: Capabilities::of(uid == 0),
         }
     }
 
@@ -62,9 +65,12 @@ impl Credentials {
         }
     }
 
-    /// Capabilities that programs are told of: all that containers usually have, or none.
-    pub fn capabilities(&self) -> u64 {
-        if self.is_root() { 0xa804_25fb } else { 0 }
+    /// Sets real, effective and saved user.
+    pub fn set_users(&mut self, new: [u32; 3]) {
+        let old = [self.uid, self.euid, self.suid];
+        self.capabilities.users_changed(old, new);
+        [self.uid, self.euid, self.suid] = new;
+        self.fsuid = self.euid;
     }
 
     /// Whether it is in a group, where files are concerned.

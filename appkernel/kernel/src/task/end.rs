@@ -10,8 +10,8 @@ use appkernel_hal::sync::{Mutex, any_taken};
 use appkernel_hal::{boot, cpu, usercopy};
 
 use super::{
-    AGENT, CHILD, ENDS, FILES, NEVER, SCHEDULER, State, Task, charge, current, find, go_on, living,
-    schedule, wake, wake_task, with, yield_now,
+    AGENT, CHILD, ENDS, FILES, NEVER, SCHEDULER, State, Task, Used, charge, current, find, go_on,
+    living, schedule, wake, wake_task, with, yield_now,
 };
 use crate::container::{Container, visible};
 use crate::mm::Access;
@@ -252,6 +252,15 @@ fn leave(status: i32) {
     // SAFETY: the kernel's own table.
     unsafe { cpu::write_cr3(boot::kernel_pml4()) };
     let mm = me.mm.lock().take();
+    {
+        // Only of the last thread: counting takes as long as there are pages.
+        let last = mm.as_ref().filter(|mm| Arc::strong_count(mm) == 1);
+        let pages = last.map_or(0, |mm| mm.lock().resident() as u64);
+        me.links.lock().used.add(Used {
+            cpu_ns: me.cpu_ns.load(Ordering::Relaxed),
+            pages,
+        });
+    }
     drop(mm);
     drop(me);
     if siblings > 0 {
@@ -367,11 +376,16 @@ fn bury(id: u32) {
     });
 }
 
-/// A child that ended: its number and status. With `reap` it is gone then.
-pub fn find_zombie(matches: impl Fn(&Task) -> bool, reap: bool) -> Option<(u32, i32)> {
+/// A child that ended: its number, its status, and what it and its children used. With `reap` it is gone
+/// then.
+pub fn find_zombie(matches: impl Fn(&Task) -> bool, reap: bool) -> Option<(u32, i32, Used)> {
     let found = with(|s| {
         s.tasks.values().find_map(|(task, state)| match state {
-            State::Zombie(status) if matches(task) => Some((task.id, *status)),
+            State::Zombie(status) if matches(task) => {
+                let mut used = task.links.lock().used;
+                used.add(task.links.lock().children);
+                Some((task.id, *status, used))
+            }
             _ => None,
         })
     })?;

@@ -2,15 +2,16 @@
 //!
 //! The kernel is not interrupted for another task: a task gives up the CPU where it sleeps, and at
 //! the end of a time slice while its program runs. Lock order: memory, open files, then what is
-//! below them (nodes, pipes), then `SCHEDULER`; under it only a task's `links`.
+//! below them (nodes, pipes), then `SCHEDULER`; under it only a task's `links` and a container's `share`.
 
 mod credentials;
 mod end;
 pub mod limits;
+mod ready;
 mod schedule;
 mod scheduling;
 
-use alloc::collections::{BTreeMap, VecDeque};
+use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::cell::UnsafeCell;
@@ -79,6 +80,28 @@ pub struct Links {
     pub stopped: Option<u8>,
     pub is_stopped: bool,
     pub continued: bool,
+    /// What it used and what those it waited for used.
+    pub used: Used,
+    pub children: Used,
+    /// What the process registered for by membarrier.
+    pub barriers: u32,
+}
+
+/// What processes used.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Used {
+    /// Nanoseconds of the CPU, of threads that ended.
+    pub cpu_ns: u64,
+    /// Most pages of memory, as far as they were counted.
+    pub pages: u64,
+}
+
+impl Used {
+    /// With what another one used.
+    pub fn add(&mut self, other: Self) {
+        self.cpu_ns = self.cpu_ns.saturating_add(other.cpu_ns);
+        self.pages = self.pages.max(other.pages);
+    }
 }
 
 /// Where a process is in the tree of files.
@@ -144,7 +167,7 @@ unsafe impl Sync for Task {}
 
 struct Scheduler {
     tasks: BTreeMap<u32, (Arc<Task>, State)>,
-    ready: VecDeque<u32>,
+    ready: ready::Ready,
     current: u32,
     /// The task of that number.
     running: Arc<Task>,
@@ -221,7 +244,7 @@ pub fn init(container: &Arc<Container>, entry: extern "C" fn() -> !) -> Option<A
     tasks.insert(0, (Arc::clone(&task), State::Ready));
     *SCHEDULER.lock() = Some(Scheduler {
         tasks,
-        ready: VecDeque::new(),
+        ready: ready::Ready::default(),
         current: 0,
         running: Arc::clone(&task),
         dead: Vec::new(),
@@ -235,8 +258,8 @@ pub fn kernel_thread(name: &[u8], entry: extern "C" fn() -> !) -> Option<()> {
     let id = with(|s| container.new_id(|id| s.tasks.contains_key(&id)));
     let task = kernel_task(&container, id, name, entry)?;
     with(|s| {
+        s.ready.push_back(id, &task.container);
         s.tasks.insert(id, (task, State::Ready));
-        s.ready.push_back(id);
     });
     Some(())
 }
@@ -250,6 +273,8 @@ pub struct New<'a> {
     pub cwd: Vec<u8>,
     pub umask: u32,
     pub limits: Limits,
+    /// What it runs never gets more rights.
+    pub no_new_privileges: bool,
 }
 
 /// Last part of a path, as the name of a task.
@@ -260,7 +285,12 @@ fn name_of(path: &[u8]) -> Vec<u8> {
 
 impl Task {
     /// A process without a parent, that waits to be started.
-    pub fn make(new: New<'_>) -> Result<Arc<Self>, Errno> {
+    pub fn make(mut new: New<'_>) -> Result<Arc<Self>, Errno> {
+        new.image.set_credentials(&mut new.credentials);
+        let asked = Asked {
+            no_new_privileges: new.no_new_privileges,
+            ..Asked::default()
+        };
         let context = Context::new(new.image.frame()).ok_or(Errno::ENOMEM)?;
         let root = new.image.mm.root();
         let id = with(|s| new.container.new_id(|id| s.tasks.contains_key(&id)));
@@ -293,7 +323,7 @@ impl Task {
             handlers: Mutex::default(),
             clear_tid: AtomicU64::new(0),
             vfork: Mutex::new(false),
-            asked: Mutex::default(),
+            asked: Mutex::new(asked),
             scheduling: Mutex::default(),
         });
         with(|s| {
@@ -469,8 +499,8 @@ impl Task {
         });
         self.container.charge.add(end::PAGES_OF_TASK as u64);
         with(|s| {
+            s.ready.push_back(id, &task.container);
             s.tasks.insert(id, (task, State::Ready));
-            s.ready.push_back(id);
         });
         Ok(id)
     }
@@ -568,7 +598,9 @@ pub fn state_letter(id: u32) -> char {
 pub fn process_cpu_ns(process: u32) -> u64 {
     let threads = living();
     let own = threads.iter().filter(|t| t.process == process);
-    own.map(|t| t.cpu_ns.load(Ordering::Relaxed)).sum()
+    let alive: u64 = own.map(|t| t.cpu_ns.load(Ordering::Relaxed)).sum();
+    let ended = find(process).map_or(0, |t| t.links.lock().used.cpu_ns);
+    alive + ended
 }
 
 /// Number of the terminal of a session, 0 without.

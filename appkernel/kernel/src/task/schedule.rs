@@ -9,6 +9,7 @@ use appkernel_hal::context::{self, Context};
 use appkernel_hal::sync::Mutex;
 use appkernel_hal::{apic, clock, cpu};
 
+use super::ready::Next;
 use super::{Channel, NEVER, SCHEDULER, State, Task, current, find, with};
 
 /// Starts the first task.
@@ -40,6 +41,7 @@ pub fn charge() {
         s.running.cpu_ns.fetch_add(spent, Ordering::Relaxed);
         let container = &s.running.container;
         container.cpu_ns.fetch_add(spent, Ordering::Relaxed);
+        container.share.lock().spend(now, spent);
     });
 }
 
@@ -56,28 +58,40 @@ pub(super) fn schedule() {
     });
     drop(dead);
     let (previous, next, root) = loop {
+        let now = clock::monotonic_ns();
         let choice = with(|s| {
             // A number of a task that is gone is nobody's turn.
             let (id, task) = loop {
-                let id = s.ready.pop_front()?;
+                let id = match s.ready.pop(now) {
+                    Next::Task(id) => id,
+                    Next::After(time) => return Err(Some(time)),
+                    Next::Nobody => return Err(None),
+                };
                 if let Some((task, _)) = s.tasks.get(&id) {
                     break (id, Arc::clone(task));
                 }
             };
+            let left = task.container.share.lock().left_ns();
             let to = (task.context.get(), task.root.load(Ordering::Relaxed));
             s.current = id;
             let previous = core::mem::replace(&mut s.running, task);
-            Some((previous, to.0, to.1))
+            Ok((previous, to.0, to.1, left))
         });
         match choice {
-            Some((previous, next, root)) => {
+            Ok((previous, next, root, left)) => {
                 let from = previous.context.get();
                 // The table of tasks has it still, also one that ended.
                 drop(previous);
+                if let Some(left) = left.filter(|left| *left < clock::TICK_NS) {
+                    apic::next_tick(next_timer(now).min(left));
+                }
                 break (from, next, root);
             }
-            // Nobody can run: the next interrupt may change that.
-            None => {
+            // Nobody can run: the next interrupt may change that, or the next period of somebody.
+            Err(time) => {
+                if let Some(time) = time {
+                    apic::next_tick(next_timer(now).min(time.saturating_sub(now)));
+                }
                 cpu::idle();
                 SINCE.store(clock::monotonic_ns(), Ordering::Relaxed);
             }
@@ -92,12 +106,14 @@ pub(super) fn schedule() {
 
 /// The end of a time slice.
 pub fn yield_now() {
+    charge();
+    let now = clock::monotonic_ns();
     let alone = with(|s| {
-        if s.ready.is_empty() {
+        let container = &s.running.container;
+        if s.ready.is_empty() && container.share.lock().waits_until(now).is_none() {
             return true;
         }
-        let id = s.current;
-        s.ready.push_back(id);
+        s.ready.push_back(s.current, container);
         false
     });
     if !alone {
@@ -204,11 +220,11 @@ pub fn wake_sleepers() {
 /// Wakes one task, whatever it waits for; it will look again.
 pub fn wake_task(id: u32) {
     with(|s| {
-        if let Some((_, state @ State::Sleeping(_))) = s.tasks.get_mut(&id)
+        if let Some((task, state @ State::Sleeping(_))) = s.tasks.get_mut(&id)
             && *state != State::Sleeping(NEVER)
         {
             *state = State::Ready;
-            s.ready.push_back(id);
+            s.ready.push_back(id, &task.container);
         }
     });
 }
@@ -216,10 +232,10 @@ pub fn wake_task(id: u32) {
 /// Wakes all that sleep on the channel. An interrupt may come before there is any task.
 pub fn wake(channel: Channel) {
     if let Some(s) = SCHEDULER.lock().as_mut() {
-        for (id, (_, state)) in &mut s.tasks {
+        for (id, (task, state)) in &mut s.tasks {
             if *state == State::Sleeping(channel) {
                 *state = State::Ready;
-                s.ready.push_back(*id);
+                s.ready.push_back(*id, &task.container);
             }
         }
     }
@@ -229,20 +245,19 @@ pub fn wake(channel: Channel) {
 /// after them. No lock may be held.
 pub fn hand_over(channel: Channel) {
     let any = with(|s| {
-        let id = s.current;
-        let mut woken: Vec<u32> = Vec::new();
-        for (id, (_, state)) in &mut s.tasks {
+        let mut woken = Vec::new();
+        for (id, (task, state)) in &mut s.tasks {
             if *state == State::Sleeping(channel) {
                 *state = State::Ready;
-                woken.push(*id);
+                woken.push((*id, Arc::clone(&task.container)));
             }
         }
         if woken.is_empty() {
             return false;
         }
-        s.ready.push_front(id);
-        for id in woken {
-            s.ready.push_front(id);
+        s.ready.push_front(s.current, &s.running.container);
+        for (id, container) in woken {
+            s.ready.push_front(id, &container);
         }
         true
     });
@@ -254,11 +269,11 @@ pub fn hand_over(channel: Channel) {
 /// Lets a task run that waits to be started.
 pub fn begin(id: u32) {
     with(|s| {
-        if let Some((_, state)) = s.tasks.get_mut(&id)
+        if let Some((task, state)) = s.tasks.get_mut(&id)
             && *state == State::Sleeping(NEVER)
         {
             *state = State::Ready;
-            s.ready.push_back(id);
+            s.ready.push_back(id, &task.container);
         }
     });
 }
@@ -283,9 +298,9 @@ pub fn stop() {
 /// Lets a stopped task go on.
 pub fn go_on(id: u32) {
     with(|s| {
-        if let Some((_, state @ State::Stopped)) = s.tasks.get_mut(&id) {
+        if let Some((task, state @ State::Stopped)) = s.tasks.get_mut(&id) {
             *state = State::Ready;
-            s.ready.push_back(id);
+            s.ready.push_back(id, &task.container);
         }
     });
 }

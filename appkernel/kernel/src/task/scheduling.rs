@@ -62,6 +62,8 @@ pub struct Asked {
     pub no_new_privileges: bool,
     pub timer_slack_ns: u64,
     pub default_slack_ns: u64,
+    /// As personality has it; of its flags only the one against random addresses has effect.
+    pub persona: u32,
 }
 
 impl Default for Asked {
@@ -72,6 +74,7 @@ impl Default for Asked {
             no_new_privileges: false,
             timer_slack_ns: USUAL_NS,
             default_slack_ns: USUAL_NS,
+            persona: 0,
         }
     }
 }

@@ -100,7 +100,7 @@ pub(super) fn shmat(c: &Call<'_>) -> Result {
                 return Err(Errno::EINVAL);
             }
             mm.areas
-                .find_free(len, LOWEST, MMAP_TOP)
+                .find_free(len, LOWEST, mm.mmap_top)
                 .ok_or(Errno::ENOMEM)?
         } else {
             let end = at.checked_add(len).filter(|end| *end <= MMAP_TOP);
