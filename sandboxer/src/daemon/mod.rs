@@ -88,6 +88,9 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> DaemonError {
 /// Runs the daemon.
 pub fn main() -> ExitCode {
     // Before anything else is done that a jail would have to undo.
+    if let Some(code) = bulkhead_wasm::compiler_main() {
+        return code;
+    }
     match std::env::args_os().nth(1) {
         Some(arg) if arg == worker::ARGUMENT => return worker::run::main(),
         Some(arg) if arg == keeper::ARGUMENT => return keeper::process::main(),
