@@ -126,7 +126,7 @@ test-full: _disk
 lab *ARGS:
     tests/lab/lab {{ARGS}}
 
-# Benchmarks: boot, fs, appkernel and pods (or parts of them), wasm. Prints a table and writes target/bench/NAME.json
+# Benchmarks: boot, fs, appkernel, pods and wasm (the last three also by parts). Prints a table and writes target/bench/NAME.json
 bench NAME *PARTS: _disk build guest appkernel fixtures
     tests/run bench {{NAME}} {{PARTS}}
 

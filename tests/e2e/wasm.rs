@@ -463,6 +463,35 @@ fn errors_are_one_line_and_say_what_to_do() {
 }
 
 #[test]
+fn what_a_program_costs_is_bounded() {
+    let place = Place::new();
+    let spin = place.wat(
+        "loop.wasm",
+        r#"(module (func (export "_start") (loop $l (br $l))))"#,
+    );
+    let report = place.path("report.json");
+    let run = |args: &[&str]| {
+        let mut command = place.vmmctl();
+        command.args(args).arg("--report").arg(&report).arg(&spin);
+        let output = finish(command);
+        (output.status.code(), text(&output.stderr))
+    };
+    // The compiler, in a process of its own.
+    let (code, error) = run(&["--compile-memory", "1M"]);
+    assert_eq!(code, Some(125), "{error}");
+    assert!(
+        error.contains("more memory than 1 MiB (--compile-memory"),
+        "{error}"
+    );
+    // The program's instructions.
+    let (code, error) = run(&["--fuel", "100000"]);
+    assert_eq!(code, Some(137), "{error}");
+    assert!(error.contains("fuel"), "{error}");
+    let value: serde_json::Value = serde_json::from_slice(&fs::read(&report).unwrap()).unwrap();
+    assert_eq!(value["reason"], "fuel");
+}
+
+#[test]
 fn ctrl_c_ends_a_loop() {
     let place = Place::new();
     let spin = place.wat(

@@ -250,21 +250,39 @@ pub fn kvm_counter(directories: &[PathBuf], name: &str) -> Result<u64> {
     Ok(sum)
 }
 
-/// Directories of a process' VMs in debugfs.
+/// Directories of a process' VMs in debugfs. Each is called `TASK-DESCRIPTOR`, and the task is the
+/// thread that has made the VM: not the process' first one, and it may be gone.
 ///
 /// # Errors
 /// When debugfs is not mounted.
 pub fn kvm_directories(pid: u32) -> Result<Vec<PathBuf>> {
     let root = Path::new("/sys/kernel/debug/kvm");
-    let prefix = format!("{pid}-");
     let mut all = Vec::new();
     for entry in fs::read_dir(root).context("/sys/kernel/debug/kvm (mount debugfs)")? {
         let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(&prefix) {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        // Beside the VMs there are KVM's own counters.
+        let Some((task, descriptor)) = name.split_once('-') else {
+            continue;
+        };
+        let (Ok(task), Ok(descriptor)) = (task.parse::<u32>(), descriptor.parse::<u32>()) else {
+            continue;
+        };
+        let is_vm = fs::read_link(format!("/proc/{pid}/fd/{descriptor}"))
+            .is_ok_and(|file| file == Path::new("anon_inode:kvm-vm"));
+        // Another process may have a VM by the same number.
+        if is_vm && process_of(task).is_none_or(|process| process == pid) {
             all.push(entry.path());
         }
     }
     Ok(all)
+}
+
+/// The process that a thread belongs to.
+fn process_of(task: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{task}/status")).ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("Tgid:"))?;
+    line.trim().parse().ok()
 }
 
 /// Threads, descriptors, mounts and network devices of this process and host: what a leak shows

@@ -8,7 +8,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -239,14 +239,14 @@ impl DiskCache {
     }
 
     /// Stores a compiled program and gives back the file to load it from.
-    pub(crate) fn put(&self, key: &Sha, code: &[u8]) -> io::Result<File> {
-        let size = u64::try_from(code.len()).unwrap_or(u64::MAX);
-        self.make_room(size)?;
-        let temporary = Temporary::create(&self.directory, code)?;
+    pub(crate) fn put(&self, key: &Sha, code: &File) -> io::Result<File> {
+        self.make_room(code.metadata()?.len())?;
+        let temporary = Temporary::copy(&self.directory, code)?;
+        // Of what is written there, not of what was to be.
+        let content = self.content_mac(key, &File::open(&temporary.0)?)?;
         let path = self.path(key, "cwasm");
         temporary.rename(&path)?;
         let (file, meta) = private_file(&path)?;
-        let content = self.mac(&[b"content", key, code]);
         self.write_stamp(key, &content, &meta)?;
         Ok(file)
     }
@@ -352,6 +352,20 @@ struct Temporary(PathBuf);
 
 impl Temporary {
     fn create(directory: &Path, content: &[u8]) -> io::Result<Self> {
+        Self::write(directory, |file| file.write_all(content))
+    }
+
+    /// The whole of a file, wherever it stands.
+    fn copy(directory: &Path, from: &File) -> io::Result<Self> {
+        let mut from = from;
+        from.rewind()?;
+        Self::write(directory, |file| io::copy(&mut from, file).map(drop))
+    }
+
+    fn write(
+        directory: &Path,
+        content: impl FnOnce(&mut File) -> io::Result<()>,
+    ) -> io::Result<Self> {
         static NUMBER: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
         let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let path = directory.join(format!("{}-{number}.tmp", std::process::id()));
@@ -363,7 +377,7 @@ impl Temporary {
             .custom_flags(libc::O_NOFOLLOW)
             .open(&path)?;
         let made = Self(path);
-        file.write_all(content)?;
+        content(&mut file)?;
         Ok(made)
     }
 
@@ -392,6 +406,12 @@ mod tests {
         .expect("opens")
     }
 
+    fn file(content: &[u8]) -> File {
+        let mut file = tempfile::tempfile().expect("a file");
+        file.write_all(content).expect("written");
+        file
+    }
+
     fn content(file: Option<File>) -> Option<Vec<u8>> {
         read_limited(&file?, 1 << 20).ok()
     }
@@ -416,7 +436,7 @@ mod tests {
         let one = cache(&path, 1 << 20);
         let key = [7; DIGEST];
         assert!(one.get(&key).is_none());
-        one.put(&key, b"machine code").expect("stored");
+        one.put(&key, &file(b"machine code")).expect("stored");
         assert_eq!(
             content(cache(&path, 1 << 20).get(&key)).as_deref(),
             Some(b"machine code".as_slice())
@@ -445,7 +465,7 @@ mod tests {
             .expect("utimes");
         assert!(one.get(&key).is_none());
         // Under another program's name: refused.
-        one.put(&key, b"machine code").expect("stored");
+        one.put(&key, &file(b"machine code")).expect("stored");
         let other = [8; DIGEST];
         for suffix in ["cwasm", "stamp"] {
             fs::copy(one.path(&key, suffix), one.path(&other, suffix)).expect("copy");
@@ -459,7 +479,7 @@ mod tests {
         let path = dir.path().join("cache");
         let one = cache(&path, 1 << 20);
         let key = [7; DIGEST];
-        one.put(&key, b"code").expect("stored");
+        one.put(&key, &file(b"code")).expect("stored");
         let entry = one.path(&key, "cwasm");
         fs::set_permissions(&entry, fs::Permissions::from_mode(0o644)).expect("chmod");
         assert!(one.get(&key).is_none());
@@ -495,12 +515,12 @@ mod tests {
                 .and_then(|f| f.set_modified(time))
                 .expect("utimes");
         };
-        one.put(&keys[0], &[0; 100]).expect("stored");
+        one.put(&keys[0], &file(&[0; 100])).expect("stored");
         stamp_time(&keys[0], 1000);
-        one.put(&keys[1], &[0; 100]).expect("stored");
+        one.put(&keys[1], &file(&[0; 100])).expect("stored");
         stamp_time(&keys[1], 2000);
         assert!(one.get(&keys[0]).is_some(), "use makes it young again");
-        one.put(&keys[2], &[0; 100]).expect("stored");
+        one.put(&keys[2], &file(&[0; 100])).expect("stored");
         assert!(one.get(&keys[1]).is_none());
         assert!(one.get(&keys[0]).is_some() && one.get(&keys[2]).is_some());
     }

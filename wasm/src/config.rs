@@ -18,6 +18,33 @@ pub struct EngineConfig {
     pub core_dumps: bool,
     /// Compiled programs kept mapped in this process, by number.
     pub loaded_programs: usize,
+    /// How programs are compiled.
+    pub compiler: CompilerConfig,
+}
+
+/// How programs are compiled.
+#[derive(Debug, Clone)]
+pub struct CompilerConfig {
+    /// The program that is started for it, whose `main` calls [`crate::compiler_main`]: as a rule
+    /// `/proc/self/exe`. `None` compiles in this process, and limits nothing.
+    pub program: Option<PathBuf>,
+    /// Most memory that the compiler's process may take for one program, in bytes; it gets less where
+    /// the host has less than twice that available. Inlining takes some 500 times the size of the
+    /// code.
+    pub memory_bytes: u64,
+    /// Small functions are inlined, which makes programs faster (CPython by a tenth) and leaves their
+    /// frames out of backtraces.
+    pub inlining: bool,
+}
+
+impl Default for CompilerConfig {
+    fn default() -> Self {
+        Self {
+            program: None,
+            memory_bytes: 4 << 30,
+            inlining: true,
+        }
+    }
 }
 
 /// How instances get their memory.
@@ -51,6 +78,7 @@ impl Default for EngineConfig {
             fuel: false,
             core_dumps: false,
             loaded_programs: 64,
+            compiler: CompilerConfig::default(),
         }
     }
 }
@@ -87,3 +115,18 @@ pub(crate) const MAX_RESOURCES: usize = 10_000;
 pub(crate) const MAX_RANDOM_BYTES: u64 = 16 << 20;
 /// Cores used for compiling one program.
 pub(crate) const COMPILE_THREADS: usize = 4;
+/// Programs compiled at a time; more wait.
+pub(crate) const COMPILES: usize = 3;
+/// Programs from this size on are compiled one after the other: they may take all the memory that a
+/// compiler may have.
+pub(crate) const LARGE_PROGRAM_BYTES: u64 = 1 << 20;
+/// Memory that inlining takes for each byte of a program's code: it keeps all functions, and what each
+/// was compiled with, until the last one is done. Programs for which that would be more than the
+/// compiler may have are compiled without. Measured: 450 to 550.
+pub(crate) const INLINING_BYTES_PER_CODE_BYTE: u64 = 550;
+/// What a compiler gets even if the host has little memory: enough for most programs, if functions
+/// are not inlined.
+pub(crate) const MIN_COMPILE_BYTES: u64 = 256 << 20;
+/// Calls are inlined up to this size of the function that they end in, in instructions of the
+/// compiler's. More makes the code larger and not faster.
+pub(crate) const INLINING_MAX_SIZE: &str = "300";

@@ -109,7 +109,7 @@ pub(crate) struct Control {
     draining: AtomicBool,
     pub(crate) cpu: Arc<CpuMeter>,
     /// Thousandths of a CPU; 0 is no limit.
-    cpu_milli: u32,
+    cpu_milli: AtomicU32,
     /// From when, and from which CPU time, the share is counted.
     base: Mutex<(Instant, Duration)>,
 }
@@ -123,9 +123,17 @@ impl Control {
             serving: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             cpu: Arc::new(CpuMeter::default()),
-            cpu_milli: cpu_milli.unwrap_or(0),
+            cpu_milli: AtomicU32::new(cpu_milli.unwrap_or(0)),
             base: Mutex::new((Instant::now(), Duration::ZERO)),
         }
+    }
+
+    /// Another share of the CPU, counted from now on.
+    pub(crate) fn set_share(&self, cpu_milli: Option<u32>) {
+        let mut base = self.base.lock().unwrap_or_else(PoisonError::into_inner);
+        *base = (Instant::now(), self.cpu.used());
+        self.cpu_milli
+            .store(cpu_milli.unwrap_or(0), Ordering::Release);
     }
 
     /// Ends the program by `signal`. The caller advances the epoch.
@@ -197,16 +205,13 @@ impl Control {
     /// How long the program must wait to be back at its share. What it leaves unused is not saved
     /// up beyond a burst.
     fn ahead(&self) -> Option<Duration> {
-        if self.cpu_milli == 0 {
+        let milli = self.cpu_milli.load(Ordering::Acquire);
+        if milli == 0 {
             return None;
         }
         let used = self.cpu.used();
         let mut base = self.base.lock().unwrap_or_else(PoisonError::into_inner);
-        let share = base
-            .0
-            .elapsed()
-            .saturating_mul(self.cpu_milli)
-            .checked_div(1000)?;
+        let share = base.0.elapsed().saturating_mul(milli).checked_div(1000)?;
         let spent = used.saturating_sub(base.1);
         if spent.saturating_add(BURST) < share {
             *base = (Instant::now(), used);
@@ -217,7 +222,7 @@ impl Control {
             return None;
         }
         // At a share of s, time t of CPU takes t/s.
-        let nap = ahead.saturating_mul(1000).checked_div(self.cpu_milli)?;
+        let nap = ahead.saturating_mul(1000).checked_div(milli)?;
         Some(nap.min(LONGEST_NAP))
     }
 

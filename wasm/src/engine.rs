@@ -4,20 +4,20 @@ use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
 use std::hash::{Hash, Hasher};
-use std::os::fd::AsRawFd;
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use sha2::{Digest, Sha256};
-use wasmtime::component::Component;
-use wasmtime::{Config, InstanceAllocationStrategy, Module, PoolingAllocationConfig};
+use wasmtime::{Config, InstanceAllocationStrategy, PoolingAllocationConfig};
 
-use crate::cache::{DiskCache, Sha, read_limited};
+use crate::cache::{DiskCache, Sha};
+use crate::compile::{self, Compiled, Failure, Input};
+use crate::compiles::Compiles;
 use crate::config::{self, Allocation, EngineConfig};
 use crate::error::{WasmError, one_line};
-use crate::link;
+use crate::flavour::Flavour;
 use crate::program::{self, Format, Loaded, Origin, Program, Source};
-use crate::state::{ComponentState, CoreState};
 use crate::ticker::Ticker;
 
 /// One engine for all pods of a process. Cheap to clone.
@@ -25,15 +25,15 @@ use crate::ticker::Ticker;
 pub struct Engine(pub(crate) Arc<Inner>);
 
 pub(crate) struct Inner {
-    pub(crate) wasmtime: wasmtime::Engine,
+    pub(crate) config: EngineConfig,
+    /// With the settings that were asked for.
+    first: Flavour,
+    /// Without inlining, for programs that are too large for it. Made when first needed: in a daemon
+    /// it reserves address space.
+    plain: OnceLock<Flavour>,
     pub(crate) ticker: Ticker,
-    // Made when first needed: a process that runs one module needs one of them.
-    core_linker: OnceLock<wasmtime::Linker<CoreState>>,
-    component_linker: OnceLock<wasmtime::component::Linker<ComponentState>>,
     cache: Option<DiskCache>,
-    max_module_bytes: u64,
-    pub(crate) fuel: bool,
-    pub(crate) core_dumps: bool,
+    compiles: Compiles,
     /// What besides the program decides about its code.
     configuration: Vec<u8>,
     loaded: Mutex<LoadedPrograms>,
@@ -81,8 +81,19 @@ impl fmt::Debug for Engine {
     }
 }
 
-fn wasmtime_config(config: &EngineConfig) -> Config {
+pub(crate) fn wasmtime_config(config: &EngineConfig, inlining: bool) -> Config {
     let mut c = Config::new();
+    if inlining {
+        c.compiler_inlining(wasmtime::Inlining::Yes);
+        // SAFETY: it is a number that inlining compares with, and makes no difference to what the
+        // code does.
+        unsafe {
+            c.cranelift_flag_set(
+                "wasmtime_inlining_sum_size_threshold",
+                config::INLINING_MAX_SIZE,
+            );
+        }
+    }
     c.epoch_interruption(true);
     c.consume_fuel(config.fuel);
     c.max_wasm_stack(config::WASM_STACK_BYTES);
@@ -92,6 +103,10 @@ fn wasmtime_config(config: &EngineConfig) -> Config {
     c.wasm_gc(true);
     c.wasm_function_references(true);
     c.wasm_exceptions(true);
+    // Toolchains emit atomic instructions for programs without threads, too. There are none: memory
+    // is never shared.
+    c.wasm_threads(true);
+    c.shared_memory(false);
     c.wasm_backtrace_details(wasmtime::WasmBacktraceDetails::Enable);
     // Nobody unwinds through our stacks with the system's unwinder.
     c.native_unwind_info(false);
@@ -120,6 +135,9 @@ fn wasmtime_config(config: &EngineConfig) -> Config {
     }
     c
 }
+
+/// What is looked at to see what a file is.
+const HEAD: usize = 64;
 
 /// Reads the usual form of a digest.
 fn digest_of(text: &str) -> Option<Sha> {
@@ -154,24 +172,22 @@ impl Engine {
     /// # Errors
     /// The host lacks address space, or the cache cannot be used safely.
     pub fn new(config: &EngineConfig) -> Result<Self, WasmError> {
-        let engine =
-            wasmtime::Engine::new(&wasmtime_config(config)).map_err(|e| WasmError::engine(&e))?;
-        let ticker =
-            Ticker::start(engine.clone()).map_err(|e| WasmError::io("thread of the clock", e))?;
+        let first = Flavour::new(config, config.compiler.inlining)?;
+        let ticker = Ticker::start(first.wasmtime.clone())
+            .map_err(|e| WasmError::io("thread of the clock", e))?;
         let mut configuration = Collect::default();
         env!("CARGO_PKG_VERSION").hash(&mut configuration);
-        engine
+        first
+            .wasmtime
             .precompile_compatibility_hash()
             .hash(&mut configuration);
         Ok(Self(Arc::new(Inner {
-            wasmtime: engine,
+            config: config.clone(),
+            first,
+            plain: OnceLock::new(),
             ticker,
-            core_linker: OnceLock::new(),
-            component_linker: OnceLock::new(),
             cache: config.cache.as_ref().map(DiskCache::open).transpose()?,
-            max_module_bytes: config.max_module_bytes,
-            fuel: config.fuel,
-            core_dumps: config.core_dumps,
+            compiles: Compiles::default(),
             configuration: configuration.0,
             loaded: Mutex::new(LoadedPrograms {
                 limit: config.loaded_programs,
@@ -206,8 +222,16 @@ impl Engine {
             }
             Source::Open { name, file } => self.file(&one_line(name), file),
             Source::Bytes { name, bytes } => {
+                self.check_size(name, bytes.len() as u64)?;
                 let digest: Sha = Sha256::digest(bytes).into();
-                self.bytes(name, &digest, bytes)
+                let format = Format::of(name, bytes)?;
+                self.ready(
+                    name,
+                    &digest,
+                    format,
+                    Input::Bytes(bytes),
+                    bytes.len() as u64,
+                )
             }
         }
     }
@@ -235,10 +259,9 @@ impl Engine {
             return Ok(program);
         }
         self.check_size(name, meta.len())?;
-        let bytes = read_limited(file, self.0.max_module_bytes).map_err(fail)?;
-        self.check_size(name, bytes.len() as u64)?;
-        let digest: Sha = Sha256::digest(&bytes).into();
-        let program = self.bytes(name, &digest, &bytes)?;
+        let (copy, digest, head, size) = self.copy(name, file)?;
+        let format = Format::of(name, &head)?;
+        let program = self.ready(name, &digest, format, Input::Sealed(copy), size)?;
         if let Some(cache) = &self.0.cache {
             // Changed while it was read: the digest is that of neither state.
             if file.metadata().is_ok_and(|now| {
@@ -251,14 +274,44 @@ impl Engine {
     }
 
     fn check_size(&self, name: &str, size: u64) -> Result<(), WasmError> {
-        if size > self.0.max_module_bytes {
+        let limit = self.0.config.max_module_bytes;
+        if size > limit {
             return Err(WasmError::TooLarge {
                 name: name.to_owned(),
                 size,
-                limit: self.0.max_module_bytes,
+                limit,
             });
         }
         Ok(())
+    }
+
+    /// Copies a program to memory that nobody can change any more; with its digest, first
+    /// bytes and size.
+    fn copy(&self, name: &str, file: &File) -> Result<(File, Sha, Vec<u8>, u64), WasmError> {
+        let fail = |e| WasmError::io(format!("program {name}"), e);
+        let limit = self.0.config.max_module_bytes;
+        let mut copy = compile::sealed("wasm").map_err(fail)?;
+        let (mut digest, mut head, mut size) = (Sha256::new(), Vec::new(), 0u64);
+        let mut file = file.take(limit.saturating_add(1));
+        let mut buffer = vec![0; 256 << 10];
+        loop {
+            let count = match file.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(count) => count,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(fail(e)),
+            };
+            let part = buffer.get(..count).unwrap_or_default();
+            size = size.saturating_add(count as u64);
+            self.check_size(name, size)?;
+            if head.len() < HEAD {
+                head.extend(part.iter().take(HEAD));
+            }
+            digest.update(part);
+            copy.write_all(part).map_err(fail)?;
+        }
+        compile::seal(&copy).map_err(fail)?;
+        Ok((copy, digest.finalize().into(), head, size))
     }
 
     fn loaded(&self, digest: &Sha) -> Option<Program> {
@@ -269,18 +322,51 @@ impl Engine {
         self.0.loaded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The key of a program's code.
+    fn key(&self, digest: &Sha, inlined: bool) -> Sha {
+        let asked_for = inlined == self.0.config.compiler.inlining;
+        program::code_key(digest, &self.0.configuration, asked_for)
+    }
+
+    /// wasmtime for code that was made with functions inlined, or without.
+    fn flavour(&self, inlined: bool) -> Result<&Flavour, WasmError> {
+        let Inner { config, first, .. } = &*self.0;
+        if inlined == config.compiler.inlining {
+            return Ok(first);
+        }
+        if let Some(plain) = self.0.plain.get() {
+            return Ok(plain);
+        }
+        let made = Flavour::new(config, false)?;
+        let plain = self.0.plain.get_or_init(|| made);
+        self.0.ticker.add(&plain.wasmtime);
+        Ok(plain)
+    }
+
     /// Loads from disk; what cannot be loaded is thrown away and made again.
     fn cached(&self, name: &str, digest: &Sha) -> Option<Program> {
         let cache = self.0.cache.as_ref()?;
-        let key = program::code_key(digest, &self.0.configuration);
-        let file = cache.get(&key)?;
-        match self.load_file(name, &file, Origin::Disk) {
-            Ok(loaded) => Some(self.keep(*digest, loaded)),
-            Err(_) => {
-                cache.remove(&key);
-                None
+        let asked_for = self.0.config.compiler.inlining;
+        // What was to be inlined may have been too large for it.
+        let flavours = if asked_for {
+            &[true, false][..]
+        } else {
+            &[false]
+        };
+        for inlined in flavours {
+            let key = self.key(digest, *inlined);
+            let Some(file) = cache.get(&key) else {
+                continue;
+            };
+            let loaded = self
+                .flavour(*inlined)
+                .and_then(|flavour| flavour.load(name, &file, Origin::Disk));
+            match loaded {
+                Ok(loaded) => return Some(self.keep(*digest, loaded)),
+                Err(_) => cache.remove(&key),
             }
         }
+        None
     }
 
     fn keep(&self, digest: Sha, loaded: Loaded) -> Program {
@@ -289,115 +375,55 @@ impl Engine {
         Program(loaded)
     }
 
-    fn bytes(&self, name: &str, digest: &Sha, bytes: &[u8]) -> Result<Program, WasmError> {
-        self.check_size(name, bytes.len() as u64)?;
-        let format = Format::of(name, bytes)?;
-        if let Some(program) = self.loaded(digest).or_else(|| self.cached(name, digest)) {
+    /// From this process, from the cache, or compiled.
+    fn ready(
+        &self,
+        name: &str,
+        digest: &Sha,
+        format: Format,
+        input: Input<'_>,
+        size: u64,
+    ) -> Result<Program, WasmError> {
+        let known = || self.loaded(digest).or_else(|| self.cached(name, digest));
+        if let Some(program) = known() {
             return Ok(program);
         }
-        let code = self.compile(name, format, bytes)?;
-        let stored = self.0.cache.as_ref().and_then(|cache| {
-            let key = program::code_key(digest, &self.0.configuration);
-            // A full disk must not keep a program from running.
-            cache.put(&key, &code).ok()
-        });
-        let loaded = match stored {
-            Some(file) => self.load_file(name, &file, Origin::Compiled)?,
-            None => self.load_bytes(name, format, &code)?,
+        let _permit = self.0.compiles.enter(digest, size);
+        // Somebody else may have compiled it meanwhile.
+        if let Some(program) = known() {
+            return Ok(program);
+        }
+        let engines = |inlined| {
+            let flavour = self.flavour(inlined).map_err(|e| e.to_string())?;
+            Ok(flavour.wasmtime.clone())
         };
+        let compiled = compile::compile(&self.0.config, &engines, format, input);
+        let name_it = || name.to_owned();
+        let Compiled { code, inlined } = compiled.map_err(|failure| match failure {
+            Failure::Invalid(reason) => WasmError::Invalid {
+                name: name_it(),
+                reason,
+            },
+            Failure::Broken(reason) => WasmError::Compiler {
+                name: name_it(),
+                reason,
+            },
+            Failure::Interrupted(signal) => WasmError::Interrupted {
+                name: name_it(),
+                signal,
+            },
+        })?;
+        let stored = self.0.cache.as_ref().and_then(|cache| {
+            // A full disk must not keep a program from running.
+            cache.put(&self.key(digest, inlined), &code).ok()
+        });
+        let file = stored.as_ref().unwrap_or(&code);
+        let loaded = self.flavour(inlined)?.load(name, file, Origin::Compiled)?;
         Ok(self.keep(*digest, loaded))
-    }
-
-    /// Compiles on threads of its own, made for this and gone afterwards: they are in no pod's
-    /// namespaces, and nothing stays behind that could be woken.
-    fn compile(&self, name: &str, format: Format, bytes: &[u8]) -> Result<Vec<u8>, WasmError> {
-        let threads = std::thread::available_parallelism()
-            .map_or(1, usize::from)
-            .min(config::COMPILE_THREADS);
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(|n| format!("wasm-compile-{n}"))
-            .build()
-            .map_err(|e| WasmError::Engine {
-                reason: format!("threads for compiling: {e}"),
-            })?;
-        let engine = &self.0.wasmtime;
-        pool.install(|| match format {
-            Format::Module => engine.precompile_module(bytes),
-            Format::Component => engine.precompile_component(bytes),
-        })
-        .map_err(|e| WasmError::Invalid {
-            name: name.to_owned(),
-            reason: one_line(&format!("{e:#}")),
-        })
-    }
-
-    fn load_file(&self, name: &str, file: &File, origin: Origin) -> Result<Loaded, WasmError> {
-        let engine = &self.0.wasmtime;
-        let fail = |e: wasmtime::Error| WasmError::engine(&e);
-        // The very file that was verified, not one that has its name by now.
-        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let kind = wasmtime::Engine::detect_precompiled_file(&path).map_err(fail)?;
-        match kind {
-            Some(wasmtime::Precompiled::Module) => {
-                // SAFETY: the file was made by this engine's compiler, lies in a directory that
-                // only we can write, and its MAC has been checked (see `cache`).
-                let module = unsafe { Module::deserialize_file(engine, &path) }.map_err(fail)?;
-                program::core(name, self.core_linker()?, &module, origin)
-            }
-            Some(wasmtime::Precompiled::Component) => {
-                // SAFETY: as above.
-                let component =
-                    unsafe { Component::deserialize_file(engine, &path) }.map_err(fail)?;
-                program::component(name, engine, self.component_linker()?, &component, origin)
-            }
-            None => Err(WasmError::Engine {
-                reason: format!("{name}: the cached code is damaged"),
-            }),
-        }
-    }
-
-    fn load_bytes(&self, name: &str, format: Format, code: &[u8]) -> Result<Loaded, WasmError> {
-        let engine = &self.0.wasmtime;
-        let fail = |e: wasmtime::Error| WasmError::engine(&e);
-        match format {
-            Format::Module => {
-                // SAFETY: the code comes from this engine's compiler, a few lines above.
-                let module = unsafe { Module::deserialize(engine, code) }.map_err(fail)?;
-                program::core(name, self.core_linker()?, &module, Origin::Compiled)
-            }
-            Format::Component => {
-                // SAFETY: as above.
-                let component = unsafe { Component::deserialize(engine, code) }.map_err(fail)?;
-                program::component(
-                    name,
-                    engine,
-                    self.component_linker()?,
-                    &component,
-                    Origin::Compiled,
-                )
-            }
-        }
-    }
-
-    fn core_linker(&self) -> Result<&wasmtime::Linker<CoreState>, WasmError> {
-        if let Some(linker) = self.0.core_linker.get() {
-            return Ok(linker);
-        }
-        let linker = link::core(&self.0.wasmtime).map_err(|e| WasmError::engine(&e))?;
-        Ok(self.0.core_linker.get_or_init(|| linker))
-    }
-
-    fn component_linker(&self) -> Result<&wasmtime::component::Linker<ComponentState>, WasmError> {
-        if let Some(linker) = self.0.component_linker.get() {
-            return Ok(linker);
-        }
-        let linker = link::component(&self.0.wasmtime).map_err(|e| WasmError::engine(&e))?;
-        Ok(self.0.component_linker.get_or_init(|| linker))
     }
 
     /// Makes all programs look at their orders now instead of at the next tick.
     pub(crate) fn interrupt(&self) {
-        self.0.wasmtime.increment_epoch();
+        self.0.ticker.tick();
     }
 }

@@ -21,6 +21,22 @@ pub enum WasmError {
         /// Where validation stopped.
         reason: String,
     },
+    /// The compiler has failed, or took more than it may.
+    #[error("{name}: cannot be compiled: {reason}")]
+    Compiler {
+        /// The program.
+        name: String,
+        /// What is known of it.
+        reason: String,
+    },
+    /// The compiler was ended by a signal that was meant for us.
+    #[error("{name}: interrupted while it was compiled")]
+    Interrupted {
+        /// The program.
+        name: String,
+        /// The signal.
+        signal: i32,
+    },
     /// The file is larger than is compiled for anybody.
     #[error(
         "{name}: {size} bytes of WebAssembly exceed the limit of {limit} (a daemon's is wasm.max_module_mib)"
@@ -87,6 +103,8 @@ impl WasmError {
             Self::Engine { .. } => "wasm_engine",
             Self::Invalid { .. } => "wasm_invalid",
             Self::TooLarge { .. } => "wasm_too_large",
+            Self::Compiler { .. } => "wasm_compiler",
+            Self::Interrupted { .. } => "interrupted",
             Self::Unsupported { .. } => "wasm_unsupported",
             Self::NoFunction { .. } => "wasm_no_function",
             Self::Mount { .. } => "wasm_mount",

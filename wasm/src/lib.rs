@@ -28,11 +28,14 @@
 
 mod cache;
 mod client;
+mod compile;
+mod compiles;
 mod config;
 mod control;
 mod engine;
 mod error;
 mod exit;
+mod flavour;
 mod harden;
 mod http;
 mod limits;
@@ -47,7 +50,8 @@ mod threads;
 mod ticker;
 mod user;
 
-pub use config::{Allocation, CacheConfig, EngineConfig};
+pub use compile::compiler_main;
+pub use config::{Allocation, CacheConfig, CompilerConfig, EngineConfig};
 pub use engine::Engine;
 pub use error::WasmError;
 pub use exit::{Exit, KILLED, NOT_STARTED, Reason, TRAPPED};

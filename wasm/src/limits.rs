@@ -10,7 +10,7 @@ use crate::config::TABLE_ELEMENT_BYTES;
 /// Bytes that may be in use at a time, shared by all that draw from it.
 #[derive(Debug)]
 pub struct Budget {
-    limit: u64,
+    limit: AtomicU64,
     used: AtomicU64,
     peak: AtomicU64,
     /// How often something was refused.
@@ -21,7 +21,7 @@ impl Budget {
     /// A budget of `limit` bytes.
     pub fn new(limit: u64) -> Self {
         Self {
-            limit,
+            limit: AtomicU64::new(limit),
             used: AtomicU64::new(0),
             peak: AtomicU64::new(0),
             refused: AtomicU64::new(0),
@@ -30,10 +30,11 @@ impl Budget {
 
     /// Takes `bytes`, or nothing.
     fn take(&self, bytes: u64) -> bool {
+        let limit = self.limit();
         let taken = self
             .used
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |used| {
-                used.checked_add(bytes).filter(|sum| *sum <= self.limit)
+                used.checked_add(bytes).filter(|sum| *sum <= limit)
             });
         match taken {
             Ok(before) => {
@@ -73,7 +74,12 @@ impl Budget {
 
     /// The limit in bytes.
     pub fn limit(&self) -> u64 {
-        self.limit
+        self.limit.load(Ordering::Acquire)
+    }
+
+    /// Another limit, from now on. What is in use beyond it stays in use.
+    pub fn set_limit(&self, limit: u64) {
+        self.limit.store(limit, Ordering::Release);
     }
 }
 
@@ -95,6 +101,18 @@ impl Usage {
             instances: AtomicUsize::new(0),
             out_of_memory: AtomicBool::new(false),
         }
+    }
+
+    /// Another limit of the container, in bytes. The pod's, which is the sum of its containers', is
+    /// moved by as much.
+    pub(crate) fn set_limit(&self, limit: u64) {
+        let before = self.container.limit();
+        let pod = self.pod.limit();
+        if before != u64::MAX && pod != u64::MAX && limit != u64::MAX {
+            let others = pod.saturating_sub(before);
+            self.pod.set_limit(others.saturating_add(limit));
+        }
+        self.container.set_limit(limit);
     }
 
     fn take(&self, bytes: u64) -> bool {
@@ -225,6 +243,23 @@ mod tests {
             (pod.used(), usage.instances.load(Ordering::Relaxed)),
             (0, 0)
         );
+    }
+
+    #[test]
+    fn limits_can_be_moved() {
+        let pod = Arc::new(Budget::new(150));
+        let usage = Arc::new(Usage::new(100, Arc::clone(&pod)));
+        let mut store = StoreLimits::new(Arc::clone(&usage));
+        assert!(store.memory_growing(0, 80, None).expect("no error"));
+        assert!(!store.memory_growing(80, 160, None).expect("no error"));
+        usage.set_limit(200);
+        assert_eq!(pod.limit(), 250);
+        assert!(store.memory_growing(80, 160, None).expect("no error"));
+        // Less than there is: no more.
+        usage.set_limit(50);
+        assert_eq!(pod.limit(), 100);
+        assert!(!store.memory_growing(160, 161, None).expect("no error"));
+        assert_eq!(usage.container.used(), 160);
     }
 
     #[test]

@@ -207,12 +207,12 @@ impl Pod {
             reason,
         };
         let kind = config.program.kind();
-        if config.fuel.is_some() && !self.0.engine.0.fuel {
+        if config.fuel.is_some() && !self.0.engine.0.config.fuel {
             return Err(unsupported(
                 "fuel needs an engine that counts instructions (EngineConfig::fuel)".into(),
             ));
         }
-        if config.core_dump.is_some() && !self.0.engine.0.core_dumps {
+        if config.core_dump.is_some() && !self.0.engine.0.config.core_dumps {
             return Err(unsupported(
                 "core dumps need an engine that takes them (EngineConfig::core_dumps)".into(),
             ));
@@ -446,6 +446,17 @@ impl Container {
     fn hold(&self, paused: bool) {
         self.0.control.pause(paused);
         self.0.pod.engine.interrupt();
+    }
+
+    /// Changes its memory limit, in bytes. It can be changed at any time; what the program has beyond
+    /// a lower one it keeps.
+    pub fn set_memory_limit(&self, bytes: Option<u64>) {
+        self.0.usage.set_limit(bytes.unwrap_or(u64::MAX));
+    }
+
+    /// Changes its CPU share, in thousandths of a core.
+    pub fn set_cpu_share(&self, milli: Option<u32>) {
+        self.0.control.set_share(milli);
     }
 
     /// Holds the program: it executes nothing until [`Self::resume`].

@@ -54,6 +54,8 @@ pub struct Program(pub(crate) Arc<Loaded>);
 pub(crate) struct Loaded {
     pub(crate) name: String,
     pub(crate) kind: ProgramKind,
+    /// What it was made ready by, and runs on.
+    pub(crate) engine: wasmtime::Engine,
     pub(crate) code: Code,
     /// Exported functions of a core module, for messages.
     pub(crate) exports: Vec<String>,
@@ -153,11 +155,13 @@ impl Format {
     }
 }
 
-/// The key of compiled code: the program, and all that decides what is made of it.
-pub(crate) fn code_key(digest: &Sha, configuration: &[u8]) -> Sha {
+/// The key of compiled code: the program, and all that decides what is made of it. It is `as_asked`,
+/// or the program was too large for what the configuration asks for.
+pub(crate) fn code_key(digest: &Sha, configuration: &[u8], as_asked: bool) -> Sha {
     use sha2::{Digest, Sha256};
     Sha256::new()
-        .chain_update(b"bulkhead-wasm 1\0")
+        .chain_update(b"bulkhead-wasm 2\0")
+        .chain_update([u8::from(as_asked)])
         .chain_update(digest)
         .chain_update(configuration)
         .finalize()
@@ -200,6 +204,7 @@ pub(crate) fn core(
     Ok(Loaded {
         name: name.to_owned(),
         kind: ProgramKind::Core,
+        engine: module.engine().clone(),
         code: Code::Core(pre),
         exports,
         origin,
@@ -252,6 +257,7 @@ pub(crate) fn component(
     Ok(Loaded {
         name: name.to_owned(),
         kind,
+        engine: engine.clone(),
         code,
         exports,
         origin,

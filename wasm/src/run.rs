@@ -74,7 +74,7 @@ impl Setup {
             wasi,
             common: self.common(),
         };
-        state::store(&self.inner.pod.engine.0.wasmtime, state, self.config.fuel)
+        state::store(&self.config.program.0.engine, state, self.config.fuel)
     }
 
     pub(crate) fn component_store(&self) -> wasmtime::Result<Store<ComponentState>> {
@@ -86,7 +86,7 @@ impl Setup {
             Arc::clone(&self.inner.pod.resolver),
             self.has_network(),
         );
-        state::store(&self.inner.pod.engine.0.wasmtime, state, self.config.fuel)
+        state::store(&self.config.program.0.engine, state, self.config.fuel)
     }
 
     /// Runs guest code: counted as executing while it does, and ended when it must be.

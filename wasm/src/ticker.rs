@@ -1,4 +1,4 @@
-//! Advances the engine's epoch while some program executes, and sleeps otherwise.
+//! Advances the engines' epoch while some program executes, and sleeps otherwise.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::config::TICK_MS;
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Shared {
     /// Programs that execute right now; those that wait for something do not count.
     executing: AtomicUsize,
@@ -17,16 +17,28 @@ struct Shared {
     stop: AtomicBool,
     lock: Mutex<()>,
     wake: Condvar,
+    /// Whose clock this is.
+    engines: Mutex<Vec<wasmtime::Engine>>,
     /// Ticks so far, for tests.
     ticks: AtomicUsize,
 }
 
 impl Shared {
-    fn run(&self, engine: &wasmtime::Engine) {
+    fn engines(&self) -> std::sync::MutexGuard<'_, Vec<wasmtime::Engine>> {
+        self.engines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tick(&self) {
+        for engine in self.engines().iter() {
+            engine.increment_epoch();
+        }
+    }
+
+    fn run(&self) {
         while !self.stop.load(Ordering::SeqCst) {
             if self.executing.load(Ordering::SeqCst) > 0 {
                 std::thread::sleep(Duration::from_millis(TICK_MS));
-                engine.increment_epoch();
+                self.tick();
                 self.ticks.fetch_add(1, Ordering::Relaxed);
             } else {
                 self.park();
@@ -65,19 +77,32 @@ impl Shared {
     }
 }
 
-/// The engine's clock. Its thread ends when this is dropped.
-#[derive(Debug)]
+/// The engines' clock. Its thread ends when this is dropped.
 pub(crate) struct Ticker(Arc<Shared>);
 
 impl Ticker {
     pub(crate) fn start(engine: wasmtime::Engine) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::default());
+        shared.engines().push(engine);
         let own = Arc::clone(&shared);
         std::thread::Builder::new()
             .name("wasm-ticker".into())
             .stack_size(128 << 10)
-            .spawn(move || own.run(&engine))?;
+            .spawn(move || own.run())?;
         Ok(Self(shared))
+    }
+
+    /// The clock of another engine, too.
+    pub(crate) fn add(&self, engine: &wasmtime::Engine) {
+        let mut engines = self.0.engines();
+        if !engines.iter().any(|e| wasmtime::Engine::same(e, engine)) {
+            engines.push(engine.clone());
+        }
+    }
+
+    /// Advances it now.
+    pub(crate) fn tick(&self) {
+        self.0.tick();
     }
 
     /// Runs `future`, counted as executing only while it is polled.

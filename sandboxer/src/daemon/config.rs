@@ -163,6 +163,11 @@ pub struct Wasm {
     pub cache_mib: u64,
     /// Largest program, in MiB.
     pub max_module_mib: u64,
+    /// Most memory that compiling one program may take, in MiB. Programs whose functions cannot be
+    /// inlined with that are compiled without, and run slower.
+    pub compile_memory_mib: u64,
+    /// Inline functions when programs are compiled. Backtraces leave out the frames of those.
+    pub inlining: bool,
     /// Most instances at one time in all pods; each reserves about 4 GiB of address space.
     pub max_instances: u32,
 }
@@ -224,6 +229,8 @@ impl Default for Wasm {
             cache_dir: "/var/lib/bulkhead/wasm-code".into(),
             cache_mib: 2048,
             max_module_mib: 100,
+            compile_memory_mib: 4096,
+            inlining: true,
             max_instances: 4000,
         }
     }
@@ -395,6 +402,9 @@ impl Config {
         if let Err(reason) = self.metrics.parse() {
             return wrong("metrics.listen", reason);
         }
+        if !(64..=1 << 20).contains(&self.wasm.compile_memory_mib) {
+            return wrong("wasm.compile_memory_mib", "must be 64 to 1048576");
+        }
         if !(1..=10_000).contains(&self.wasm.max_instances) {
             return wrong("wasm.max_instances", "must be 1 to 10000");
         }
@@ -480,6 +490,7 @@ mod tests {
                 "line 5",
             ),
             ("[wasm]\nsocket = \"/a\"\ncache_dir = \"b\"", "line 3"),
+            ("[wasm]\ncompile_memory_mib = 1", "line 2"),
             ("[metrics]\nlisten = \"0.0.0.0:9469\"", "line 2"),
             ("[metrics]\nlisten = \"unix:x\"", "line 2"),
         ] {

@@ -89,6 +89,9 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> DaemonError {
 /// Runs the daemon.
 pub fn main() -> ExitCode {
     // Before anything else is done that a jail would have to undo.
+    if let Some(code) = bulkhead_wasm::compiler_main() {
+        return code;
+    }
     if let Some(code) = program::main() {
         return code;
     }

@@ -130,6 +130,9 @@ pub fn main() -> ExitCode {
 
 /// `vmmctl-wasm`: runs the command line of `vmmctl wasm`.
 pub fn wasm_main() -> ExitCode {
+    if let Some(code) = bulkhead_wasm::compiler_main() {
+        return code;
+    }
     start(|command, context| match command {
         Command::Wasm(args) => wasm::run(args, context),
         other => dispatch(other, context),

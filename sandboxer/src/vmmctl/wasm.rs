@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bulkhead_wasm::{
-    CacheConfig, Container, ContainerConfig, Engine, EngineConfig, Exit, HttpConfig, Mount,
-    Network, Pod, PodConfig, Program, Reason, Resolver, Source, Stdio, WasmError,
+    CacheConfig, CompilerConfig, Container, ContainerConfig, Engine, EngineConfig, Exit,
+    HttpConfig, Mount, Network, Pod, PodConfig, Program, Reason, Resolver, Source, Stdio,
+    WasmError,
 };
 use serde_json::json;
 
@@ -81,6 +82,10 @@ struct RunArgs {
     /// End the program after this many seconds, with exit code 124.
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     timeout: Option<Duration>,
+    /// End the program when it has executed about COUNT instructions, with exit code 137. Counting
+    /// makes it slower.
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
+    fuel: Option<u64>,
     /// The image's root filesystem cannot be written.
     #[arg(long)]
     read_only: bool,
@@ -96,6 +101,9 @@ struct RunArgs {
     /// Compile anew and keep nothing.
     #[arg(long)]
     no_cache: bool,
+    /// Most memory that compiling the program may take.
+    #[arg(long, default_value = "4G", value_name = "SIZE", value_parser = units::memory_mib)]
+    compile_memory: u64,
     /// If the program traps, write its memory and stack to FILE (WebAssembly core dump).
     #[arg(long, value_name = "FILE")]
     core_dump: Option<PathBuf>,
@@ -149,6 +157,9 @@ impl From<WasmError> for CliError {
         let code = match &error {
             WasmError::Invalid { .. } | WasmError::Unsupported { .. } => error::NOT_EXECUTABLE,
             WasmError::NoFunction { .. } => error::NOT_FOUND,
+            WasmError::Interrupted { signal, .. } => {
+                u8::try_from(128 + signal).unwrap_or(error::INTERRUPTED)
+            }
             _ => error::FAILED,
         };
         Self::new(error.kind(), error).code(code)
@@ -169,6 +180,13 @@ pub fn run(args: Args, context: &Context) -> Result<u8, CliError> {
             max_bytes: CACHE_BYTES,
         }),
         core_dumps: args.core_dump.is_some(),
+        compiler: CompilerConfig {
+            program: Some("/proc/self/exe".into()),
+            // Who wants to see the stack wants to see all of it.
+            inlining: context.verbose == 0 && args.core_dump.is_none(),
+            memory_bytes: args.compile_memory.saturating_mul(1 << 20),
+        },
+        fuel: args.fuel.is_some(),
         ..EngineConfig::default()
     })?;
     let image = store.get_wasm(&path, &mut Bar::new(&signals))?;
@@ -317,6 +335,7 @@ fn prepare(
     config.memory_bytes = args.memory.checked_mul(1 << 20);
     config.cpu_milli = args.cpus;
     config.deadline = args.timeout;
+    config.fuel = args.fuel;
     // Listening for it is no reason to let it connect to everything.
     config.sockets = args.net == "host";
     if let Some(listen) = args.http {
@@ -507,6 +526,7 @@ fn report(
         Reason::Trap => (exit.code, "trap"),
         Reason::OutOfMemory => (exit.code, "out_of_memory"),
         Reason::Deadline => (TIMED_OUT, "timeout"),
+        Reason::Fuel => (exit.code, "fuel"),
         _ => (exit.code, "failed"),
     };
     let stats = container.stats();

@@ -8,8 +8,9 @@ use bulkhead_fixtures::wasm as fixtures;
 use bulkhead_protocol::client::TaskClient;
 use bulkhead_protocol::metrics::Metrics;
 use bulkhead_protocol::rpc::Code;
+use bulkhead_protocol::sandbox::OCI_RESOURCES_TYPE_URL;
 use bulkhead_protocol::task::*;
-use bulkhead_protocol::types::ProcessStatus;
+use bulkhead_protocol::types::{Any, ProcessStatus};
 use bulkhead_sandboxer::daemon::proto;
 use bulkhead_tests::env::PATIENCE;
 use bulkhead_tests::wasm::daemon::{self, Bundle, Daemon, id_of};
@@ -152,7 +153,10 @@ fn ends_are_told_apart() {
     let trap = wat(r#"(module (func $deep (unreachable)) (func (export "_start") (call $deep)))"#);
     let (code, _, err) = once(&daemon, &tasks, &runtime, "trap", &trap, |_| ());
     assert_eq!(code, 134);
-    assert!(err.contains("unreachable"), "{err}");
+    assert!(
+        err.contains("unreachable") && err.contains("\n    at "),
+        "{err}"
+    );
     let bomb = wat(r#"(module (memory 1) (func (export "_start")
           (loop $l (if (i32.eq (memory.grow (i32.const 100)) (i32.const -1)) (then unreachable))
           (br $l))))"#);
@@ -236,6 +240,24 @@ fn a_loop_is_paused_resumed_and_killed_and_cannot_be_entered() {
             .resume(&ResumeRequest { id: id.clone() })
             .await
             .unwrap();
+        until_busy(&tasks, "l").await;
+        // Limits can be changed while it runs.
+        let resources = json!({
+            "memory": {"limit": 3 << 20}, "cpu": {"quota": 50_000, "period": 100_000},
+        });
+        let update = UpdateTaskRequest {
+            id: id.clone(),
+            resources: Some(Any {
+                type_url: OCI_RESOURCES_TYPE_URL.into(),
+                value: serde_json::to_vec(&resources).unwrap(),
+            }),
+            ..UpdateTaskRequest::default()
+        };
+        tasks.update(&update).await.unwrap();
+        let stats = StatsRequest { id: id.clone() };
+        let stats = tasks.stats(&stats).await.unwrap().stats.unwrap();
+        let memory = Metrics::decode(stats.value.as_slice()).unwrap().memory;
+        assert_eq!(memory.unwrap().usage_limit, 3 << 20);
         until_busy(&tasks, "l").await;
         let exec = ExecProcessRequest {
             id: id.clone(),

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use bulkhead_fixtures::wasm as fixtures;
 use bulkhead_wasm::{
-    Allocation, CacheConfig, Container, ContainerConfig, Engine, EngineConfig, HttpConfig, Network,
-    Pod, PodConfig, Program, Source, Stdio,
+    Allocation, CacheConfig, CompilerConfig, Container, ContainerConfig, Engine, EngineConfig,
+    HttpConfig, Network, Pod, PodConfig, Program, Source, Stdio,
 };
 use wasmtime_wasi::WasiCtxBuilder;
 use wasmtime_wasi::p1::WasiP1Ctx;
@@ -30,7 +30,7 @@ use crate::wasm::{HELLO_BODY, http_component, wit};
 pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 const STARTS: usize = 300;
 const TASKS: usize = 1000;
-const PYTHON_ROUNDS: usize = 7;
+const PYTHON_ROUNDS: usize = 21;
 const REQUESTS: usize = 4000;
 const CLIENTS: usize = 8;
 pub(super) const COMMAND: &str = "bench wasm";
@@ -53,11 +53,19 @@ struct Bench {
     cli: Option<PathBuf>,
 }
 
-/// Runs the benchmark.
+/// What can be run alone.
+pub const PARTS: [&str; 7] = [
+    "starts", "tasks", "daemon", "kills", "python", "http", "idle",
+];
+
+/// Runs the benchmark, or these parts of it.
 ///
 /// # Errors
 /// Something does not run, or a program cannot be had.
-pub fn run() -> Result<Report> {
+pub fn run(parts: &[String]) -> Result<Report> {
+    if let Some(part) = parts.iter().find(|p| !PARTS.contains(&p.as_str())) {
+        bail!("there is no part {part}, but {}", PARTS.join(", "));
+    }
     let scratch = tempfile::tempdir()?;
     let engine = Engine::new(&EngineConfig {
         allocation: Allocation::Pooling { instances: 2000 },
@@ -65,6 +73,11 @@ pub fn run() -> Result<Report> {
             directory: scratch.path().join("code"),
             max_bytes: 4 << 30,
         }),
+        // As in vmmctl and the daemon.
+        compiler: CompilerConfig {
+            program: Some(crate::env::built("vmmctl-wasm")?),
+            ..CompilerConfig::default()
+        },
         ..EngineConfig::default()
     })?;
     let cli = bulkhead_fixtures::cache_dir()?
@@ -78,14 +91,20 @@ pub fn run() -> Result<Report> {
         report: Report::new("wasm", "wasmtime", bulkhead_wasm::WASMTIME_VERSION),
         cli,
     };
-    bench.starts()?;
-    bench.tasks()?;
-    bench.daemon_tasks()?;
-    bench.kills()?;
-    bench.python()?;
-    bench.http()?;
-    wasm_idle::of_library(&bench.engine, &mut bench.report)?;
-    wasm_idle::of_daemon(&mut bench.report)?;
+    for part in parts {
+        match part.as_str() {
+            "starts" => bench.starts()?,
+            "tasks" => bench.tasks()?,
+            "daemon" => bench.daemon_tasks()?,
+            "kills" => bench.kills()?,
+            "python" => bench.python()?,
+            "http" => bench.http()?,
+            _ => {
+                wasm_idle::of_library(&bench.engine, &mut bench.report)?;
+                wasm_idle::of_daemon(&mut bench.report)?;
+            }
+        }
+    }
     Ok(bench.report)
 }
 

@@ -142,6 +142,12 @@ pub fn of_daemon(report: &mut Report) -> Result<()> {
         "KiB",
         each(with_programs - with_pods),
     );
+    // What is mounted for them would outlive a daemon that is killed.
+    daemon.remove("first")?;
+    for n in 0..IDLE {
+        daemon.remove(&format!("empty-{n}"))?;
+        daemon.remove(&format!("p{n}"))?;
+    }
     Ok(())
 }
 

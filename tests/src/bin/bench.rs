@@ -60,8 +60,12 @@ fn main() -> Result<()> {
             pods::run(&sandboxer, &parts)?.finish(&out)
         }
         "wasm" => {
-            let out = PathBuf::from(args.next().context("bench wasm OUT_DIR")?);
-            wasm::run()?.finish(&out)
+            let out = PathBuf::from(args.next().context("bench wasm OUT_DIR [PART…]")?);
+            let mut parts: Vec<String> = args.collect();
+            if parts.is_empty() {
+                parts = wasm::PARTS.map(str::to_owned).into();
+            }
+            wasm::run(&parts)?.finish(&out)
         }
         "wasm-beside" => {
             let usage = "bench wasm-beside SANDBOXER OUT_DIR";

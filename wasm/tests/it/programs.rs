@@ -1,8 +1,8 @@
 //! What ordinary programs expect.
 
 use bulkhead_wasm::{
-    CacheConfig, ContainerConfig, Engine, EngineConfig, Origin, ProgramKind, Reason, Source, Stdio,
-    WasmError,
+    CacheConfig, CompilerConfig, ContainerConfig, Engine, EngineConfig, Origin, Pod, PodConfig,
+    ProgramKind, Reason, Source, Stdio, WasmError,
 };
 
 use crate::support::*;
@@ -115,15 +115,35 @@ fn standard_input_is_read_to_its_end() {
 
 #[test]
 fn traps_are_readable_and_point_into_the_program() {
-    let end = run(container(
-        r#"(module
-          (func $inner (param i32) (result i32) (i32.div_u (i32.const 1) (local.get 0)))
-          (func $outer (result i32) (call $inner (i32.const 0)))
-          (func (export "_start") (drop (call $outer))))"#,
-    ));
+    let wat = r#"(module
+      (func $inner (param i32) (result i32) (i32.div_u (i32.const 1) (local.get 0)))
+      (func $outer (result i32) (call $inner (i32.const 0)))
+      (func $main (export "_start") (drop (call $outer))))"#;
+    // Inlined functions have no frames: what is left is where they were inlined to.
+    let end = run(container(wat));
     assert_eq!((end.code, end.reason), (134, Reason::Trap));
     let message = end.message.expect("message");
     assert!(message.contains("integer divide by zero"), "{message}");
+    assert!(message.contains("at main"), "{message}");
+    let engine = Engine::new(&EngineConfig {
+        compiler: CompilerConfig {
+            inlining: false,
+            ..CompilerConfig::default()
+        },
+        ..EngineConfig::default()
+    });
+    let engine = engine.expect("engine");
+    let bytes = wat::parse_str(wat).expect("text");
+    let source = Source::Bytes {
+        name: "trap",
+        bytes: &bytes,
+    };
+    let program = engine.load(source).expect("loads");
+    let pod = Pod::new(&engine, PodConfig::default());
+    let trap = pod.create(ContainerConfig::new("c", program));
+    let trap = trap.expect("created");
+    trap.start().expect("started");
+    let message = wait(&trap).message.expect("message");
     let inner = message.find("inner").expect("innermost frame");
     let outer = message.find("outer").expect("outer frame");
     assert!(inner < outer, "{message}");
@@ -265,6 +285,92 @@ fn a_cached_start_never_compiles() {
     // A changed program is another program.
     std::fs::write(&path, wat::parse_str(print("ho\n", 1)).expect("text")).expect("write");
     assert_eq!(origin(&config), Origin::Compiled);
+}
+
+/// Toolchains that can make threads use atomic instructions also in programs that have none.
+#[test]
+fn atomics_work_and_memory_is_not_shared() {
+    let exit = run(container(
+        r#"(module (memory (export "memory") 1)
+          (func (export "_start")
+            (if (i32.atomic.rmw.add (i32.const 0) (i32.const 5)) (then unreachable))
+            (if (i32.ne (i32.atomic.load (i32.const 0)) (i32.const 5)) (then unreachable))))"#,
+    ));
+    assert_eq!((exit.code, exit.reason), (0, Reason::Exited), "{exit:?}");
+    // Nobody could ever wake it.
+    let exit = run(container(
+        r#"(module (memory 1)
+          (func (export "_start")
+            (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))))"#,
+    ));
+    assert_eq!((exit.code, exit.reason), (134, Reason::Trap), "{exit:?}");
+    let bytes = wat::parse_str(r#"(module (memory 1 2 shared) (func (export "_start")))"#);
+    let bytes = bytes.expect("text");
+    let loaded = ENGINE.load(Source::Bytes {
+        name: "shared",
+        bytes: &bytes,
+    });
+    let words = match loaded {
+        Err(error) => error.to_string(),
+        Ok(program) => {
+            let exit = run(ContainerConfig::new("c", program));
+            assert_eq!(exit.reason, Reason::Failed, "{exit:?}");
+            exit.message.expect("a message")
+        }
+    };
+    assert!(words.contains("shared"), "{words}");
+}
+
+/// Inlining takes memory by the size of the program's code; without it, it is another code that
+/// another part of the engine runs.
+#[test]
+fn what_is_too_large_for_inlining_is_compiled_without() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let config = |memory_bytes| EngineConfig {
+        cache: Some(CacheConfig {
+            directory: dir.path().join("cache"),
+            max_bytes: 64 << 20,
+        }),
+        compiler: CompilerConfig {
+            memory_bytes,
+            ..CompilerConfig::default()
+        },
+        ..EngineConfig::default()
+    };
+    // Leaves this loop when it is told to end.
+    let wat = r#"(module (func $f (result i32) (i32.const 1))
+      (func (export "_start") (loop $l (br_if $l (call $f)))))"#;
+    let bytes = wat::parse_str(wat).expect("text");
+    let run = |memory_bytes| {
+        let engine = Engine::new(&config(memory_bytes)).expect("engine");
+        let source = Source::Bytes {
+            name: "loop",
+            bytes: &bytes,
+        };
+        let program = engine.load(source).expect("loads");
+        let origin = program.origin();
+        let pod = Pod::new(&engine, PodConfig::default());
+        let container = pod
+            .create(ContainerConfig::new("c", program))
+            .expect("created");
+        container.start().expect("started");
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while container.stats().cpu.as_millis() < 30 {
+            assert!(std::time::Instant::now() < deadline, "does not run");
+            std::thread::yield_now();
+        }
+        container.signal(15).expect("signalled");
+        assert_eq!(wait(&container).code, 143);
+        origin
+    };
+    assert_eq!(run(0), Origin::Compiled);
+    // Found again, also by who could inline: it is as good as it was.
+    assert_eq!(run(0), Origin::Disk);
+    assert_eq!(run(1 << 30), Origin::Disk);
+    let code = std::fs::read_dir(dir.path().join("cache")).expect("list");
+    let code = code.flatten();
+    let count = code.filter(|e| e.path().extension().is_some_and(|x| x == "cwasm"));
+    assert_eq!(count.count(), 1);
 }
 
 #[test]

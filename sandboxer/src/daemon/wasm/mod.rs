@@ -15,7 +15,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use bulkhead_protocol::rpc::{Code, Status};
 use bulkhead_wasm::{
-    Allocation, CacheConfig, Engine, EngineConfig, Network, PodConfig, Resolver, ThreadHook,
+    Allocation, CacheConfig, CompilerConfig, Engine, EngineConfig, Network, PodConfig, Resolver,
+    ThreadHook,
 };
 
 use super::agent::setup::{USUAL_SYSCTLS, sysctls};
@@ -106,6 +107,11 @@ fn engine(config: &Config, kept: &OnceLock<Engine>) -> Answer<Engine> {
             max_bytes: wish.cache_mib.saturating_mul(1 << 20),
         }),
         max_module_bytes: wish.max_module_mib.saturating_mul(1 << 20),
+        compiler: CompilerConfig {
+            program: Some("/proc/self/exe".into()),
+            memory_bytes: wish.compile_memory_mib.saturating_mul(1 << 20),
+            inlining: wish.inlining,
+        },
         ..EngineConfig::default()
     })
     .map_err(|e| Status::new(Code::Internal, format!("wasm engine: {e}")))?;

@@ -192,8 +192,11 @@ impl WasmProcess {
             });
             sandbox.events.send(&sandbox.namespace, event);
         }
-        let words = exit.message.as_deref().and_then(|m| m.lines().next());
-        let words = words.map(|line| format!("wasm: {line}"));
+        // Why, and the program's stack.
+        let words = exit
+            .message
+            .as_deref()
+            .map(|words| format!("wasm: {words}"));
         let mut held = self.held.lock().await;
         held.finish(words.as_deref(), timeouts::drain()).await;
         drop(held);
@@ -427,13 +430,19 @@ impl Sandbox for WasmSandbox {
     }
 
     async fn update(&self, request: UpdateTaskRequest) -> Answer<()> {
-        if self.program(&request.id).is_none() {
+        let Some(program) = self.program(&request.id) else {
             return self.ordinary.get()?.update(request).await;
+        };
+        if let Some(any) = &request.resources {
+            let limits = spec::limits(&any.value)?;
+            if let Some(bytes) = limits.memory_bytes {
+                program.set_memory_limit(bytes);
+            }
+            if let Some(milli) = limits.cpu_milli {
+                program.set_cpu_share(milli);
+            }
         }
-        Err(Status::new(
-            Code::Unimplemented,
-            "the limits of a running wasm program cannot be changed: start it anew",
-        ))
+        Ok(())
     }
 
     async fn stats(&self, container: &str) -> Answer<Metrics> {

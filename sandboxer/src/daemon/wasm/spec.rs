@@ -177,6 +177,30 @@ fn user(value: &Value) -> Result<Option<User>, Status> {
     Ok((user.uid != 0 || user.gid != 0).then_some(user))
 }
 
+/// Limits that are to be changed: memory in bytes and CPU in thousandths of a core, each only if it
+/// is named, and `None` in it for no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Most memory.
+    pub memory_bytes: Option<Option<u64>>,
+    /// CPU share.
+    pub cpu_milli: Option<Option<u32>>,
+}
+
+/// Reads OCI resources that a running program is to be held to from now on.
+///
+/// # Errors
+/// They are not JSON.
+pub fn limits(resources: &[u8]) -> Result<Limits, Status> {
+    let resources: Value = serde_json::from_slice(resources)
+        .map_err(|e| invalid(format!("resources are not JSON: {e}")))?;
+    let named = |value: &Value| value.as_i64().is_some_and(|n| n != 0);
+    Ok(Limits {
+        memory_bytes: named(&resources["memory"]["limit"]).then(|| memory(&resources)),
+        cpu_milli: named(&resources["cpu"]["quota"]).then(|| cpu(&resources)),
+    })
+}
+
 /// The memory limit of OCI resources, in bytes.
 fn memory(resources: &Value) -> Option<u64> {
     let limit = resources["memory"]["limit"].as_i64()?;
@@ -267,6 +291,25 @@ mod tests {
         assert!(wish.read_only);
         assert_eq!(wish.binds.len(), 1);
         assert!(wish.binds[0].read_only);
+    }
+
+    #[test]
+    fn changed_limits_are_those_that_are_named() {
+        let read = |text: &str| limits(text.as_bytes()).expect("read");
+        assert_eq!(read("{}"), Limits::default());
+        let text = r#"{"memory": {"limit": 4096}, "cpu": {"shares": 2, "quota": 0}}"#;
+        let memory = Limits {
+            memory_bytes: Some(Some(4096)),
+            cpu_milli: None,
+        };
+        assert_eq!(read(text), memory);
+        let text = r#"{"cpu": {"quota": 150000, "period": 100000}, "memory": {"limit": -1}}"#;
+        let both = Limits {
+            memory_bytes: Some(None),
+            cpu_milli: Some(Some(1500)),
+        };
+        assert_eq!(read(text), both);
+        assert!(limits(b"{").is_err());
     }
 
     #[test]

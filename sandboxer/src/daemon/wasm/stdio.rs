@@ -60,7 +60,7 @@ impl Held {
     /// After the program's end: says why, and waits until its output has been taken.
     pub async fn finish(&mut self, last_words: Option<&str>, limit: Duration) {
         if let (Some(fd), Some(text)) = (self.stderr.take(), last_words) {
-            last_line(fd, text);
+            say_last(fd, text);
         }
         self.stderr = None;
         self.close_stdin();
@@ -69,17 +69,20 @@ impl Held {
     }
 }
 
+/// What a pipe takes at once if it is ready to be written to.
+const PIPE_BUF: usize = 4096;
+
 /// Written if there is room: nothing waits for a reader of ours.
-fn last_line(fd: OwnedFd, text: &str) {
+fn say_last(fd: OwnedFd, text: &str) {
     use std::os::fd::AsFd;
     let mut fds = [nix::poll::PollFd::new(
         fd.as_fd(),
         nix::poll::PollFlags::POLLOUT,
     )];
     if nix::poll::poll(&mut fds, nix::poll::PollTimeout::ZERO).is_ok_and(|n| n > 0) {
-        // A pipe that is ready takes this much at once.
-        let line = format!("{}\n", text.chars().take(2000).collect::<String>());
-        let _ = nix::unistd::write(&fd, line.as_bytes());
+        let end = text.floor_char_boundary(PIPE_BUF - 1);
+        let text = format!("{}\n", text.get(..end).unwrap_or(text));
+        let _ = nix::unistd::write(&fd, text.as_bytes());
     }
 }
 
