@@ -62,6 +62,8 @@ fn no_devices(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+const NEIGHBOURS: [&str; 3] = [OURS, APP, WASM];
+
 /// A pod beside the hostile one, whose answers are looked at meanwhile.
 struct Neighbour {
     handler: &'static str,
@@ -144,11 +146,13 @@ fn hostile_container(node: &mut Node, handler: &str, rounds: &str) -> Result<()>
     fs::write(place.join("secret-of-the-host"), SECRET)?;
     let image = env::guest_image()?;
     let image_before = digest(&image)?;
-    TestPod::run(node, handler, pod("first"))?.remove()?;
-    Neighbour::run(node, WASM)?.pod.remove()?;
+    // What the first pod of a kind leaves for the next ones.
+    for kind in NEIGHBOURS {
+        Neighbour::run(node, kind)?.pod.remove()?;
+    }
     let before = Host::settled(node)?;
 
-    let mut neighbours = [OURS, APP, WASM]
+    let mut neighbours = NEIGHBOURS
         .map(|kind| Neighbour::run(node, kind).with_context(|| format!("neighbour, {kind}")))
         .into_iter()
         .collect::<Result<Vec<_>>>()?;
