@@ -523,7 +523,7 @@ fn own_pss(node: &Node, isolation: Isolation, pods: usize) -> Result<f64> {
         };
         // A process may end while we look.
         let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        if comm.trim_end() == "sandboxer-pod" {
+        if matches!(comm.trim_end(), "sandboxer-pod" | "bulkhead-worker") {
             count += 1;
             sum += process::memory_beside_files(pid, GUEST_BYTES)?.pss;
         }

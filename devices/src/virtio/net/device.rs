@@ -28,7 +28,7 @@ const F_HOST_TSO6: u64 = 1 << 12;
 pub(super) const F_MRG_RXBUF: u64 = 1 << 15;
 const F_STATUS: u64 = 1 << 16;
 
-const OFFLOADS: u64 =
+pub(super) const OFFLOADS: u64 =
     F_CSUM | F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_HOST_TSO4 | F_HOST_TSO6;
 
 const QUEUE_SIZES: &[u16] = &[256, 256];

@@ -104,6 +104,7 @@ fn ask_for_the_hosts_address(vhost: bool) {
         mac: Some(GUEST_MAC),
         mtu: None,
         vhost,
+        plain: false,
     };
     let mut net = Net::new(tap, &options);
     let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
