@@ -107,9 +107,13 @@ int main(int argc, char **argv)
     killpg(child, SIGTERM);
     printf("by its group: %d\n", WTERMSIG(status_of(-child)));
 
-    // Stopping and going on.
+    // Stopping and going on. It ends only when its going on has been seen.
+    int seen[2];
+    pipe(seen);
     if ((child = fork()) == 0) {
+        char c;
         raise(SIGSTOP);
+        read(seen[0], &c, 1);
         _exit(9);
     }
     waitpid(child, &status, WUNTRACED);
@@ -117,6 +121,7 @@ int main(int argc, char **argv)
     kill(child, SIGCONT);
     waitpid(child, &status, WCONTINUED);
     printf("continued: %d\n", WIFCONTINUED(status));
+    write(seen[1], "x", 1);
     printf("exit: %d\n", WEXITSTATUS(status_of(child)));
 
     // Orphans go to the subreaper.
