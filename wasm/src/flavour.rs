@@ -47,15 +47,14 @@ impl Flavour {
         let kind = wasmtime::Engine::detect_precompiled_file(&path).map_err(fail)?;
         match kind {
             Some(wasmtime::Precompiled::Module) => {
-                // SAFETY: the file was made by the compiler of this very program, with the
-                // settings of this engine. It is in memory that only we have a descriptor of, or
-                // lies in a directory that only we can write, and its MAC has been checked (see
-                // `cache`).
+                // SAFETY: this very program's compiler made the file, with this engine's settings,
+                // and nobody can change it: it is sealed memory, or lies where only we can write
+                // and its MAC was checked (see `cache`).
                 let module = unsafe { Module::deserialize_file(engine, &path) }.map_err(fail)?;
                 program::core(name, self.core_linker()?, &module, origin)
             }
             Some(wasmtime::Precompiled::Component) => {
-                // SAFETY: as above.
+                // SAFETY: as for modules.
                 let component =
                     unsafe { Component::deserialize_file(engine, &path) }.map_err(fail)?;
                 program::component(name, engine, self.component_linker()?, &component, origin)

@@ -1,7 +1,7 @@
 //! The program of processes that belong to one pod: keepers and workers.
 //!
 //! It has the same code as the daemon's, but for the engine of wasm, which these processes never
-//! need: the linker's table of addresses alone, which a process copies when it starts, is four times
+//! need: the linker's table of addresses alone, which a process copies when it starts, is five times
 //! as large with it.
 
 use std::ffi::OsStr;

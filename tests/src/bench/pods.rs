@@ -76,7 +76,7 @@ pub fn run(sandboxer: &Path, parts: &[String]) -> Result<Report> {
             drop(node.take());
             match part.as_str() {
                 "tcp" => throughput(sandboxer, &mut report)?,
-                _ => isolated(sandboxer, &mut report)?,
+                _ => isolated(sandboxer, &mut report, &version)?,
             }
             continue;
         }
@@ -479,7 +479,7 @@ fn cost(node: &Node, handler: &str, pods: usize) -> Result<Cost> {
 }
 
 /// What a pod costs more when it has processes of its own, in memory and in time.
-fn isolated(sandboxer: &Path, report: &mut Report) -> Result<()> {
+fn isolated(sandboxer: &Path, report: &mut Report, version: &str) -> Result<()> {
     let mut found = Vec::new();
     for isolation in [Isolation::Thread, Isolation::Process] {
         let node = Node::start_isolated(isolation, sandboxer, &["busybox"], IoType::Fifo)?;
@@ -509,6 +509,7 @@ fn isolated(sandboxer: &Path, report: &mut Report) -> Result<()> {
         let what = format!("pod run + create + start, processes / threads, {handler}");
         report.add(&what, "ms", slow, fast, Goal::Shown, COMMAND);
     }
+    report.beside(RUNC, version);
     Ok(())
 }
 

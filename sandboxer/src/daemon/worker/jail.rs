@@ -19,7 +19,6 @@
 //!
 //! Mounts are made by the daemon, from outside ([`super::attach`]).
 
-use std::ffi::CStr;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -269,14 +268,9 @@ fn give_up_rights() -> io::Result<()> {
     // is the only one.
     let result = unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) };
     nix::errno::Errno::result(result)?;
-    name_process(c"bulkhead-worker");
+    // For people only.
+    let _ = nix::sys::prctl::set_name(c"bulkhead-worker");
     Ok(())
-}
-
-/// As `ps` shows it; at most 15 bytes count.
-fn name_process(name: &CStr) {
-    // SAFETY: takes a string that ends with a zero.
-    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr(), 0, 0, 0) };
 }
 
 #[cfg(test)]
