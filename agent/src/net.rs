@@ -226,10 +226,10 @@ pub fn configure(
 }
 
 fn configure_interface(netlink: &Netlink, interface: &Interface) -> Result<()> {
-    let found = if interface.mac.is_empty() {
-        interface.name.clone()
-    } else {
-        by_mac(&interface.mac)?
+    let found = match (interface.device_mac.as_str(), interface.mac.as_str()) {
+        ("", "") => interface.name.clone(),
+        ("", mac) => by_mac(mac)?,
+        (present, _) => by_mac(present)?,
     };
     let index = index_of(&found)?;
     let what = |step: &str| format!("network interface {found}: {step}");
@@ -245,6 +245,11 @@ fn configure_interface(netlink: &Netlink, interface: &Interface) -> Result<()> {
         // Only an interface that is down can be renamed.
         set_link(netlink, index, false, &[(libc::IFLA_IFNAME, &name)])
             .context(|| what("rename"))?;
+    }
+    if !interface.device_mac.is_empty() && interface.device_mac != interface.mac {
+        let mac = parse_mac(&interface.mac)?;
+        set_link(netlink, index, false, &[(libc::IFLA_ADDRESS, &mac)])
+            .context(|| what("set the hardware address"))?;
     }
     if interface.mtu > 0 {
         let mtu = interface.mtu.to_ne_bytes();

@@ -36,6 +36,8 @@ mod process;
 mod recovery;
 #[path = "cri/storage.rs"]
 mod storage;
+#[path = "cri/template.rs"]
+mod template;
 #[path = "cri/validation.rs"]
 mod validation;
 #[path = "cri/vmmctl.rs"]
@@ -121,6 +123,7 @@ fn run() -> Result<bool> {
         recovery::TESTS,
         storage::TESTS,
         growth::TESTS,
+        template::TESTS,
         wasm::TESTS,
         artifact::TESTS,
         mixed::TESTS,

@@ -12,7 +12,7 @@ use bulkhead_tests::process::Footprint;
 use bulkhead_tests::screen::Screen;
 use bulkhead_vmm::seccomp::Role;
 use bulkhead_vmm::{
-    Caching, DiskConfig, DiskSource, ShareConfig, Vm, VmConfig, VmError, VmExit, VmState,
+    Caching, DiskConfig, DiskSource, ShareConfig, Template, Vm, VmConfig, VmError, VmExit, VmState,
 };
 
 /// Tests that count what this process holds must not run beside others.
@@ -364,6 +364,51 @@ fn a_saved_vm_goes_on_in_another() {
         );
         assert!(!second_screen.text().contains("Linux version"));
     }
+}
+
+#[test]
+fn a_template_begins_several_vms() {
+    let files = Files::new();
+    let disk = files.put("disk", &vec![0; 1 << 20]);
+    let config = |screen: &Screen| VmConfig {
+        vsock_cid: Some(3),
+        rng: true,
+        disks: vec![DiskConfig {
+            source: DiskSource::Path(disk.clone()),
+            read_only: true,
+            serial: "template".into(),
+        }],
+        ..linux(&files, screen, true)
+    };
+    let screen = Screen::default();
+    let first = Vm::create(config(&screen)).unwrap();
+    first.start().unwrap();
+    screen.wait_for("virtio_blk");
+    let template = Template::of(&first).unwrap();
+    drop(first);
+    assert!(!screen.text().contains(bulkhead_fixtures::BENCH_MARKER));
+    let most = config(&screen).memory_mib << 20;
+    assert!(template.bytes() > 1 << 20 && template.bytes() < most / 2);
+
+    let screens = [Screen::default(), Screen::default()];
+    // At the same time: what one does is nothing to the other.
+    let copies = screens
+        .each_ref()
+        .map(|screen| Vm::from_template(config(screen), &template).unwrap());
+    for copy in &copies {
+        copy.start().unwrap();
+    }
+    for (copy, screen) in copies.iter().zip(&screens) {
+        assert_eq!(ended(copy), VmExit::Reset, "{}", screen.text());
+        assert!(screen.text().contains(bulkhead_fixtures::BENCH_MARKER));
+        assert!(!screen.text().contains("Linux version"));
+    }
+    let larger = VmConfig {
+        memory_mib: 2 * config(&screen).memory_mib,
+        ..config(&screen)
+    };
+    let error = Vm::from_template(larger, &template).unwrap_err();
+    assert!(matches!(error, VmError::State(_)), "{error}");
 }
 
 #[test]

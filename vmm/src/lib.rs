@@ -33,6 +33,7 @@ pub mod seccomp;
 pub mod snapshot;
 pub mod stats;
 mod steps;
+mod template;
 mod vm;
 mod wiring;
 
@@ -45,4 +46,5 @@ pub use error::{ErrorClass, VmError};
 pub use kvm_check::{KvmKind, KvmReport, Probe, kvm_check};
 pub use snapshot::VmState;
 pub use stats::{Timeline, VmStats};
+pub use template::Template;
 pub use vm::{Vm, VmExit};

@@ -1,6 +1,6 @@
 //! Guest memory: one unnamed shared file, mapped below and above the hole for devices.
 
-use std::ffi::CString;
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -173,6 +173,15 @@ impl VmMemory {
             .map_err(|e| VmError::Memory(format!("{} bytes at {address:#x}: {e}", data.len())))
     }
 
+    /// Writes at an offset of the file; a piece must not reach across the hole for devices.
+    pub(crate) fn put_at_offset(&self, offset: u64, data: &[u8]) -> Result<(), VmError> {
+        let address = match offset < layout::MMIO_HOLE_START {
+            true => offset,
+            false => layout::MMIO_HOLE_END + (offset - layout::MMIO_HOLE_START),
+        };
+        self.put(address, data)
+    }
+
     /// RAM the guest may use, as (start, size), for boot memory maps.
     pub(crate) fn usable(&self) -> Vec<(u64, u64)> {
         let mut map = vec![(0, layout::LOW_RAM_END)];
@@ -279,12 +288,31 @@ fn syscall_fd(number: libc::c_long, args: &[i64]) -> Option<OwnedFd> {
     Some(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// A file of `size` bytes in memory, written by `fill`, which nobody can write to any more.
+pub(crate) fn sealed_memfd(
+    size: u64,
+    fill: impl FnOnce(&File) -> io::Result<()>,
+) -> io::Result<File> {
+    let file = memfd_named(c"bulkhead-template", 0)?;
+    file.set_len(size)?;
+    fill(&file)?;
+    add_seals(
+        &file,
+        libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_WRITE | libc::F_SEAL_SEAL,
+    )?;
+    Ok(file)
+}
+
 fn memfd(hugepages: bool) -> io::Result<File> {
-    let name = CString::new("bulkhead-guest-ram").unwrap_or_default();
-    let mut flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-    if hugepages {
-        flags |= libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
-    }
+    let flags = match hugepages {
+        true => libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
+        false => 0,
+    };
+    memfd_named(c"bulkhead-guest-ram", flags)
+}
+
+fn memfd_named(name: &CStr, flags: libc::c_uint) -> io::Result<File> {
+    let flags = flags | libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // SAFETY: the name is a valid C string, and the result is checked.
     let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
     if fd < 0 {
@@ -295,7 +323,13 @@ fn memfd(hugepages: bool) -> io::Result<File> {
 }
 
 fn seal(file: &File) -> io::Result<()> {
-    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    add_seals(
+        file,
+        libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL,
+    )
+}
+
+fn add_seals(file: &File, seals: libc::c_int) -> io::Result<()> {
     // SAFETY: plain fcntl on an owned descriptor.
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
         return Err(io::Error::last_os_error());

@@ -104,25 +104,8 @@ impl Vm {
     ///
     /// # Errors
     /// When state, memory and configuration do not belong together.
-    pub fn restore(mut config: VmConfig, state: &VmState, memory: File) -> Result<Self, VmError> {
-        if state.version != STATE_VERSION {
-            return Err(VmError::State(format!(
-                "state of version {}, this program reads version {STATE_VERSION}",
-                state.version
-            )));
-        }
-        if state.vcpus.len() != usize::from(config.vcpus)
-            || state.memory_bytes != config.memory_mib << 20
-            || state.irqchips.len() != IRQCHIPS.len()
-        {
-            return Err(VmError::State(format!(
-                "the state has {} vCPUs and {} MiB, the configuration {} and {}",
-                state.vcpus.len(),
-                state.memory_bytes >> 20,
-                config.vcpus,
-                config.memory_mib
-            )));
-        }
+    pub fn restore(config: VmConfig, state: &VmState, memory: File) -> Result<Self, VmError> {
+        state.check(&config)?;
         let len = memory
             .metadata()
             .map_err(VmError::host("saved guest memory"))?
@@ -136,6 +119,15 @@ impl Vm {
         }
         let memory = VmMemory::map_with_room(memory, state.memory_bytes, room)?;
         let frame = Frame::new(&config, Some(memory))?;
+        Self::go_on(config, state, frame)
+    }
+
+    /// A VM whose memory is there already, and that takes everything else from saved state.
+    pub(crate) fn go_on(
+        mut config: VmConfig,
+        state: &VmState,
+        frame: Frame,
+    ) -> Result<Self, VmError> {
         let exit = Arc::new(ExitSlot::new().map_err(VmError::host("exit event"))?);
         for (fd, saved) in frame.vcpu_fds.iter().zip(&state.vcpus) {
             saved.restore(fd)?;
@@ -156,5 +148,30 @@ impl Vm {
         // The guest uses what it was given.
         vm.map_room()?;
         Ok(vm)
+    }
+}
+
+impl VmState {
+    /// Refuses a configuration of another shape.
+    pub(crate) fn check(&self, config: &VmConfig) -> Result<(), VmError> {
+        if self.version != STATE_VERSION {
+            return Err(VmError::State(format!(
+                "state of version {}, this program reads version {STATE_VERSION}",
+                self.version
+            )));
+        }
+        if self.vcpus.len() != usize::from(config.vcpus)
+            || self.memory_bytes != config.memory_mib << 20
+            || self.irqchips.len() != IRQCHIPS.len()
+        {
+            return Err(VmError::State(format!(
+                "the state has {} vCPUs and {} MiB, the configuration {} and {}",
+                self.vcpus.len(),
+                self.memory_bytes >> 20,
+                config.vcpus,
+                config.memory_mib
+            )));
+        }
+        Ok(())
     }
 }

@@ -386,10 +386,19 @@ impl Vm {
                 self.id
             )));
         }
-        self.devices.start();
+        // One that goes on from saved state has requests under way, and a guest to which time has
+        // passed.
+        let goes_on = self.loaded.is_none();
+        match goes_on {
+            true => self.devices.resume(),
+            false => self.devices.start(),
+        }
         *phase = Phase::Running;
         self.marks.add("first instruction");
         for vcpu in self.vcpus().iter() {
+            if goes_on {
+                let _ = vcpu.call(|fd| fd.kvmclock_ctrl().is_ok());
+            }
             vcpu.resume();
         }
         Ok(())

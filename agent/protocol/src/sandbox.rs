@@ -188,6 +188,10 @@ pub struct Interface {
     /// MTU in bytes; 0: as it is.
     #[prost(uint32, tag = "4")]
     pub mtu: u32,
+    /// The hardware address that it has by now, if it is to be given `mac` in its place; found by
+    /// that.
+    #[prost(string, tag = "5")]
+    pub device_mac: String,
 }
 
 /// A route.

@@ -19,6 +19,7 @@ const PERIODIC: u32 = 1 << 17;
 const DIVIDE_BY_1: u32 = 0xb;
 /// KVM's (and QEMU's) APIC timer counts nanoseconds.
 const TICK_NS: u32 = 10_000_000;
+const SHORTEST_NS: u32 = 20_000;
 
 fn lapic() -> Option<Mmio> {
     Mmio::new(LAPIC, 0x1000, 0)
@@ -48,11 +49,24 @@ pub fn init() {
 /// Makes the next tick come after so many nanoseconds, at most as late as usual; the one after it
 /// is then as far away. It is a write that costs little, but not nothing: only for a change.
 pub fn next_tick(ns: u64) {
-    const SHORTEST_NS: u64 = 20_000;
-    let wanted = ns.clamp(SHORTEST_NS, TICK_NS.into()) as u32;
+    let wanted = ns.clamp(SHORTEST_NS.into(), TICK_NS.into()) as u32;
     // A full tick that runs already is left alone; so are all where ticks are the only clock.
     if !crate::clock::is_precise() || wanted == TICK_NS && PERIOD.load(Ordering::Relaxed) == TICK_NS
     {
+        return;
+    }
+    PERIOD.store(wanted, Ordering::Relaxed);
+    if let Some(lapic) = lapic() {
+        lapic.write(TIMER_INITIAL, wanted);
+    }
+}
+
+/// For a CPU with nothing to do: makes the next tick come after so many nanoseconds, which may be
+/// seconds (as many as the timer counts), so that an idle guest costs its host next to nothing.
+/// Whoever goes on then asks for the [`next_tick`] in time.
+pub fn rest(ns: u64) {
+    let wanted = u32::try_from(ns).unwrap_or(u32::MAX).max(SHORTEST_NS);
+    if !crate::clock::is_precise() {
         return;
     }
     PERIOD.store(wanted, Ordering::Relaxed);

@@ -125,6 +125,8 @@ pub struct Microvm {
     pub vhost_net: bool,
     /// Let packets be larger than the MTU, and without checksums, between guest and host.
     pub net_offload: bool,
+    /// Most shapes of VMs of which one is kept, booted, for pods to start as copies of it.
+    pub templates: u8,
     /// Run where KVM is emulated and a boot takes minutes.
     pub allow_emulated_kvm: bool,
 }
@@ -262,6 +264,7 @@ impl Default for Microvm {
             hugepages: false,
             vhost_net: false,
             net_offload: true,
+            templates: 4,
             allow_emulated_kvm: false,
         }
     }
@@ -438,6 +441,9 @@ impl Config {
         }
         if vm.grow_cpus > 31 {
             return wrong("microvm.grow_cpus", "must be at most 31");
+        }
+        if vm.templates > 64 {
+            return wrong("microvm.templates", "must be at most 64");
         }
         if vm.disk_slots > 16 {
             return wrong("microvm.disk_slots", "must be at most 16");

@@ -39,9 +39,19 @@ impl Host {
     pub fn now(node: &Node) -> Result<Self> {
         let pid = node.sandboxer_pid();
         let entries = |dir: String| fs::read_dir(dir).map_or(0, Iterator::count);
+        // Those of VMs that are kept to be copied come with the shapes of pods, and stay.
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd"))
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter(|fd| {
+                fs::read_link(fd.path())
+                    .is_ok_and(|to| !to.to_string_lossy().contains("bulkhead-template"))
+            })
+            .count();
         let lines = |file: String| fs::read_to_string(file).map_or(0, |t| t.lines().count());
         let counts = BTreeMap::from([
-            ("descriptors", entries(format!("/proc/{pid}/fd"))),
+            ("descriptors", descriptors),
             ("threads", bulkhead_tests::process::threads(pid)?),
             (
                 "mounts of the sandboxer",
@@ -69,6 +79,7 @@ impl Host {
                 return Ok(last);
             }
             std::thread::sleep(Duration::from_millis(100));
+            node.templates_made()?;
             let now = Self::now(node)?;
             same = if now == last { same + 1 } else { 0 };
             last = now;
@@ -78,6 +89,7 @@ impl Host {
 
     /// Waits until there is what there was.
     pub fn as_before(&self, node: &Node) -> Result<Self> {
+        node.templates_made()?;
         let mut now = Self::now(node)?;
         for _ in 0..200 {
             if now == *self {

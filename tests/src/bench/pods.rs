@@ -176,6 +176,9 @@ fn steps(node: &Node, handler: &str) -> Result<Steps> {
             all.started.push(started);
             all.exec.push(exec);
             all.gone.push(ms(begin));
+        } else {
+            // Nor is it to be a copy of a VM, nor the next one to run beside the making of that.
+            node.templates_made()?;
         }
     }
     Ok(all)
@@ -183,6 +186,8 @@ fn steps(node: &Node, handler: &str) -> Result<Steps> {
 
 /// Milliseconds until all of [`AT_ONCE`] pods run.
 fn at_once(node: &Node, handler: &str) -> Result<f64> {
+    TestPod::run(node, handler, pod("before-all"))?.remove()?;
+    node.templates_made()?;
     let begin = Instant::now();
     let pods: Vec<TestPod> = thread::scope(|scope| {
         let started: Vec<_> = (0..AT_ONCE)
@@ -210,9 +215,10 @@ fn at_once(node: &Node, handler: &str) -> Result<f64> {
 fn idle(node: &Node, report: &mut Report) -> Result<()> {
     let without_pods = wakeups(node)?;
     eprintln!("one pod that rests");
-    for (handler, goal) in [(OURS, Goal::Value(10.0)), (APP, Goal::Shown)] {
+    for (handler, goal) in [(OURS, Goal::Value(10.0)), (APP, Goal::Value(10.0))] {
         let pod = TestPod::run(node, handler, pod("idle"))?;
         pod.sleeper("c")?;
+        node.templates_made()?;
         thread::sleep(REST);
         let vms = process::kvm_directories(node.sandboxer_pid())?;
         let exits = |vms: &[_]| process::kvm_counter(vms, "exits");

@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::Cri;
-use crate::env::built;
+use crate::env::{PATIENCE, built};
 use crate::process::Guard;
 
 /// Handler of our runtime.
@@ -272,6 +272,19 @@ impl Node {
     /// Process of the sandboxer.
     pub fn sandboxer_pid(&self) -> u32 {
         self.sandboxer.as_ref().map_or(0, |g| g.0.id())
+    }
+
+    /// Waits until no VM is in the making that pods are to be copies of.
+    ///
+    /// # Errors
+    /// It takes too long.
+    pub fn templates_made(&self) -> Result<()> {
+        let begin = Instant::now();
+        while Path::new("/run/bulkhead/template").exists() {
+            ensure!(begin.elapsed() < PATIENCE, "a template takes too long");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
     }
 
     /// Starts what a failed test has left dead.

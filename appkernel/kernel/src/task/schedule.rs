@@ -57,6 +57,9 @@ pub(super) fn schedule() {
             .collect()
     });
     drop(dead);
+    // Nobody could run for a while, and the tick was put off.
+    let mut rests = false;
+    let mut idled = false;
     let (previous, next, root) = loop {
         let now = clock::monotonic_ns();
         let choice = with(|s| {
@@ -82,17 +85,24 @@ pub(super) fn schedule() {
                 let from = previous.context.get();
                 // The table of tasks has it still, also one that ended.
                 drop(previous);
-                if let Some(left) = left.filter(|left| *left < clock::TICK_NS) {
+                let left = left.unwrap_or(u64::MAX);
+                if rests || left < clock::TICK_NS {
                     apic::next_tick(next_timer(now).min(left));
                 }
                 break (from, next, root);
             }
             // Nobody can run: the next interrupt may change that, or the next period of somebody.
             Err(time) => {
-                if let Some(time) = time {
-                    apic::next_tick(next_timer(now).min(time.saturating_sub(now)));
+                let period = time.map_or(u64::MAX, |time| time.saturating_sub(now));
+                // Not at once: a program that waits for a moment, as servers do, would pay twice.
+                if idled {
+                    apic::rest(next_timer(now).min(period));
+                    rests = true;
+                } else if time.is_some() {
+                    apic::next_tick(next_timer(now).min(period));
                 }
                 cpu::idle();
+                idled = true;
                 SINCE.store(clock::monotonic_ns(), Ordering::Relaxed);
             }
         }

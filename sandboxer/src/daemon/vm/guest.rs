@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_protocol::CONTROL_PORT;
-use bulkhead_protocol::sandbox::ConfigureSandboxRequest;
+use bulkhead_protocol::sandbox::{AddEntropyRequest, ConfigureSandboxRequest};
 use tokio::net::UnixStream;
 
 use super::machine::Machine;
 use crate::daemon::agent::link::{Clock, Dial, Link};
 use crate::engine::EngineError;
+use crate::engine::agent::failed;
 use crate::timeouts;
 
 /// First and longest pause between two attempts to reach an agent that is not listening yet.
@@ -33,14 +34,35 @@ impl Dial for VmWay {
 }
 
 impl Guest {
-    /// Waits until the agent of a started VM answers, and sets the sandbox up.
+    /// Waits until the agent of a started VM answers, and sets the sandbox up. A VM that is a copy
+    /// takes `entropy` before that.
     ///
     /// # Errors
     /// The guest ends or does not answer in time, or refuses.
     pub async fn reach(
         vm: Machine,
         request: &ConfigureSandboxRequest,
+        entropy: Option<&AddEntropyRequest>,
     ) -> Result<Self, EngineError> {
+        let mut link = Self::link_to(&vm).await?;
+        vm.mark("agent answers");
+        if let Some(entropy) = entropy {
+            let added = link.sandbox().add_entropy(entropy).await;
+            added.map_err(failed("giving the guest random numbers of its own"))?;
+        }
+        link.configure(vm.id(), request, Clock::Guest).await?;
+        vm.mark("configured");
+        Ok(Self {
+            vm,
+            link: Arc::new(link),
+        })
+    }
+
+    /// Waits until the agent of a started VM answers.
+    ///
+    /// # Errors
+    /// The guest ends or does not answer in time.
+    pub async fn link_to(vm: &Machine) -> Result<Link<VmWay>, EngineError> {
         let within = timeouts::boot();
         let attempts = async {
             let mut pause = RETRY.0;
@@ -61,14 +83,7 @@ impl Guest {
             },
             () = ended => return Err(vm.end_error("booting")),
         };
-        vm.mark("agent answers");
-        let mut link = Link::new(VmWay(vm.clone()), stream);
-        link.configure(vm.id(), request, Clock::Guest).await?;
-        vm.mark("configured");
-        Ok(Self {
-            vm,
-            link: Arc::new(link),
-        })
+        Ok(Link::new(VmWay(vm.clone()), stream))
     }
 
     /// The connection to its agent.

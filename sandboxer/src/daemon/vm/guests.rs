@@ -158,6 +158,16 @@ impl Guests {
         }
     }
 
+    /// How many VMs are kept to be copied.
+    pub fn templates(self, config: &Config) -> usize {
+        match (self, self.isolation(config)) {
+            // A worker makes its VM itself.
+            (Self::Linux, Isolation::Thread) => config.microvm.templates.into(),
+            // The app kernel boots in less time than a copy takes.
+            _ => 0,
+        }
+    }
+
     /// What separates its VMs from the daemon.
     pub fn isolation(self, config: &Config) -> Isolation {
         match self {

@@ -14,14 +14,15 @@ mod network;
 mod portforward;
 mod resize;
 mod sandbox;
+mod template;
 
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use bulkhead_protocol::rpc::{Code, Status};
-use bulkhead_protocol::sandbox::{ConfigureSandboxRequest, Share};
-use bulkhead_vmm::{NetConfig, VmConfig};
+use bulkhead_protocol::sandbox::{AddEntropyRequest, ConfigureSandboxRequest, Share};
+use bulkhead_vmm::{NetConfig, Template, VmConfig};
 
 use super::agent::setup::{self, failed};
 use super::cgroup::{CpuShare, Threads, clean_threads};
@@ -47,6 +48,7 @@ use portforward::PortForward;
 use resize::{Cpus, Memory};
 pub use sandbox::VmSandbox;
 use sandbox::{Parts, VmHome};
+use template::{Shape, Templates};
 
 /// Pods of one daemon.
 const MAX_PODS: usize = 4096;
@@ -56,12 +58,18 @@ const MAX_PODS: usize = 4096;
 pub struct Vms {
     config: Arc<Config>,
     guests: Guests,
+    templates: Arc<Templates>,
 }
 
 impl Vms {
     /// As configured.
     pub fn new(config: Arc<Config>, guests: Guests) -> Self {
-        Self { config, guests }
+        let templates = Templates::new(guests.templates(&config), &config.run_dir);
+        Self {
+            config,
+            guests,
+            templates,
+        }
     }
 }
 
@@ -142,21 +150,32 @@ impl Vms {
     async fn boot(&self, plan: &Plan, parts: &mut Parts) -> Answer<Arc<Guest>> {
         let (config, guests, wish) = (Arc::clone(&self.config), self.guests, plan.clone());
         let mut making = std::mem::take(parts);
+        let templates = Arc::clone(&self.templates);
         let (made, built) = blocking(move || {
-            let built = build(&config, guests, &wish, &mut making);
+            let built = build(&config, guests, &wish, &mut making, &templates);
             (making, built)
         })
         .await?;
         *parts = made;
-        let (vm, request) = built?;
+        let Built {
+            vm,
+            request,
+            shape,
+            entropy,
+        } = built?;
         if let Machine::Worker(worker) = &vm {
             worker
                 .watch(plan.stop.clone())
                 .map_err(EngineError::io("watching the VM's process"))
                 .map_err(failed)?;
         }
-        let guest = Guest::reach(vm.clone(), &request).await.map_err(failed)?;
-        let guest = Arc::new(guest);
+        let reached = Guest::reach(vm.clone(), &request, entropy.as_ref()).await;
+        match (&reached, shape) {
+            (Ok(_), Some(shape)) if entropy.is_none() => self.templates.make(shape),
+            (Err(_), Some(shape)) if entropy.is_some() => self.templates.forget(&shape),
+            _ => {}
+        }
+        let guest = Arc::new(reached.map_err(failed)?);
         // From here on the limit holds; the boot is not the pod's doing.
         if let Some(threads) = &parts.threads
             && let Err(error) = threads.limit(CpuShare::of(&resources(&plan.wish)))
@@ -213,13 +232,25 @@ async fn forward_ports(plan: &Plan, parts: &Parts, guest: &Arc<Guest>) -> Option
     }
 }
 
+/// A VM that has been started.
+struct Built {
+    vm: Machine,
+    /// What its agent is to be told.
+    request: ConfigureSandboxRequest,
+    /// If there can be templates of it.
+    shape: Option<Shape>,
+    /// It is a copy, which needs this.
+    entropy: Option<AddEntropyRequest>,
+}
+
 /// Share, network, VM. Blocks.
 fn build(
     config: &Config,
     guests: Guests,
     plan: &Plan,
     parts: &mut Parts,
-) -> Answer<(Machine, ConfigureSandboxRequest)> {
+    templates: &Templates,
+) -> Answer<Built> {
     let boot = guests.boot(config).map_err(failed)?;
     let storage =
         Storage::create(&plan.dir).map_err(|e| Status::new(Code::Internal, e.to_string()))?;
@@ -227,7 +258,7 @@ fn build(
         "" => PodNetwork::default(),
         path => PodNetwork::join(Path::new(path)).map_err(failed)?,
     };
-    let request = guest_setup(guests, plan, &storage, &network);
+    let mut request = guest_setup(guests, plan, &storage, &network);
     let sizes = guests.sizes(config);
     let (vcpus, memory_mib) = size(&plan.wish, &sizes);
     let vm = VmConfig {
@@ -258,19 +289,47 @@ fn build(
     // Kept before anything can fail: they are taken away from there.
     parts.storage = Some(Arc::new(Mutex::new(storage)));
     parts.network = Some(network);
+    let shape = match templates.wanted() {
+        true => Shape::of(&vm),
+        false => None,
+    };
+    let template = shape.as_ref().and_then(|shape| templates.find(shape));
+    let mut entropy = None;
+    if template.is_some() {
+        template::adapt(&mut request);
+        let random = template::entropy().map_err(EngineError::io("random numbers"));
+        entropy = Some(random.map_err(failed)?);
+    }
     let made = match guests.isolation(config) {
-        Isolation::Thread => on_threads(plan, vm, parts),
+        Isolation::Thread => on_threads(plan, vm, parts, template.as_deref()),
         Isolation::Process => in_a_process(config, plan, vm, parts),
     };
-    Ok((made.map_err(failed)?, request))
+    if let (Err(_), Some(_), Some(shape)) = (&made, &template, &shape) {
+        templates.forget(shape);
+    }
+    Ok(Built {
+        vm: made.map_err(failed)?,
+        request,
+        shape,
+        entropy,
+    })
 }
 
 /// Starts the VM on threads of this process.
-fn on_threads(plan: &Plan, config: VmConfig, parts: &mut Parts) -> Result<Machine, EngineError> {
+fn on_threads(
+    plan: &Plan,
+    config: VmConfig,
+    parts: &mut Parts,
+    template: Option<&Template>,
+) -> Result<Machine, EngineError> {
     parts.threads = Threads::create(&plan.id);
     let entrance = parts.threads.as_ref().map(Threads::entrance);
     let (vm, started) = in_cgroup(entrance, || {
-        let vm = Arc::new(MicroVm::create(config, ConsoleHub::new(None))?);
+        let console = ConsoleHub::new(None);
+        let vm = Arc::new(match template {
+            Some(template) => MicroVm::copy(config, console, template)?,
+            None => MicroVm::create(config, console)?,
+        });
         let started = vm.vm().start();
         Ok((vm, started))
     })?;

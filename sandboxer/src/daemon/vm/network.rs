@@ -41,15 +41,23 @@ pub struct PodNetwork {
 /// # Errors
 /// The namespace cannot be entered, or what `work` says.
 pub fn within<T: Send>(netns: &File, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    on_a_thread(|| {
+        setns(netns, CloneFlags::CLONE_NEWNET)?;
+        work()
+    })
+}
+
+/// Runs `work` on a thread of its own, which may enter another network namespace: it ends then, and
+/// nothing else ever runs in there.
+///
+/// # Errors
+/// There is no thread to be had, or what `work` says.
+pub fn on_a_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     std::thread::scope(|scope| {
         std::thread::Builder::new()
             .name("netns".into())
             .stack_size(256 << 10)
-            .spawn_scoped(scope, || {
-                // The thread ends here: nothing else ever runs in that namespace.
-                setns(netns, CloneFlags::CLONE_NEWNET)?;
-                work()
-            })?
+            .spawn_scoped(scope, work)?
             .join()
             .unwrap_or_else(|_| Err(io::Error::other("the thread in the namespace failed")))
     })
@@ -178,6 +186,7 @@ fn interface(link: &Link, addresses: &[Address]) -> sandbox::Interface {
         mac: mac(&link.mac.unwrap_or_default()),
         addresses: own.map(|a| format!("{}/{}", a.address, a.prefix)).collect(),
         mtu: link.mtu,
+        device_mac: String::new(),
     }
 }
 
@@ -216,7 +225,8 @@ fn neighbour(n: &Neighbour, name: &str) -> sandbox::Neighbour {
     }
 }
 
-fn mac(bytes: &[u8; 6]) -> String {
+/// As it is written.
+pub fn mac(bytes: &[u8; 6]) -> String {
     let parts: Vec<String> = bytes.iter().map(|b| format!("{b:02x}")).collect();
     parts.join(":")
 }

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use bulkhead_vmm::{Console, DiskConfig, Vm, VmConfig, VmExit};
+use bulkhead_vmm::{Console, DiskConfig, Template, Vm, VmConfig, VmError, VmExit};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde_json::Value;
@@ -43,13 +43,35 @@ impl MicroVm {
     ///
     /// # Errors
     /// As [`Vm::create`].
-    pub fn create(mut config: VmConfig, console: ConsoleHub) -> Result<Self, EngineError> {
+    pub fn create(config: VmConfig, console: ConsoleHub) -> Result<Self, EngineError> {
+        Self::make(config, console, Vm::create)
+    }
+
+    /// Builds a VM that goes on where a template stood.
+    ///
+    /// # Errors
+    /// As [`Vm::from_template`].
+    pub fn copy(
+        config: VmConfig,
+        console: ConsoleHub,
+        template: &Template,
+    ) -> Result<Self, EngineError> {
+        Self::make(config, console, |config| {
+            Vm::from_template(config, template)
+        })
+    }
+
+    fn make(
+        mut config: VmConfig,
+        console: ConsoleHub,
+        make: impl FnOnce(VmConfig) -> Result<Vm, VmError>,
+    ) -> Result<Self, EngineError> {
         config.console = Console::Writer(Box::new(console.clone()));
         let stop_event =
             EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
                 .map_err(|e| EngineError::io("eventfd")(e.into()))?;
         Ok(Self {
-            vm: Arc::new(Vm::create(config)?),
+            vm: Arc::new(make(config)?),
             console,
             stop_event,
             stop_grace: AtomicU64::new(0),
