@@ -316,6 +316,20 @@ fn a_paused_guest_stands_still_and_goes_on() {
 
 /// Saves in the middle of the kernel's boot, with every device there is, and goes on in another
 /// VM: each register that is forgotten shows.
+/// A Linux guest with a device of several kinds.
+fn with_devices(files: &Files, screen: &Screen, disk: &Path) -> VmConfig {
+    VmConfig {
+        vsock_cid: Some(3),
+        rng: true,
+        disks: vec![DiskConfig {
+            source: DiskSource::Path(disk.to_owned()),
+            read_only: true,
+            serial: "saved".into(),
+        }],
+        ..linux(files, screen, true)
+    }
+}
+
 #[test]
 fn a_saved_vm_goes_on_in_another() {
     let files = Files::new();
@@ -323,14 +337,7 @@ fn a_saved_vm_goes_on_in_another() {
         let disk = files.put("disk", &vec![0; 1 << 20]);
         let config = |screen: &Screen| VmConfig {
             vcpus,
-            vsock_cid: Some(3),
-            rng: true,
-            disks: vec![DiskConfig {
-                source: DiskSource::Path(disk.clone()),
-                read_only: true,
-                serial: "saved".into(),
-            }],
-            ..linux(&files, screen, true)
+            ..with_devices(&files, screen, &disk)
         };
         let first_screen = Screen::default();
         let first = Vm::create(config(&first_screen)).unwrap();
@@ -370,16 +377,7 @@ fn a_saved_vm_goes_on_in_another() {
 fn a_template_begins_several_vms() {
     let files = Files::new();
     let disk = files.put("disk", &vec![0; 1 << 20]);
-    let config = |screen: &Screen| VmConfig {
-        vsock_cid: Some(3),
-        rng: true,
-        disks: vec![DiskConfig {
-            source: DiskSource::Path(disk.clone()),
-            read_only: true,
-            serial: "template".into(),
-        }],
-        ..linux(&files, screen, true)
-    };
+    let config = |screen: &Screen| with_devices(&files, screen, &disk);
     let screen = Screen::default();
     let first = Vm::create(config(&screen)).unwrap();
     first.start().unwrap();
