@@ -6,7 +6,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::dir::{Dir, Type};
 use nix::errno::Errno;
@@ -148,6 +149,29 @@ pub fn remove_dir(path: &Path) -> io::Result<()> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(e) => Err(e),
     }
+}
+
+/// How often, and how often at most, one tries to remove what could not be removed.
+const REMOVE_PAUSE: Duration = Duration::from_secs(1);
+const REMOVE_ATTEMPTS: usize = 3600;
+
+/// Removes a directory that is of no use any more, now or, where the host lacks descriptors or
+/// memory for that, in the background when it has them: nobody else would before the next start.
+pub fn remove_at_last(dir: PathBuf, remove: fn(&Path) -> io::Result<()>) {
+    let Err(error) = remove(&dir) else { return };
+    tracing::warn!(%error, dir = %dir.display(), "cannot be removed yet");
+    let again = move || {
+        for _ in 0..REMOVE_ATTEMPTS {
+            std::thread::sleep(REMOVE_PAUSE);
+            if remove(&dir).is_ok() {
+                return;
+            }
+        }
+        tracing::warn!(dir = %dir.display(), "stays until the next start");
+    };
+    let thread = std::thread::Builder::new().name("remover".into());
+    // Without a thread it stays until the next start, too.
+    let _ = thread.spawn(again);
 }
 
 /// Copies a tree, sharing blocks where the file system can (reflink). Owners, modes and times are
@@ -355,6 +379,28 @@ pub fn lock(path: &Path, wait: bool) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_cannot_be_removed_now_is_removed_later() {
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = scratch.path().join("dir");
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::write(scratch.path().join("shortage"), "").unwrap();
+        remove_at_last(dir.clone(), |dir| {
+            match dir.with_file_name("shortage").exists() {
+                true => Err(io::Error::from_raw_os_error(libc::EMFILE)),
+                false => remove_dir(dir),
+            }
+        });
+        assert!(dir.exists());
+        std::fs::remove_file(scratch.path().join("shortage")).unwrap();
+        let begin = std::time::Instant::now();
+        while dir.exists() {
+            assert!(begin.elapsed() < Duration::from_secs(60), "it stays");
+            std::thread::yield_now();
+        }
+    }
+
     use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
     #[test]

@@ -223,7 +223,7 @@ fn remove(path: &Path, state: Option<&State>) {
             let _ = fsutil::remove_dir(scratch);
         }
     }
-    let _ = fsutil::remove_dir(path);
+    fsutil::remove_at_last(path.to_owned(), fsutil::remove_dir);
 }
 
 /// A VM as found in the directory.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -21,10 +21,6 @@ use super::state::{self, State};
 use super::streaming::Streams;
 use super::task::Tasks;
 use super::{cgroup, storage, ttrpc};
-
-/// How often, and how often at most, one tries to remove what could not be removed.
-const REMOVE_PAUSE: Duration = Duration::from_secs(1);
-const REMOVE_ATTEMPTS: usize = 3600;
 
 /// How a pod ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -466,37 +462,15 @@ impl<K: Kind> Pod<K> {
         };
         self.slots().clear();
         let dir = self.dir.clone();
-        let first = blocking(move || {
+        blocking(move || {
             cgroup::remove(&cgroups);
-            remove_files(&dir).map_err(|error| (error, dir))
-        });
-        if let Err((error, dir)) = first.await? {
-            tracing::warn!(%error, dir = %dir.display(), "cannot be removed yet");
-            tokio::spawn(remove_later(dir));
-        }
-        Ok(())
+            crate::fsutil::remove_at_last(dir, |dir| {
+                storage::clean(dir);
+                crate::fsutil::remove_dir(dir)
+            });
+        })
+        .await
     }
-}
-
-/// What is mounted in a pod's directory, and the directory. Blocks.
-fn remove_files(dir: &Path) -> io::Result<()> {
-    storage::clean(dir);
-    crate::fsutil::remove_dir(dir)
-}
-
-/// Tries again what failed for want of descriptors or memory, until there are some: nobody else
-/// would before the next start.
-async fn remove_later(dir: PathBuf) {
-    for _ in 0..REMOVE_ATTEMPTS {
-        tokio::time::sleep(REMOVE_PAUSE).await;
-        let again = dir.clone();
-        match blocking(move || remove_files(&again)).await {
-            Ok(Ok(())) => return,
-            Ok(Err(error)) => tracing::debug!(%error, dir = %dir.display(), "not removed"),
-            Err(_) => {}
-        }
-    }
-    tracing::warn!(dir = %dir.display(), "stays until the next start");
 }
 
 impl<K: Kind> Drop for Pod<K> {

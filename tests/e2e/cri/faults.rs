@@ -304,7 +304,7 @@ fn case(node: &mut Node, kind: &Kind<'_>, fault: Fault, step: Step, before: &Hos
     let own = target
         .as_ref()
         .filter(|_| kind.isolation == Isolation::Process);
-    happen(node, fault, own)?;
+    happen(node, handler, fault, own)?;
     let survived = fault.is_survived(kind.isolation);
     // An exec into a pod that goes on ends with the pod.
     let wait_first = step != Step::Exec || !survived;
@@ -344,7 +344,7 @@ fn forget(mut pod: TestPod) {
 }
 
 /// The fault, and its end.
-fn happen(node: &mut Node, fault: Fault, target: Option<&TestPod>) -> Result<()> {
+fn happen(node: &mut Node, handler: &str, fault: Fault, target: Option<&TestPod>) -> Result<()> {
     let signal =
         |pid: u32, signal| -> Result<()> { Ok(kill(Pid::from_raw(i32::try_from(pid)?), signal)?) };
     let target = |what: &str| target.with_context(|| format!("no pod with a {what}"));
@@ -374,8 +374,9 @@ fn happen(node: &mut Node, fault: Fault, target: Option<&TestPod>) -> Result<()>
                 .find_map(|l| l.strip_prefix("Max open files")?.split_whitespace().next())
                 .context("limits")?;
             limit_files(pid, &open.to_string())?;
-            // Somebody wants something meanwhile.
-            if let Ok(pod) = TestPod::run(node, OURS, pod("meanwhile")) {
+            // Somebody wants something meanwhile; of another kind, it would leave a connection of
+            // containerd's to that kind's socket, which was not there before.
+            if let Ok(pod) = TestPod::run(node, handler, pod("meanwhile")) {
                 pod.remove()?;
             }
             limit_files(pid, usual)
@@ -392,7 +393,7 @@ fn happen(node: &mut Node, fault: Fault, target: Option<&TestPod>) -> Result<()>
         }
         Fault::NoSpace => {
             let full = Full::of(Path::new(STATE))?;
-            if let Ok(pod) = TestPod::run(node, OURS, pod("meanwhile")) {
+            if let Ok(pod) = TestPod::run(node, handler, pod("meanwhile")) {
                 forget(pod);
             }
             drop(full);

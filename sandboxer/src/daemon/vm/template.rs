@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bulkhead_protocol::sandbox::{AddEntropyRequest, ConfigureSandboxRequest, GetInfoRequest};
 use bulkhead_vmm::{DiskConfig, DiskSource, NetConfig, ShareConfig, Template, VmConfig};
@@ -28,6 +28,8 @@ use crate::engine::microvm::tap::create_tap;
 
 /// As the VM is called in logs and names of threads.
 const NAME: &str = "template";
+/// After a template that could not be made, until the next of its shape.
+const PAUSE: Duration = Duration::from_secs(60);
 /// Bytes of entropy that a copy is given: more than the state of the guest's generator.
 const ENTROPY: usize = 64;
 
@@ -132,8 +134,8 @@ struct Inner {
     ready: Vec<(String, Arc<Template>)>,
     /// One is in the making.
     making: bool,
-    /// Shapes of which none could be made: it is not tried again.
-    refused: Vec<String>,
+    /// Shapes of which none could be made, and when: it is not tried again for a while.
+    refused: Vec<(String, Instant)>,
 }
 
 /// The templates of one daemon.
@@ -191,7 +193,9 @@ impl Templates {
         {
             let mut inner = self.inner();
             let known = inner.ready.iter().any(|(key, _)| *key == shape.key);
-            if known || inner.making || inner.refused.contains(&shape.key) {
+            inner.refused.retain(|(_, at)| at.elapsed() < PAUSE);
+            let refused = inner.refused.iter().any(|(key, _)| *key == shape.key);
+            if known || inner.making || refused {
                 return;
             }
             inner.making = true;
@@ -220,12 +224,8 @@ impl Templates {
                     inner.ready.push((key, Arc::new(template)));
                 }
                 Err(error) => {
-                    tracing::warn!(cpus, memory_mib, %error, "VMs of this shape have to boot");
-                    // The list stays short.
-                    if inner.refused.len() >= 64 {
-                        inner.refused.remove(0);
-                    }
-                    inner.refused.push(key);
+                    tracing::warn!(cpus, memory_mib, %error, "VMs of this shape boot, for now");
+                    inner.refused.push((key, Instant::now()));
                 }
             }
         });
