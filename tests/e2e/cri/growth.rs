@@ -1,11 +1,12 @@
 //! Pods whose limits change while they run.
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_tests::cri::containerd::Node;
+use bulkhead_tests::cri::containerd::{Node, OURS};
 use bulkhead_tests::cri::proto::*;
 use bulkhead_tests::cri::{TestPod, container, pod};
 
 use super::Test;
+use super::template::is_copy;
 use super::wide::pod_cgroup;
 
 pub const TESTS: &[Test] = &[("growth", false, growth)];
@@ -19,12 +20,23 @@ fn limits(cpu_percent: i64, memory_mib: i64) -> LinuxContainerResources {
     }
 }
 
-/// A running VM gets more CPUs and memory as its containers may use more, and the pod more of the
-/// host's CPUs; all of it goes back.
+/// A pod that boots grows, and so does one whose VM is a copy.
 fn growth(node: &mut Node, handler: &str) -> Result<()> {
     let mut config = pod("growth");
     config.linux.get_or_insert_default().resources = Some(limits(100, 96));
+    grows(TestPod::run(node, handler, config.clone())?)?;
+    node.templates_made()?;
+    if let Some(metadata) = &mut config.metadata {
+        metadata.name = "growth-of-a-copy".into();
+    }
     let pod = TestPod::run(node, handler, config)?;
+    ensure!(handler != OURS || is_copy(&pod)?, "it has booted");
+    grows(pod).context("of a copy")
+}
+
+/// A running VM gets more CPUs and memory as its containers may use more, and the pod more of the
+/// host's CPUs; all of it goes back.
+fn grows(pod: TestPod) -> Result<()> {
     let mut spec = container("c", "python3", &["sleep", "100000"]);
     spec.linux.get_or_insert_default().resources = Some(limits(100, 64));
     let c = pod.start(&spec)?;

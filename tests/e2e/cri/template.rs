@@ -16,7 +16,11 @@ pub const TESTS: &[Test] = &[("pods_start_as_copies", false, pods_start_as_copie
 /// As the time line of a copy has it.
 const COPIED: &str = "memory copied";
 
-fn is_copy(pod: &TestPod) -> Result<bool> {
+/// Whether the VM of a pod has not booted.
+///
+/// # Errors
+/// `vmmctl` cannot tell.
+pub fn is_copy(pod: &TestPod) -> Result<bool> {
     let shown = Command::new(env::vmmctl()?)
         .args(["inspect", &pod.id])
         .output()
