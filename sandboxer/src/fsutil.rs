@@ -378,6 +378,8 @@ pub fn lock(path: &Path, wait: bool) -> io::Result<File> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+
     use super::*;
 
     #[test]
@@ -400,8 +402,6 @@ mod tests {
             std::thread::yield_now();
         }
     }
-
-    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
     #[test]
     fn removal_does_not_follow_links() {

@@ -314,8 +314,6 @@ fn a_paused_guest_stands_still_and_goes_on() {
     assert!(screen.text().contains(bulkhead_fixtures::BENCH_MARKER));
 }
 
-/// Saves in the middle of the kernel's boot, with every device there is, and goes on in another
-/// VM: each register that is forgotten shows.
 /// A Linux guest with a device of several kinds.
 fn with_devices(files: &Files, screen: &Screen, disk: &Path) -> VmConfig {
     VmConfig {
@@ -330,6 +328,8 @@ fn with_devices(files: &Files, screen: &Screen, disk: &Path) -> VmConfig {
     }
 }
 
+/// Saves in the middle of the kernel's boot, with every device there is, and goes on in another
+/// VM: each register that is forgotten shows.
 #[test]
 fn a_saved_vm_goes_on_in_another() {
     let files = Files::new();

@@ -1,12 +1,12 @@
 //! Pods whose limits change while they run.
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_tests::cri::containerd::{Node, OURS};
+use bulkhead_tests::cri::containerd::Node;
 use bulkhead_tests::cri::proto::*;
 use bulkhead_tests::cri::{TestPod, container, pod};
 
 use super::Test;
-use super::template::is_copy;
+use super::template::copy;
 use super::wide::pod_cgroup;
 
 pub const TESTS: &[Test] = &[("growth", false, growth)];
@@ -29,9 +29,7 @@ fn growth(node: &mut Node, handler: &str) -> Result<()> {
     if let Some(metadata) = &mut config.metadata {
         metadata.name = "growth-of-a-copy".into();
     }
-    let pod = TestPod::run(node, handler, config)?;
-    ensure!(handler != OURS || is_copy(&pod)?, "it has booted");
-    grows(pod).context("of a copy")
+    grows(copy(node, &config)?).context("of a copy")
 }
 
 /// A running VM gets more CPUs and memory as its containers may use more, and the pod more of the

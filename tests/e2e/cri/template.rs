@@ -5,6 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use bulkhead_tests::cri::containerd::{Node, OURS};
+use bulkhead_tests::cri::proto::PodSandboxConfig;
 use bulkhead_tests::cri::{TestPod, pod};
 use bulkhead_tests::env;
 use serde_json::Value;
@@ -17,10 +18,7 @@ pub const TESTS: &[Test] = &[("pods_start_as_copies", false, pods_start_as_copie
 const COPIED: &str = "memory copied";
 
 /// Whether the VM of a pod has not booted.
-///
-/// # Errors
-/// `vmmctl` cannot tell.
-pub fn is_copy(pod: &TestPod) -> Result<bool> {
+fn is_copy(pod: &TestPod) -> Result<bool> {
     let shown = Command::new(env::vmmctl()?)
         .args(["inspect", &pod.id])
         .output()
@@ -36,10 +34,14 @@ pub fn is_copy(pod: &TestPod) -> Result<bool> {
     Ok(marks.iter().any(|mark| mark["stage"] == COPIED))
 }
 
-/// A pod that is a copy. The daemon boots what it copies after the first pod of a shape.
-fn copy(node: &Node, name: &str) -> Result<TestPod> {
+/// A pod that is a copy. The daemon boots what it copies after the first pod of a shape, one at a
+/// time.
+///
+/// # Errors
+/// Pods of this shape boot again and again.
+pub fn copy(node: &Node, config: &PodSandboxConfig) -> Result<TestPod> {
     for _ in 0..3 {
-        let pod = TestPod::run(node, OURS, pod(name))?;
+        let pod = TestPod::run(node, OURS, config.clone())?;
         if is_copy(&pod)? {
             return Ok(pod);
         }
@@ -52,7 +54,7 @@ fn copy(node: &Node, name: &str) -> Result<TestPod> {
 /// What copies have in common is nothing that a program could take for its own: not random numbers,
 /// nor the address of their network, nor their time; and what they do, only one of them sees.
 fn pods_start_as_copies(node: &mut Node, _: &str) -> Result<()> {
-    let (one, two) = (copy(node, "one")?, copy(node, "two")?);
+    let (one, two) = (copy(node, &pod("one"))?, copy(node, &pod("two"))?);
     let (a, b) = (one.sleeper("c")?, two.sleeper("c")?);
     let differ = |what: &str, script: &str| -> Result<()> {
         let (first, second) = (one.sh(&a, script)?, two.sh(&b, script)?);
@@ -78,7 +80,7 @@ fn pods_start_as_copies(node: &mut Node, _: &str) -> Result<()> {
     one.sh(&a, "echo mine > /dev/shm/mark && echo mine > /mark")?;
     two.sh(&b, "test ! -e /dev/shm/mark && test ! -e /mark")?;
     // A third, with those still there.
-    let three = copy(node, "three")?;
+    let three = copy(node, &pod("three"))?;
     let c = three.sleeper("c")?;
     ensure!(three.sh(&c, "hostname")? == "three\n", "its name");
     for pod in [one, two, three] {
