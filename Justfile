@@ -138,6 +138,10 @@ soak KIND COUNT: _disk build guest fixtures
 critest FOCUS="": _disk build guest fixtures
     tests/run critest "{{FOCUS}}"
 
+# A Kubernetes node with pods of ours: kubelet, API server, etcd and kubectl of BULKHEAD_KUBERNETES, or of the PATH
+kubelet: _disk build guest appkernel fixtures
+    tests/run kubelet
+
 # Fuzz one target for some seconds; without arguments, list the targets (appkernel plays in the lab)
 fuzz NAME="" SECONDS="60":
     tests/run fuzz "{{NAME}}" "{{SECONDS}}"

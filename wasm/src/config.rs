@@ -122,11 +122,11 @@ pub(crate) const COMPILES: usize = 3;
 pub(crate) const LARGE_PROGRAM_BYTES: u64 = 1 << 20;
 /// Memory that inlining takes for each byte of a program's code: it keeps all functions, and what each
 /// was compiled with, until the last one is done. Programs for which that would be more than the
-/// compiler may have are compiled without. Measured: 450 to 550.
-pub(crate) const INLINING_BYTES_PER_CODE_BYTE: u64 = 550;
+/// compiler may have are compiled without. Measured: 490 to 600.
+pub(crate) const INLINING_BYTES_PER_CODE_BYTE: u64 = 600;
 /// What a compiler gets even if the host has little memory: enough for most programs, if functions
 /// are not inlined.
 pub(crate) const MIN_COMPILE_BYTES: u64 = 256 << 20;
 /// Calls are inlined up to this size of the function that they end in, in instructions of the
 /// compiler's. More makes the code larger and not faster.
-pub(crate) const INLINING_MAX_SIZE: &str = "300";
+pub(crate) const INLINING_MAX_SIZE: &str = "450";

@@ -9,7 +9,7 @@ use bulkhead_protocol::metrics::METRICS_TYPE_URL;
 use bulkhead_protocol::rpc::{Code, Status};
 use bulkhead_protocol::server::TaskService;
 use bulkhead_protocol::task::*;
-use bulkhead_protocol::types::{Any, Empty};
+use bulkhead_protocol::types::{Any, Empty, ProcessInfo};
 use serde_json::Value;
 
 use super::container::{Container, Process, Slot};
@@ -459,8 +459,19 @@ impl<K: Kind> TaskService for Tasks<K> {
     }
 
     async fn pids(&self, request: PidsRequest) -> Answer<PidsResponse> {
-        let (_, _, sandbox) = self.running(&request.id, "")?;
-        sandbox.pids(&request.id).await
+        let init = self.find(&request.id)?.process("")?;
+        let mut answer = match self.running(&request.id, "") {
+            Ok((_, _, sandbox)) => sandbox.pids(&request.id).await?,
+            Err(_) => PidsResponse::default(),
+        };
+        // Never none, as long as the container is there: containerd, when it comes back, takes one
+        // without processes for a leak and deletes it, and with it the exit code of one that ended
+        // meanwhile.
+        if answer.processes.is_empty() {
+            let pid = init.state().pid;
+            answer.processes.push(ProcessInfo { pid, info: None });
+        }
+        Ok(answer)
     }
 
     async fn pause(&self, request: PauseRequest) -> Answer<Empty> {

@@ -14,6 +14,7 @@ use super::host::Host;
 
 pub const TESTS: &[Test] = &[
     ("containerd_restarts", true, containerd_restarts),
+    ("ends_without_containerd", false, ends_without_containerd),
     ("sandboxer_is_killed", false, sandboxer_is_killed),
     ("sandboxer_restarts", false, sandboxer_restarts),
 ];
@@ -59,11 +60,41 @@ fn containerd_restarts(node: &mut Node, handler: &str) -> Result<()> {
     pod.remove()
 }
 
+/// What a container ends with while containerd is away, it is told when it is back.
+fn ends_without_containerd(node: &mut Node, handler: &str) -> Result<()> {
+    let gate = tempfile::tempdir()?;
+    let pod = TestPod::run(node, handler, pod("gone"))?;
+    let script = "until [ -e /gate/go ]; do sleep 0.1; done; : > /gate/done; exit 7";
+    let mut spec = container("c", "busybox", &["sh", "-c", script]);
+    spec.mounts = vec![Mount {
+        container_path: "/gate".into(),
+        host_path: gate.path().display().to_string(),
+        ..Mount::default()
+    }];
+    let c = pod.start(&spec)?;
+    let before = {
+        let spec = container("before", "busybox", &["sh", "-c", "exit 5"]);
+        let c = pod.start(&spec)?;
+        pod.cri.wait_exit(&c, PATIENCE)?;
+        c
+    };
+    node.kill_containerd();
+    std::fs::write(gate.path().join("go"), "")?;
+    until("its end", || gate.path().join("done").exists())?;
+    node.start_containerd()?;
+    let pod = Reconnected::new(node, handler, pod)?.0;
+    let code = pod.cri.wait_exit(&c, PATIENCE)?.exit_code;
+    ensure!(code == 7, "ended with {code}");
+    let code = pod.cri.status(&before)?.exit_code;
+    ensure!(code == 5, "had ended with {code}");
+    pod.remove()
+}
+
 /// The same pod with a connection to the containerd of now.
-struct Reconnected(TestPod);
+pub struct Reconnected(pub TestPod);
 
 impl Reconnected {
-    fn new(node: &Node, handler: &str, mut pod: TestPod) -> Result<Self> {
+    pub fn new(node: &Node, handler: &str, mut pod: TestPod) -> Result<Self> {
         let id = std::mem::take(&mut pod.id);
         Ok(Self(TestPod {
             cri: node.cri(handler)?,

@@ -7,13 +7,50 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use bulkhead_tests::cri::containerd::{Node, WASM};
 use bulkhead_tests::cri::proto::*;
-use bulkhead_tests::cri::{container, log, pod};
+use bulkhead_tests::cri::{TestPod, container, log, pod};
 use bulkhead_tests::env::PATIENCE;
 
 use super::Test;
+use super::recovery::Reconnected;
 use super::wide::pod_cgroup;
 
-pub const TESTS: &[Test] = &[("wasm_pod", false, wasm_pod)];
+pub const TESTS: &[Test] = &[
+    ("wasm_pod", false, wasm_pod),
+    ("wasm_without_containerd", false, without_containerd),
+];
+
+/// Programs go on when containerd is away, and what they ended with is not lost: they have no
+/// processes, by which containerd would know that they are there.
+fn without_containerd(node: &mut Node, _: &str) -> Result<()> {
+    let volume = tempfile::tempdir()?;
+    for (name, text) in [("copy", COPY), ("loop", LOOP)] {
+        let path = volume.path().join(format!("{name}.wasm"));
+        fs::write(path, wat::parse_str(text)?)?;
+    }
+    fs::write(volume.path().join("in"), "text\n")?;
+    let pod = TestPod::run(node, WASM, pod("wasm-stays"))?;
+    let start = |program: &str| {
+        let mut spec = container(program, "busybox", &[&format!("/data/{program}.wasm")]);
+        spec.mounts = vec![Mount {
+            container_path: "/data".into(),
+            host_path: volume.path().display().to_string(),
+            ..Mount::default()
+        }];
+        pod.start(&spec)
+    };
+    let (ended, runs) = (start("copy")?, start("loop")?);
+    ensure!(pod.cri.wait_exit(&ended, PATIENCE)?.exit_code == 7);
+    node.kill_containerd();
+    node.start_containerd()?;
+    let pod = Reconnected::new(node, WASM, pod)?.0;
+    let state = pod.cri.status(&runs)?.state;
+    ensure!(state == CONTAINER_RUNNING, "does not run: {state}");
+    ensure!(pod.cri.status(&ended)?.exit_code == 7, "the exit code");
+    pod.cri.stop(&runs, 0)?;
+    let code = pod.cri.status(&runs)?.exit_code;
+    ensure!(code == 137, "stopped with {code}");
+    pod.remove()
+}
 
 /// Prints a line, copies `data/in` to `data/out` and ends with 7.
 pub const COPY: &str = r#"(module

@@ -27,6 +27,7 @@ use crate::daemon::proto::{CONTROLLER, IdRequest};
 use crate::daemon::sandbox::{Answer, Figure, Kind};
 use crate::daemon::task::check_id;
 use crate::daemon::vm::{Guests, Vms};
+use crate::fsutil;
 
 /// Longest complaint of a keeper that does not start.
 const MAX_SAID: u64 = 4096;
@@ -209,12 +210,13 @@ impl Keepers {
             Some(mounts) => Stdio::from(mounts.try_clone().map_err(failed)?),
             None => Stdio::null(),
         };
-        let child = blocking(move || launch(&about, mounts))
+        let socket = self.own.kind().directory().join(id).join(SOCKET);
+        let at = socket.clone();
+        let launched = blocking(move || launch(&about, mounts, at))
             .await?
             .map_err(failed)?;
-        let socket = self.own.kind().directory().join(id).join(SOCKET);
         let stream = UnixStream::connect(socket).await.map_err(failed)?;
-        Ok(self.keep(id, stream, Some(child)))
+        Ok(self.keep(id, stream, launched.taken()))
     }
 
     async fn dispatch(self: Arc<Self>, call: Call) -> Answer<Vec<u8>> {
@@ -294,8 +296,44 @@ fn is_kept(dir: &Path) -> bool {
     file.is_ok_and(locked)
 }
 
-/// Starts a keeper and waits until it answers. Blocks.
-fn launch(about: &About, mounts: Stdio) -> io::Result<Child> {
+/// A keeper that answers, and that nobody speaks to yet. If nobody will, because who asked for it has
+/// gone meanwhile, it ends at once instead of when it has been lonely for long enough.
+#[derive(Debug)]
+struct Launched {
+    child: Option<Child>,
+    socket: PathBuf,
+}
+
+impl Launched {
+    fn taken(mut self) -> Option<Child> {
+        self.child.take()
+    }
+}
+
+impl Drop for Launched {
+    fn drop(&mut self) {
+        let Some(mut child) = self.child.take() else {
+            return;
+        };
+        // Without a pod, it ends and cleans up as soon as its only connection is closed.
+        let asked = std::os::unix::net::UnixStream::connect(&self.socket).is_ok();
+        let dir = self.socket.parent().map(Path::to_owned);
+        let end = move || {
+            if !asked {
+                let _ = child.kill();
+            }
+            let _ = child.wait();
+            if let (false, Some(dir)) = (asked, dir) {
+                fsutil::remove_at_last(dir, fsutil::remove_dir);
+            }
+        };
+        // Not waited for here: this may be one of the runtime's threads.
+        let _ = std::thread::Builder::new().spawn(end);
+    }
+}
+
+/// Starts a keeper and waits until it answers, at `socket`. Blocks.
+fn launch(about: &About, mounts: Stdio, socket: PathBuf) -> io::Result<Launched> {
     // No code of ours runs between fork and exec, so this is a cheap vfork.
     let mut child = program::command()
         .args(about.arguments())
@@ -309,7 +347,8 @@ fn launch(about: &About, mounts: Stdio) -> io::Result<Child> {
         let _ = BufReader::new(out.take(MAX_SAID)).read_line(&mut said);
     }
     if said.trim_end() == READY {
-        return Ok(child);
+        let child = Some(child);
+        return Ok(Launched { child, socket });
     }
     let _ = child.kill();
     let _ = child.wait();

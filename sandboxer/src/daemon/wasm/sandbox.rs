@@ -408,9 +408,7 @@ impl Sandbox for WasmSandbox {
     async fn pids(&self, container: &str) -> Answer<PidsResponse> {
         match self.program(container) {
             // It has threads of ours, no process of its own.
-            Some(_) => Ok(PidsResponse {
-                processes: Vec::new(),
-            }),
+            Some(_) => Ok(PidsResponse::default()),
             None => self.ordinary.get()?.pids(container).await,
         }
     }
