@@ -68,6 +68,7 @@ errnos! {
     EDESTADDRREQ = 89, "destination address required";
     EMSGSIZE = 90, "message too long";
     ENOPROTOOPT = 92, "protocol not available";
+    EPROTOTYPE = 91, "wrong type of socket for the protocol";
     EPROTONOSUPPORT = 93, "protocol not supported";
     ESOCKTNOSUPPORT = 94, "socket type not supported";
     EOPNOTSUPP = 95, "operation not supported";

@@ -19,7 +19,11 @@ impl Socket {
     fn find(&self, address: &Address, node: Option<(u64, u64)>) -> Result<Arc<Self>, Errno> {
         if let Some(node) = node {
             let found = NODES.lock().get(&node).and_then(Weak::upgrade);
-            return found.ok_or(Errno::ECONNREFUSED);
+            let found = found.ok_or(Errno::ECONNREFUSED)?;
+            return match found.kind == self.kind {
+                true => Ok(found),
+                false => Err(Errno::EPROTOTYPE),
+            };
         }
         if let Address::Inet { .. } = address
             && !address.is_own()

@@ -432,10 +432,14 @@ struct Watch {
     off: bool,
 }
 
-/// Watches files, with the number of epolls that may be above it. Chains have an end: they are
-/// followed on the kernel's stack.
+/// Watches files, with the number of epolls that may be above it, and the file it has reported last.
+/// Chains have an end: they are followed on the kernel's stack.
 #[derive(Default)]
-struct Epoll(Mutex<BTreeMap<(i32, usize), Watch>>, AtomicUsize);
+struct Epoll(
+    Mutex<BTreeMap<(i32, usize), Watch>>,
+    AtomicUsize,
+    Mutex<(i32, usize)>,
+);
 
 /// Epolls within epolls, as Linux.
 const MAX_NESTED: usize = 4;
@@ -569,7 +573,10 @@ impl Epoll {
     /// reported go to the end of the line, so that none starves.
     fn collect(&self, most: usize, take: bool) -> Vec<(u32, u64)> {
         let mut found = Vec::new();
-        let keys: Vec<_> = self.0.lock().keys().copied().collect();
+        let mut keys: Vec<_> = self.0.lock().keys().copied().collect();
+        let last = *self.2.lock();
+        let next = keys.partition_point(|key| *key <= last);
+        keys.rotate_left(next);
         for key in keys {
             if found.len() >= most {
                 break;
@@ -605,6 +612,9 @@ impl Epoll {
             }
             if report != 0 {
                 found.push((ready, watch.data));
+                if take {
+                    *self.2.lock() = key;
+                }
                 if take && watch.events & epoll::ONESHOT != 0 {
                     watch.off = true;
                 }

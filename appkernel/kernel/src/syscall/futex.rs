@@ -6,7 +6,8 @@ use appkernel_core::errno::Errno;
 use appkernel_hal::clock;
 use appkernel_hal::sync::Mutex;
 
-use super::{Call, Result, get, get_timespec};
+use super::{Call, Result, get, get_timespec, put};
+use crate::container::visible;
 use crate::task;
 
 /// Who waits: address space, address, task.
@@ -38,6 +39,65 @@ pub fn wake_at(address: u64, count: u32) -> u64 {
         task::wake_task(*id);
     }
     woken.len() as u64
+}
+
+/// Locks that a thread's list of them may have, as Linux has it: the list may be a ring.
+const MAX_ROBUST: usize = 2048;
+
+/// Gives what a thread held when it ended to those who wait for it, as its list at `head` says:
+/// `struct robust_list_head` of get_robust_list(2). All of it is the program's, and may be anything.
+pub fn let_go(head: u64) {
+    let Ok([next, offset, pending]) = word(head).and_then(|next| {
+        let [offset, pending] = [word(head.wrapping_add(8))?, word(head.wrapping_add(16))?];
+        Ok([next, offset, pending])
+    }) else {
+        return;
+    };
+    /// The first bit of an entry is not of the address: the lock inherits priorities.
+    const ADDRESS: u64 = !1;
+    let (pending, mut entry) = (pending & ADDRESS, next & ADDRESS);
+    for _ in 0..MAX_ROBUST {
+        if entry == head {
+            break;
+        }
+        let following = word(entry);
+        if entry != pending {
+            owner_died(entry.wrapping_add(offset), false);
+        }
+        let Ok(following) = following else { break };
+        entry = following & ADDRESS;
+    }
+    // What it was about to take, or had just left.
+    if pending != 0 {
+        owner_died(pending.wrapping_add(offset), true);
+    }
+}
+
+fn word(at: u64) -> Result<u64> {
+    get(at).map(u64::from_le_bytes)
+}
+
+/// Marks one lock, if it is the ending thread's.
+fn owner_died(at: u64, pending: bool) {
+    const WAITERS_BIT: u32 = 0x8000_0000;
+    const OWNER_DIED: u32 = 0x4000_0000;
+    const OWNER: u32 = 0x3fff_ffff;
+    let Ok(value) = get(at).map(u32::from_le_bytes) else {
+        return;
+    };
+    let own = visible(task::current().id);
+    if value & OWNER == own {
+        let marked = value & WAITERS_BIT | OWNER_DIED;
+        if !at.is_multiple_of(4) || put(at, &marked.to_le_bytes()).is_err() {
+            return;
+        }
+        if value & WAITERS_BIT != 0 {
+            wake_at(at, 1);
+        }
+    } else if pending && value & OWNER == 0 {
+        // Left, and nobody woken yet.
+        wake_at(at, 1);
+    }
 }
 
 /// Moves waiters to another address, after waking some.

@@ -8,7 +8,7 @@ use appkernel_core::errno::Errno;
 use appkernel_hal::sync::Mutex;
 use appkernel_hal::{clock, cpu, frames, usercopy};
 
-use super::{Call, Result, put, put_words};
+use super::{Call, Result, get, put, put_words};
 use crate::fs::proc_text::{RELEASE, VERSION};
 use crate::task::{self, Task};
 
@@ -18,6 +18,9 @@ const SECOND: u64 = 1_000_000_000;
 pub fn call(c: &Call<'_>) -> Option<Result> {
     Some(match c.number {
         63 => uname(c),
+        159 => adjust(c.arg(0)),
+        305 if c.arg(0) != 0 => Err(Errno::EOPNOTSUPP),
+        305 => adjust(c.arg(1)),
         96 => {
             let now = clock::realtime_ns();
             let time = [now / SECOND, now % SECOND / 1000];
@@ -83,6 +86,44 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         171 => set_name(c, &c.task.container.domainname),
         _ => return None,
     })
+}
+
+/// adjtimex(2) and clock_adjtime(2): the clock is the host's, so it can be looked at only. As for a
+/// kernel whose clock nobody keeps, the answer is TIME_ERROR.
+fn adjust(at: u64) -> Result {
+    const BYTES: usize = 208;
+    const TIME_ERROR: u64 = 5;
+    /// STA_UNSYNC
+    const STATUS: u64 = 0x40;
+    /// Microseconds: NTP_PHASE_LIMIT.
+    const MAX_ERROR: u64 = 16_000_000;
+    let mut timex: [u8; BYTES] = get(at)?;
+    let modes = timex.first_chunk().map_or(0, |b| u32::from_le_bytes(*b));
+    if modes != 0 {
+        return Err(Errno::EPERM);
+    }
+    let now = clock::realtime_ns();
+    timex.fill(0);
+    let words = [
+        (24, MAX_ERROR),
+        (32, MAX_ERROR),
+        (40, STATUS),
+        (48, 2),
+        (56, 1),
+        // 500 parts in a million, scaled by 2^16.
+        (64, 500 << 16),
+        (72, now / SECOND),
+        (80, now % SECOND / 1000),
+        // Microseconds of a tick of the 100 in a second.
+        (88, 10_000),
+    ];
+    for (place, word) in words {
+        if let Some(part) = timex.get_mut(place..place + 8) {
+            part.copy_from_slice(&word.to_le_bytes());
+        }
+    }
+    put(at, &timex)?;
+    Ok(TIME_ERROR)
 }
 
 /// Nanoseconds that the caller's process had the CPU.

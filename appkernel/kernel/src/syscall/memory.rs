@@ -15,10 +15,16 @@ use crate::task::{self, limits::LOCKED};
 
 const SHARED: u32 = 1;
 const PRIVATE: u32 = 2;
+/// O_RDWR
+const READ_WRITE: u32 = 2;
 const FIXED: u32 = 0x10;
 const ANONYMOUS: u32 = 0x20;
 const FIXED_NOREPLACE: u32 = 0x10_0000;
 const LOCKED_NOW: u32 = 0x2000;
+/// MAP_SHARED_VALIDATE: as MAP_SHARED, but with unknown flags refused. Those that Linux has for every
+/// file: it has no MAP_SYNC for ours either.
+const VALIDATED: u32 = 3;
+const KNOWN: u32 = 0xfc17_f9f3;
 
 /// The calls of this family.
 pub fn call(c: &Call<'_>) -> Option<Result> {
@@ -156,12 +162,19 @@ fn protection(bits: u32) -> u8 {
 
 fn map(c: &Call<'_>) -> Result {
     let (hint, len, flags) = (c.arg(0), c.arg(1), c.uint(3));
+    if flags & ANONYMOUS == 0 {
+        // As Linux, before anything else.
+        c.task.file(c.int(4))?;
+    }
     if len == 0 {
         return Err(Errno::EINVAL);
     }
     let protection = protection(c.uint(2));
+    if flags & 3 == VALIDATED && flags & ANONYMOUS == 0 && flags & !KNOWN != 0 {
+        return Err(Errno::EOPNOTSUPP);
+    }
     let shared = match flags & 3 {
-        SHARED | 3 => true,
+        SHARED | VALIDATED => true,
         PRIVATE => false,
         _ => return Err(Errno::EINVAL),
     };
@@ -181,14 +194,15 @@ fn map(c: &Call<'_>) -> Result {
             });
         }
         c.arg(5).checked_add(len).ok_or(Errno::EOVERFLOW)?;
+        let writable = file.flags() & flag::ACCESS == READ_WRITE;
         match &file.kind {
             // Changes would go to the file: it must be open for that.
-            Kind::Regular(_, None) if shared && protection & WRITE != 0 => {
+            Kind::Regular(..) if shared && protection & WRITE != 0 && !writable => {
                 return Err(Errno::EACCES);
             }
             Kind::Regular(Node::Proc(_), _) => return Err(Errno::ENODEV),
             Kind::Regular(node, handle) => {
-                let written = shared && handle.is_some();
+                let written = shared && writable && handle.is_some();
                 let mapping = Mapping::new(node.clone(), file.path.clone(), written);
                 Backing::File(mapping, c.arg(5))
             }

@@ -22,12 +22,16 @@ mod flag {
     pub const SIGHAND: u64 = 0x800;
     pub const PIDFD: u64 = 0x1000;
     pub const VFORK: u64 = 0x4000;
+    pub const PARENT: u64 = 0x8000;
     pub const THREAD: u64 = 0x1_0000;
     pub const SYSVSEM: u64 = 0x4_0000;
     pub const SETTLS: u64 = 0x8_0000;
     pub const PARENT_SETTID: u64 = 0x10_0000;
     pub const CHILD_CLEARTID: u64 = 0x20_0000;
     pub const DETACHED: u64 = 0x40_0000;
+    /// Nobody traces, and all share the way to the disk.
+    pub const UNTRACED: u64 = 0x80_0000;
+    pub const IO: u64 = 0x8000_0000;
     pub const CHILD_SETTID: u64 = 0x100_0000;
     pub const KNOWN: u64 = 0xff
         | VM
@@ -36,13 +40,16 @@ mod flag {
         | SIGHAND
         | PIDFD
         | VFORK
+        | PARENT
         | THREAD
         | SYSVSEM
         | SETTLS
         | PARENT_SETTID
         | CHILD_CLEARTID
         | DETACHED
-        | CHILD_SETTID;
+        | CHILD_SETTID
+        | UNTRACED
+        | IO;
 }
 
 /// The calls of this family.
@@ -102,10 +109,30 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
             Ok(0)
         }
         273 if c.arg(1) != 24 => Err(Errno::EINVAL),
-        273 => Ok(0),
+        273 => {
+            c.task.robust_list.store(c.arg(0), Ordering::Relaxed);
+            Ok(0)
+        }
+        274 => robust_list(c),
         272 => unshare(c),
         _ => return None,
     })
+}
+
+/// get_robust_list(2).
+fn robust_list(c: &Call<'_>) -> Result {
+    let id = match c.uint(0) {
+        0 => c.task.id,
+        id => c.task.container.id(id),
+    };
+    let task = task::find(id).ok_or(Errno::ESRCH)?;
+    if task.process != c.task.process && !c.task.credentials.lock().is_root() {
+        return Err(Errno::EPERM);
+    }
+    let list = task.robust_list.load(Ordering::Relaxed);
+    put(c.arg(2), &24u64.to_le_bytes())?;
+    put(c.arg(1), &list.to_le_bytes())?;
+    Ok(0)
 }
 
 /// What clone and clone3 are asked for.
@@ -182,6 +209,8 @@ fn clone(c: &Call<'_>, arguments: &CloneArguments) -> Result {
         || tls >= USER_END
         || has(flag::PIDFD) && (thread || has(flag::DETACHED))
         || has(flag::PIDFD) && has(flag::PARENT_SETTID) && pidfd == parent_tid
+        // The first process has no parent for a sibling.
+        || has(flag::PARENT) && !thread && visible(c.task.process) == 1
     {
         return Err(Errno::EINVAL);
     }
@@ -194,6 +223,7 @@ fn clone(c: &Call<'_>, arguments: &CloneArguments) -> Result {
         share_files: has(flag::FILES),
         share_handlers: has(flag::SIGHAND),
         thread,
+        sibling: has(flag::PARENT),
         stack,
         tls: has(flag::SETTLS).then_some(tls),
         clear_tid: if has(flag::CHILD_CLEARTID) {
@@ -629,6 +659,9 @@ fn arch(c: &Call<'_>) -> Result {
         }
         0x1003 => put(value, &context.fs_base.to_le_bytes())?,
         0x1004 => put(value, &context.gs_base.to_le_bytes())?,
+        // Whether CPUID works, and that it cannot be made to fail: no processor feature for it here.
+        0x1011 => return Ok(1),
+        0x1012 => return Err(Errno::ENODEV),
         _ => return Err(Errno::EINVAL),
     }
     Ok(0)

@@ -38,6 +38,7 @@ const IPPROTO_TCP: u32 = 6;
 const TCP_MAXSEG: u32 = 2;
 const TCP_INFO: u32 = 11;
 const IPPROTO_IP: u32 = 0;
+const IPPROTO_IPV6: u32 = 41;
 const IP_TTL: u32 = 2;
 const IP_OPTIONS: u32 = 4;
 const IP_MTU: u32 = 14;
@@ -125,6 +126,20 @@ fn tcp_info(socket: &Socket) -> Vec<u8> {
     info
 }
 
+/// Whether a socket has options of a level at all.
+fn has_level(socket: &Socket, level: u32) -> bool {
+    const UDP: u32 = 17;
+    const NETLINK: u32 = 270;
+    match (socket.family, level) {
+        (_, SOL_SOCKET) => true,
+        (family::NETLINK, level) => level == NETLINK,
+        (family::INET6, IPPROTO_IPV6) | (family::INET | family::INET6, IPPROTO_IP) => true,
+        (family::INET | family::INET6, IPPROTO_TCP) => socket.kind == Kind::Stream,
+        (family::INET | family::INET6, UDP) => socket.kind == Kind::Datagram,
+        _ => false,
+    }
+}
+
 /// getsockopt.
 pub fn get_option(c: &Call<'_>) -> Result {
     let file = socket(c, 0)?;
@@ -132,7 +147,11 @@ pub fn get_option(c: &Call<'_>) -> Result {
     let room = u32::from_le_bytes(get(c.arg(4))?) as usize;
     let word = |value: u32| value.to_le_bytes().to_vec();
     let (level, option) = (c.uint(1), c.uint(2));
+    if !has_level(socket, level) {
+        return Err(Errno::EOPNOTSUPP);
+    }
     let bytes = match (level, option) {
+        _ if option > i32::MAX as u32 => return Err(Errno::ENOPROTOOPT),
         (SOL_SOCKET, name::TYPE) => word(match socket.kind {
             Kind::Stream => 1,
             Kind::Datagram if socket.family == family::NETLINK => 3,

@@ -198,6 +198,8 @@ fn capabilities(c: &Call<'_>) -> Result {
         other => other?,
     };
     let own: Capabilities = match process {
+        // Negative numbers.
+        0x8000_0000.. => return Err(Errno::EINVAL),
         0 => c.task.credentials.lock().capabilities,
         id => {
             let task = task::find(c.task.container.id(id)).ok_or(Errno::ESRCH)?;

@@ -218,6 +218,10 @@ pub fn exit_thread(status: i32) -> ! {
 
 fn leave(status: i32) {
     let me = current();
+    let list = me.robust_list.swap(0, Ordering::Relaxed);
+    if list != 0 {
+        crate::syscall::futex::let_go(list);
+    }
     let address = me.clear_tid.swap(0, Ordering::Relaxed);
     if address != 0 && usercopy::write(address, &0u32.to_le_bytes()).is_ok() {
         crate::syscall::futex::wake_at(address, u32::MAX);

@@ -153,6 +153,8 @@ pub struct Task {
     pub handlers: Mutex<Arc<Mutex<Handlers>>>,
     /// Cleared, and waited for, when the thread ends.
     pub clear_tid: AtomicU64,
+    /// Where the list of locks is that others get if the thread ends with them (set_robust_list(2)).
+    pub robust_list: AtomicU64,
     /// A parent sleeps until this task has its own memory (vfork).
     pub vfork: Mutex<bool>,
     /// What it asked for by prctl.
@@ -195,6 +197,8 @@ pub struct CloneOptions {
     pub share_handlers: bool,
     /// A thread of the same process.
     pub thread: bool,
+    /// Its parent is the caller's, not the caller.
+    pub sibling: bool,
     /// Stack pointer; 0 for the same.
     pub stack: u64,
     /// Base of FS.
@@ -231,6 +235,7 @@ fn kernel_task(
         pending: Mutex::new(Pending::default()),
         handlers: Mutex::default(),
         clear_tid: AtomicU64::new(0),
+        robust_list: AtomicU64::new(0),
         vfork: Mutex::new(false),
         asked: Mutex::default(),
         scheduling: Mutex::default(),
@@ -322,6 +327,7 @@ impl Task {
             pending: Mutex::new(Pending::default()),
             handlers: Mutex::default(),
             clear_tid: AtomicU64::new(0),
+            robust_list: AtomicU64::new(0),
             vfork: Mutex::new(false),
             asked: Mutex::new(asked),
             scheduling: Mutex::default(),
@@ -455,7 +461,10 @@ impl Task {
         } else {
             let own = self.links.lock();
             Arc::new(Mutex::new(Links {
-                parent: self.process,
+                parent: match options.sibling {
+                    true => own.parent,
+                    false => self.process,
+                },
                 group: own.group,
                 session: own.session,
                 ..Links::default()
@@ -493,6 +502,7 @@ impl Task {
             pending: Mutex::new(Pending::with_mask(mask)),
             handlers: Mutex::new(handlers),
             clear_tid: AtomicU64::new(options.clear_tid),
+            robust_list: AtomicU64::new(0),
             vfork: Mutex::new(options.vfork),
             asked: Mutex::new(self.asked.lock().inherited()),
             scheduling: Mutex::new(self.scheduling.lock().inherited()),
@@ -525,6 +535,7 @@ impl Task {
         // SAFETY: the frame at the top of this task's kernel stack, which the return path reads.
         unsafe { *context.frame() = frame };
         self.clear_tid.store(0, Ordering::Relaxed);
+        self.robust_list.store(0, Ordering::Relaxed);
         self.has_own_memory();
     }
 

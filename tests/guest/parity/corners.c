@@ -1,0 +1,165 @@
+// What few programs do, and rely on when they do: robust locks, siblings, epolls that are short of
+// room, sockets and mappings of the wrong kind.
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/capability.h>
+#include <netinet/in.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/timex.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static void show(const char *what, long result)
+{
+    printf("%s: %ld %s\n", what, result < 0 ? -1 : result, result < 0 ? strerrorname_np(errno) : "");
+    fflush(stdout);
+}
+
+static pthread_mutex_t *lock;
+
+static void *holds(void *argument)
+{
+    pthread_mutex_lock(lock);
+    return argument;
+}
+
+// Whoever ends with a lock leaves it to the next one, who is told.
+static void robust(void)
+{
+    lock = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    pthread_mutexattr_t kind;
+    pthread_mutexattr_init(&kind);
+    pthread_mutexattr_setrobust(&kind, PTHREAD_MUTEX_ROBUST);
+    pthread_mutexattr_setpshared(&kind, PTHREAD_PROCESS_SHARED);
+    pthread_mutex_init(lock, &kind);
+    pthread_t thread;
+    pthread_create(&thread, NULL, holds, NULL);
+    pthread_join(thread, NULL);
+    printf("after a thread: %s\n", strerrorname_np(pthread_mutex_lock(lock)));
+    printf("made consistent: %d\n", pthread_mutex_consistent(lock));
+    // One waits while the other is killed.
+    int ready[2];
+    pipe(ready);
+    pthread_mutex_unlock(lock);
+    pid_t child = fork();
+    if (child == 0) {
+        pthread_mutex_lock(lock);
+        write(ready[1], "x", 1);
+        pause();
+    }
+    char byte;
+    read(ready[0], &byte, 1);
+    pid_t killer = fork();
+    if (killer == 0) {
+        usleep(100000);
+        kill(child, SIGKILL);
+        _exit(0);
+    }
+    printf("after a process: %s\n", strerrorname_np(pthread_mutex_lock(lock)));
+    while (wait(NULL) > 0)
+        ;
+    pthread_mutex_consistent(lock);
+    pthread_mutex_unlock(lock);
+    printf("and again: %d\n", pthread_mutex_lock(lock));
+}
+
+static void siblings(void)
+{
+    int told[2];
+    pipe(told);
+    pid_t child = fork();
+    if (child == 0) {
+        pid_t sibling = syscall(SYS_clone, CLONE_PARENT | SIGCHLD, 0, 0, 0, 0);
+        if (sibling == 0) {
+            char same = getppid() != 0 ? 'y' : 'n';
+            write(told[1], &same, 1);
+            _exit(4);
+        }
+        // It is not our child.
+        int result = waitpid(sibling, NULL, 0);
+        _exit(result < 0 && errno == ECHILD ? 3 : 9);
+    }
+    int sum = 0, status;
+    while (wait(&status) > 0)
+        sum += WEXITSTATUS(status);
+    show("children and siblings", sum);
+}
+
+static void fair_epoll(void)
+{
+    enum { FILES = 12, ROOM = 5, ROUNDS = 12 };
+    int epoll = epoll_create1(0), seen[FILES] = {0}, fds[2];
+    for (int i = 0; i < FILES; i++) {
+        pipe(fds);
+        write(fds[1], "x", 1);
+        struct epoll_event event = {.events = EPOLLIN, .data.u32 = i};
+        epoll_ctl(epoll, EPOLL_CTL_ADD, fds[0], &event);
+    }
+    for (int i = 0; i < ROUNDS; i++) {
+        struct epoll_event events[ROOM];
+        int count = epoll_wait(epoll, events, ROOM, 0);
+        for (int k = 0; k < count; k++)
+            seen[events[k].data.u32]++;
+    }
+    for (int i = 0; i < FILES; i++)
+        printf("%d ", seen[i]);
+    printf("reports of each\n");
+}
+
+static void wrong_kinds(void)
+{
+    struct sockaddr_un at = {.sun_family = AF_UNIX, .sun_path = "/tmp/corners.sock"};
+    unlink(at.sun_path);
+    int stream = socket(AF_UNIX, SOCK_STREAM, 0), datagrams = socket(AF_UNIX, SOCK_DGRAM, 0);
+    bind(stream, (struct sockaddr *)&at, sizeof at);
+    listen(stream, 1);
+    show("datagrams to a listener", connect(datagrams, (struct sockaddr *)&at, sizeof at));
+    unlink(at.sun_path);
+    int tcp = socket(AF_INET, SOCK_STREAM, 0), value;
+    socklen_t size = sizeof value;
+    show("level of nobody", getsockopt(tcp, 500, 1, &value, &size));
+    show("level of UDP", getsockopt(tcp, IPPROTO_UDP, 1, &value, &size));
+    show("option of nobody", getsockopt(tcp, IPPROTO_TCP, -1, &value, &size));
+    show("level of a unix socket", getsockopt(stream, IPPROTO_IP, 1, &value, &size));
+
+    int file = open("/tmp/corners", O_RDWR | O_CREAT, 0600), reads = open("/tmp/corners", O_RDONLY);
+    ftruncate(file, 4096);
+    void *seen = mmap(NULL, 4096, PROT_READ, MAP_SHARED, reads, 0);
+    show("writing by a file open for reading", mprotect(seen, 4096, PROT_READ | PROT_WRITE));
+    show("nothing of no file", (long)mmap(NULL, 0, PROT_READ, MAP_SHARED, -1, 0));
+    show("unknown flags", (long)mmap(NULL, 4096, PROT_READ, MAP_SHARED_VALIDATE | 1 << 25, file, 0));
+    unlink("/tmp/corners");
+
+    struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, -1};
+    struct __user_cap_data_struct data[2];
+    show("capabilities of -1", syscall(SYS_capget, &header, data));
+    struct timex clock = {.modes = 0};
+    int state = adjtimex(&clock);
+    printf("the clock: %d\n", state >= 0 && clock.tick == 10000);
+    void *head;
+    size_t length = 0;
+    show("robust list", syscall(SYS_get_robust_list, 0, &head, &length));
+    printf("of %zu bytes: %d\n", length, head != NULL);
+}
+
+int main(void)
+{
+    alarm(90);
+    robust();
+    siblings();
+    fair_epoll();
+    wrong_kinds();
+    return 0;
+}
