@@ -31,6 +31,7 @@ pub enum Op {
     Unlink = 10,
     Rmdir = 11,
     Rename = 12,
+    Rename2 = 45,
     Link = 13,
     Open = 14,
     Read = 15,

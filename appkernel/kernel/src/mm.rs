@@ -23,6 +23,10 @@ pub const STACK_BYTES: u64 = 8 << 20;
 pub const LOWEST: u64 = 0x1_0000;
 /// As Linux' `vm.max_map_count`.
 const MAX_AREAS: usize = 65530;
+/// A child finds zeros there (MADV_WIPEONFORK).
+pub const WIPED: u8 = 1;
+/// A child has nothing there (MADV_DONTFORK).
+pub const KEPT_BACK: u8 = 2;
 
 /// What lies around a page that is touched: as much as the host gives at once.
 const AROUND: u64 = 16 * PAGE;
@@ -101,6 +105,8 @@ pub struct Mm {
     pub brk: u64,
     /// What programs asked to stay (mlock): it is there, and nothing is ever swapped out.
     locked: Areas<()>,
+    /// What a child does not get (madvise(2)); in place of the protection: how.
+    at_fork: Areas<()>,
     /// What is mapped from now on stays too.
     pub lock_future: bool,
 }
@@ -143,6 +149,7 @@ impl Mm {
             stack_top: STACK_TOP,
             brk: 0,
             locked: Areas::default(),
+            at_fork: Areas::default(),
             lock_future: false,
         })
     }
@@ -159,6 +166,7 @@ impl Mm {
         }
         self.table.clear(area.start, area.end);
         self.locked.remove(area.start, area.end);
+        self.at_fork.remove(area.start, area.end);
         let (start, end) = (area.start, area.end);
         self.areas.insert(area);
         if self.lock_future {
@@ -174,7 +182,32 @@ impl Mm {
         }
         self.areas.remove(start, end);
         self.locked.remove(start, end);
+        self.at_fork.remove(start, end);
         self.table.clear(start, end);
+        Ok(())
+    }
+
+    /// Says what becomes of a range in a child: [`WIPED`], [`KEPT_BACK`], or 0 for a copy of it.
+    pub fn set_at_fork(&mut self, start: u64, end: u64, how: u8) -> Result<(), Errno> {
+        if how == WIPED {
+            let private = |a: &Area<_>| !a.shared && matches!(a.backing, Backing::Zero);
+            if !self.areas.within(start, end).all(private) {
+                return Err(Errno::EINVAL);
+            }
+        }
+        if self.at_fork.count() >= MAX_AREAS {
+            return Err(Errno::ENOMEM);
+        }
+        match how {
+            0 => self.at_fork.remove(start, end),
+            _ => self.at_fork.insert(Area {
+                start,
+                end,
+                protection: how,
+                shared: false,
+                backing: Backing::Zero,
+            }),
+        }
         Ok(())
     }
 
@@ -296,6 +329,7 @@ impl Mm {
             // A child has none of it.
             locked: Areas::default(),
             lock_future: false,
+            at_fork: self.at_fork.clone(),
         };
         let mut result = Ok(());
         for area in self.areas.iter() {
@@ -306,6 +340,13 @@ impl Mm {
                 .map_err(|_| Errno::ENOMEM);
             if result.is_err() {
                 break;
+            }
+        }
+        for range in self.at_fork.iter() {
+            child.table.clear(range.start, range.end);
+            if range.protection == KEPT_BACK {
+                child.areas.remove(range.start, range.end);
+                child.at_fork.remove(range.start, range.end);
             }
         }
         // Also when it failed: what was shared may not be written any more.

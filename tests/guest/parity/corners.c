@@ -14,7 +14,9 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/timex.h>
 #include <sys/un.h>
@@ -154,6 +156,84 @@ static void wrong_kinds(void)
     printf("of %zu bytes: %d\n", length, head != NULL);
 }
 
+// Secrets that a child is not to have.
+static void kept_from_children(void)
+{
+    enum { WIPED, HIDDEN, COPIED, PAGES };
+    unsigned char *at = mmap(NULL, PAGES * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    memset(at, 7, PAGES * 4096);
+    show("wiped", madvise(at + WIPED * 4096, 4096, MADV_WIPEONFORK));
+    show("hidden", madvise(at + HIDDEN * 4096, 4096, MADV_DONTFORK));
+    void *shared = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    show("shared memory is not wiped", madvise(shared, 4096, MADV_WIPEONFORK));
+    int status;
+    if (fork() == 0) {
+        printf("child: %d %d\n", at[WIPED * 4096], at[COPIED * 4096]);
+        fflush(stdout);
+        // Nothing is mapped there.
+        _exit(at[HIDDEN * 4096]);
+    }
+    wait(&status);
+    printf("child: signal %d\n", WTERMSIG(status));
+    printf("parent: %d %d %d\n", at[WIPED * 4096], at[HIDDEN * 4096], at[COPIED * 4096]);
+    madvise(at, 4096, MADV_KEEPONFORK);
+    madvise(at + HIDDEN * 4096, 4096, MADV_DOFORK);
+    if (fork() == 0)
+        _exit(at[WIPED * 4096] + at[HIDDEN * 4096]);
+    wait(&status);
+    printf("again: %d\n", WEXITSTATUS(status));
+}
+
+static void reaper(void)
+{
+    int reaps = -1, status, told[2];
+    prctl(PR_SET_CHILD_SUBREAPER, 1);
+    prctl(PR_GET_CHILD_SUBREAPER, &reaps);
+    printf("reaps: %d\n", reaps);
+    pipe(told);
+    if (fork() == 0) {
+        // Not inherited.
+        prctl(PR_GET_CHILD_SUBREAPER, &reaps);
+        if (fork() == 0) {
+            char byte;
+            close(told[1]);
+            read(told[0], &byte, 1);
+            _exit(6);
+        }
+        _exit(reaps);
+    }
+    wait(&status);
+    printf("child: %d\n", WEXITSTATUS(status));
+    close(told[1]);
+    int found = wait(&status) > 0;
+    printf("its orphan: %d %d\n", found, WEXITSTATUS(status));
+    prctl(PR_SET_CHILD_SUBREAPER, 0);
+}
+
+static void names(const char *dir)
+{
+    char a[64], b[64], text[8] = "";
+    snprintf(a, sizeof a, "%s/corners-a", dir);
+    snprintf(b, sizeof b, "%s/corners-b", dir);
+    mkdir(a, 0755);
+    int file = open(b, O_RDWR | O_CREAT | O_TRUNC, 0600);
+    write(file, "text", 4);
+    close(file);
+    show("exchange", renameat2(AT_FDCWD, a, AT_FDCWD, b, RENAME_EXCHANGE));
+    file = open(a, O_RDONLY);
+    read(file, text, 4);
+    close(file);
+    printf("file: %s\n", text);
+    show("directory", rmdir(b));
+    show("with nothing", renameat2(AT_FDCWD, a, AT_FDCWD, b, RENAME_EXCHANGE));
+    show("and not replacing", renameat2(AT_FDCWD, a, AT_FDCWD, b, RENAME_EXCHANGE | RENAME_NOREPLACE));
+    unlink(a);
+    show("no name", readlink("", text, sizeof text));
+    file = open(dir, O_PATH);
+    show("mapping a place", (long)mmap(NULL, 4096, PROT_READ, MAP_PRIVATE, file, 0));
+    close(file);
+}
+
 int main(void)
 {
     alarm(90);
@@ -161,5 +241,9 @@ int main(void)
     siblings();
     fair_epoll();
     wrong_kinds();
+    kept_from_children();
+    reaper();
+    names("/tmp");
+    names("/dev/shm");
     return 0;
 }

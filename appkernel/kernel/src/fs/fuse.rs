@@ -683,6 +683,21 @@ impl Node {
         Ok(())
     }
 
+    /// Lets two files have each other's names.
+    pub fn exchange(&self, name: &[u8], to: &Self, new: &[u8]) -> Result<(), Errno> {
+        const EXCHANGE: u64 = 2;
+        let body = Body::new().u64(to.id).u64(EXCHANGE).name(name).name(new);
+        let fuse = self.fuse()?;
+        let both = [fuse.known(self.id, name), fuse.known(to.id, new)];
+        fuse.call(Op::Rename2, self.id, &body.0, &[], 16, |_| Ok(()))?;
+        self.forget_name(name);
+        to.forget_name(new);
+        for node in both.iter().flatten() {
+            node.state.lock().valid_until = 0;
+        }
+        Ok(())
+    }
+
     /// All entries of the directory.
     pub fn entries(&self) -> Result<Vec<DirEntry>, Errno> {
         if let Some(kept) = &self.state.lock().entries {

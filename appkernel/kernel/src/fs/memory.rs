@@ -500,6 +500,31 @@ impl Node {
         Ok(())
     }
 
+    /// Lets two files have each other's names. That neither is below the other, the caller has made
+    /// sure of.
+    pub fn exchange(&self, name: &[u8], to: &Arc<Self>, new: &[u8]) -> Result<(), Errno> {
+        if !Arc::ptr_eq(&self.shared, &to.shared) {
+            return Err(Errno::EXDEV);
+        }
+        let (here, there) = (self.lookup(name)?, to.lookup(new)?);
+        let is_directory =
+            |node: &Self| u32::from(node.attributes().mode & kind::MASK == kind::DIRECTORY);
+        let (lost, won) = (is_directory(&here), is_directory(&there));
+        {
+            let mut state = self.state.lock();
+            state.directory()?.insert(name.to_vec(), there);
+            let links = &mut state.attributes.nlink;
+            *links = links.saturating_sub(lost) + won;
+            state.touch();
+        }
+        let mut state = to.state.lock();
+        state.directory()?.insert(new.to_vec(), here);
+        let links = &mut state.attributes.nlink;
+        *links = links.saturating_sub(won) + lost;
+        state.touch();
+        Ok(())
+    }
+
     /// All entries of the directory.
     pub fn entries(&self) -> Result<Vec<DirEntry>, Errno> {
         let mut state = self.state.lock();

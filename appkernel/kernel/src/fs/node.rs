@@ -199,6 +199,15 @@ impl Node {
         }
     }
 
+    /// Lets two files have each other's names.
+    pub fn exchange(&self, name: &[u8], to: &Self, new: &[u8]) -> Result<(), Errno> {
+        match (self, to) {
+            (Self::Share(node), Self::Share(to)) => node.exchange(name, to, new),
+            (Self::Memory(node), Self::Memory(to)) => node.exchange(name, to, new),
+            _ => Err(Errno::EXDEV),
+        }
+    }
+
     /// All entries of the directory.
     pub fn entries(&self) -> Result<Vec<DirEntry>, Errno> {
         match self {

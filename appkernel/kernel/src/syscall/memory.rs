@@ -10,7 +10,7 @@ use crate::fs::file::{Kind, flag};
 use crate::fs::fuse::Change;
 use crate::fs::memory;
 use crate::fs::node::Node;
-use crate::mm::{LOWEST, MMAP_TOP, Mapping};
+use crate::mm::{KEPT_BACK, LOWEST, MMAP_TOP, Mapping, WIPED};
 use crate::task::{self, limits::LOCKED};
 
 const SHARED: u32 = 1;
@@ -164,7 +164,7 @@ fn map(c: &Call<'_>) -> Result {
     let (hint, len, flags) = (c.arg(0), c.arg(1), c.uint(3));
     if flags & ANONYMOUS == 0 {
         // As Linux, before anything else.
-        c.task.file(c.int(4))?;
+        c.task.used_file(c.int(4))?;
     }
     if len == 0 {
         return Err(Errno::EINVAL);
@@ -185,7 +185,7 @@ fn map(c: &Call<'_>) -> Result {
             Backing::Zero
         }
     } else {
-        let file = c.task.file(c.int(4))?;
+        let file = c.task.used_file(c.int(4))?;
         if file.flags() & flag::ACCESS == flag::WRITE_ONLY || !c.arg(5).is_multiple_of(PAGE) {
             return Err(if !c.arg(5).is_multiple_of(PAGE) {
                 Errno::EINVAL
@@ -443,8 +443,12 @@ fn advise(c: &Call<'_>) -> Result {
     match c.uint(2) {
         DONTNEED if mm.locked_bytes(start, end) > 0 => return Err(Errno::EINVAL),
         DONTNEED => mm.discard(start, end),
+        // MADV_DONTFORK, MADV_WIPEONFORK, and their opposites: programs rely on these for their secrets.
+        10 => mm.set_at_fork(start, end, KEPT_BACK)?,
+        18 => mm.set_at_fork(start, end, WIPED)?,
+        11 | 19 => mm.set_at_fork(start, end, 0)?,
         // Hints.
-        0..=3 | 8 | 10..=21 => {}
+        0..=3 | 8 | 12..=17 | 20..=21 => {}
         _ => return Err(Errno::EINVAL),
     }
     // Said last: what is mapped follows the advice.

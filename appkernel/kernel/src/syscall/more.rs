@@ -57,14 +57,14 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
 /// prctl(2).
 fn control(c: &Call<'_>) -> Result {
     match c.uint(0) {
-        // Parent's death signal, dumpable, keep capabilities, timer slack, no new privileges, child
-        // subreaper, names of memory: nothing here depends on them.
+        // Parent's death signal, dumpable, keep capabilities, timer slack, no new privileges,
+        // names of memory: nothing here depends on them.
         1 if c.arg(1) > 64 => Err(Errno::EINVAL),
         4 if c.arg(1) > 1 => Err(Errno::EINVAL),
         8 if c.arg(1) > 1 => Err(Errno::EINVAL),
         38 if c.arg(1) != 1 || c.arg(2) | c.arg(3) | c.arg(4) != 0 => Err(Errno::EINVAL),
         39 if c.arg(1) | c.arg(2) | c.arg(3) | c.arg(4) != 0 => Err(Errno::EINVAL),
-        4 | 36 | 0x5356_4d41 => Ok(0),
+        4 | 0x5356_4d41 => Ok(0),
         8 => {
             c.task.credentials.lock().capabilities.keep = c.arg(1) == 1;
             Ok(0)
@@ -109,7 +109,14 @@ fn control(c: &Call<'_>) -> Result {
             Ok(0)
         }
         30 => Ok(c.task.asked.lock().timer_slack_ns),
-        37 => put(c.arg(1), &0u32.to_le_bytes()).map(|()| 0),
+        36 => {
+            c.task.links.lock().reaps = c.arg(1) != 0;
+            Ok(0)
+        }
+        37 => {
+            let reaps = u32::from(c.task.links.lock().reaps);
+            put(c.arg(1), &reaps.to_le_bytes()).map(|()| 0)
+        }
         15 => {
             let mut name = super::get_string(c.arg(1), 16, Errno::ERANGE).or_else(|e| match e {
                 // Longer names are cut.

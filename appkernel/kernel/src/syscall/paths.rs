@@ -40,7 +40,7 @@ pub fn call(c: &Call<'_>) -> Option<Result> {
         81 => fchdir(c),
         82 => rename(c, (CWD, a(0)), (CWD, a(1)), 0),
         264 => rename(c, (c.int(0), a(1)), (c.int(2), a(3)), 0),
-        316 if c.uint(4) & !NOREPLACE == 0 => {
+        316 if c.uint(4) & !(NOREPLACE | EXCHANGE) == 0 && c.uint(4) != NOREPLACE | EXCHANGE => {
             rename(c, (c.int(0), a(1)), (c.int(2), a(3)), c.uint(4))
         }
         316 => Err(Errno::EINVAL),
@@ -365,6 +365,7 @@ fn fchdir(c: &Call<'_>) -> Result {
 
 /// As renameat2 has it.
 const NOREPLACE: u32 = 1;
+const EXCHANGE: u32 = 2;
 
 fn rename(c: &Call<'_>, from: (i32, u64), to: (i32, u64), flags: u32) -> Result {
     let from = walk(c, from.0, from.1)?;
@@ -381,6 +382,9 @@ fn rename(c: &Call<'_>, from: (i32, u64), to: (i32, u64), flags: u32) -> Result 
     if flags & NOREPLACE != 0 && to.found.is_some() {
         return Err(Errno::EEXIST);
     }
+    if flags & EXCHANGE != 0 && to.found.is_none() {
+        return Err(Errno::ENOENT);
+    }
     removes(c, &from)?;
     removes(c, &to)?;
     // Never below itself: the tree would come loose.
@@ -388,6 +392,19 @@ fn rename(c: &Call<'_>, from: (i32, u64), to: (i32, u64), flags: u32) -> Result 
     below.push(b'/');
     if to.path().starts_with(&below) {
         return Err(Errno::EINVAL);
+    }
+    if flags & EXCHANGE != 0 {
+        let mut below = to.path();
+        below.push(b'/');
+        if from.path().starts_with(&below) {
+            return Err(Errno::EINVAL);
+        }
+        let there = to.found.as_ref().is_some_and(|f| f.node.is_directory());
+        from.directory
+            .exchange(&from.name, &to.directory, &to.name)?;
+        watch::moved(&from.path(), &to.path(), node.is_directory());
+        watch::moved(&to.path(), &from.path(), there);
+        return Ok(0);
     }
     from.directory.rename(&from.name, &to.directory, &to.name)?;
     watch::moved(&from.path(), &to.path(), node.is_directory());
@@ -525,6 +542,9 @@ fn readlink(c: &Call<'_>, dir: i32, path: u64, to: u64, room: u64) -> Result {
     }
     let text = get_path(path)?;
     let node = if text.is_empty() {
+        if dir == CWD {
+            return Err(Errno::ENOENT);
+        }
         c.task.file(dir)?.node().cloned().ok_or(Errno::EINVAL)?
     } else {
         fs::resolve(&c.task.container, &base(c, dir, &text)?, &text, false)?.node

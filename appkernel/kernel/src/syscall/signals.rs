@@ -155,13 +155,16 @@ fn queue(c: &Call<'_>, process: i32, thread: Option<i32>, number: u64, info: u64
         bytes.map_or(0, i32::from_le_bytes)
     };
     let code = int(8);
-    if process <= 0 || thread.is_some_and(|id| id <= 0) {
-        return Err(Errno::EINVAL);
+    match (process, thread) {
+        (..=0, None) => return Err(Errno::ESRCH),
+        (..=0, _) | (_, Some(..=0)) => return Err(Errno::EINVAL),
+        _ => {}
     }
     let id = |id: i32| c.task.container.id(id.unsigned_abs());
     let task = task::find(id(thread.unwrap_or(process)));
     let task = task
-        .filter(|t| t.process == id(process))
+        // Without a thread: the process that one of this number belongs to.
+        .filter(|t| thread.is_none() || t.process == id(process))
         .ok_or(Errno::ESRCH)?;
     // Only to itself may a process say that the kernel sent it, or kill.
     if (code >= 0 || code == code::TKILL) && task.process != c.task.process || !permitted(c, &task)
@@ -226,7 +229,7 @@ fn kill(c: &Call<'_>) -> Result {
             && match (who, group) {
                 (-1, _) => process != container.id(1) && process != c.task.process,
                 (_, Some(group)) => task.links.lock().group == group,
-                _ => process == one,
+                _ => process == one || task.id == one,
             };
         if !hit || processes.contains(&process) {
             continue;

@@ -216,6 +216,25 @@ pub fn exit_thread(status: i32) -> ! {
     panic!("an ended task ran again")
 }
 
+/// Who gets the children of a process that ends: the next above it that has asked for them, or the
+/// first process.
+fn reaper(parent: u32, first: u32) -> u32 {
+    let mut next = parent;
+    // Parents are older than their children: there are no rings.
+    while let Some(task) = find(next).filter(|_| next != 0 && next != first) {
+        // The lock is not held when the next is looked for: that takes others.
+        let (reaps, above) = {
+            let links = task.links.lock();
+            (links.reaps, links.parent)
+        };
+        if reaps {
+            return next;
+        }
+        next = above;
+    }
+    first
+}
+
 fn leave(status: i32) {
     let me = current();
     let list = me.robust_list.swap(0, Ordering::Relaxed);
@@ -291,7 +310,11 @@ fn leave(status: i32) {
             }
         }
     }
-    let orphans_parent = if first { 0 } else { container.id(1) };
+    let orphans_parent = if first {
+        0
+    } else {
+        reaper(parent, container.id(1))
+    };
     let mut gone: Vec<Arc<Task>> = Vec::new();
     // Children that want to be told.
     let mut left_alone = Vec::new();

@@ -85,6 +85,8 @@ pub struct Links {
     pub children: Used,
     /// What the process registered for by membarrier.
     pub barriers: u32,
+    /// Orphans among its descendants become its children (PR_SET_CHILD_SUBREAPER).
+    pub reaps: bool,
 }
 
 /// What processes used.
