@@ -504,7 +504,12 @@ pub fn deliver(frame: &mut Frame) {
                 restart(frame, action.flags & flag::RESTART != 0);
                 was_stopped = false;
                 if enter(&task, frame, signal, info, action).is_err() {
-                    task::end_process(task.process, Signal::SEGV.0.into());
+                    // No room for it on its stack: that is a fault, which may be handled on another.
+                    if signal == Signal::SEGV {
+                        task::end_process(task.process, Signal::SEGV.0.into());
+                    } else {
+                        fault((Signal::SEGV, code::KERNEL), frame, 0);
+                    }
                 }
             }
         }
@@ -533,18 +538,12 @@ fn enter(
     info: Info,
     action: Action,
 ) -> Result<(), Errno> {
-    if action.flags & flag::RESTORER == 0 {
+    if action.flags & flag::RESTORER == 0 || action.handler >= USER_END {
         return Err(Errno::EFAULT);
     }
-    let stack = task.pending.lock().stack;
-    let old_mask = {
-        let mut pending = task.pending.lock();
-        let old = pending.saved_mask.take().unwrap_or(pending.mask);
-        pending.mask |= action.mask;
-        if action.flags & flag::NODEFER == 0 {
-            pending.mask |= signal.bit();
-        }
-        old
+    let (stack, old_mask) = {
+        let pending = task.pending.lock();
+        (pending.stack, pending.saved_mask.unwrap_or(pending.mask))
     };
     let context = task.own_context();
     let vectors = context.read_vectors();
@@ -603,6 +602,15 @@ fn enter(
     }
     usercopy::write(vectors_at, &vectors).map_err(|_| Errno::EFAULT)?;
     usercopy::write(at, &bytes).map_err(|_| Errno::EFAULT)?;
+    // Nothing can fail any more.
+    {
+        let mut pending = task.pending.lock();
+        pending.saved_mask = None;
+        pending.mask |= action.mask;
+        if action.flags & flag::NODEFER == 0 {
+            pending.mask |= signal.bit();
+        }
+    }
     if action.flags & flag::RESETHAND != 0 {
         // The rest of the action is kept.
         let reset = Action {
@@ -622,9 +630,6 @@ fn enter(
     frame.rflags &= !0x400;
     // All registers by iretq: the handler's address may be anything.
     frame.vector = 0;
-    if frame.rip >= USER_END {
-        return Err(Errno::EFAULT);
-    }
     Ok(())
 }
 

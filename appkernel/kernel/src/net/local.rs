@@ -214,10 +214,10 @@ impl Socket {
             None => {
                 let state = self.state.lock();
                 if !matches!(state.phase, Phase::Connected) {
-                    return Err(if self.kind == Kind::Datagram && self.is_inet() {
-                        Errno::EDESTADDRREQ
-                    } else {
-                        Errno::ENOTCONN
+                    return Err(match (self.kind, self.is_inet(), &state.phase) {
+                        (Kind::Datagram, true, _) => Errno::EDESTADDRREQ,
+                        (Kind::Stream, true, Phase::Idle) => Errno::EPIPE,
+                        _ => Errno::ENOTCONN,
                     });
                 }
                 let (peer, remote) = (state.peer.upgrade(), state.remote.clone());

@@ -144,7 +144,8 @@ fn has_level(socket: &Socket, level: u32) -> bool {
 pub fn get_option(c: &Call<'_>) -> Result {
     let file = socket(c, 0)?;
     let socket = with(&file)?;
-    let room = u32::from_le_bytes(get(c.arg(4))?) as usize;
+    let room = i32::from_le_bytes(get(c.arg(4))?);
+    let room = usize::try_from(room).map_err(|_| Errno::EINVAL)?;
     let word = |value: u32| value.to_le_bytes().to_vec();
     let (level, option) = (c.uint(1), c.uint(2));
     if !has_level(socket, level) {

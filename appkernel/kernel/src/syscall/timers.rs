@@ -70,6 +70,8 @@ fn set_interval(c: &Call<'_>) -> Result {
 fn create(c: &Call<'_>) -> Result {
     const NOTIFY_SIGNAL: i32 = 0;
     const NOTIFY_NONE: i32 = 1;
+    /// For the kernel a signal: the C library makes the thread.
+    const NOTIFY_THREAD: i32 = 2;
     const NOTIFY_THREAD_ID: i32 = 4;
     let clock = match c.uint(0) {
         0 | 8 | 11 => Clock::Day,
@@ -93,7 +95,7 @@ fn create(c: &Call<'_>) -> Result {
         let notify = int(12);
         effect.signal = match notify {
             NOTIFY_NONE => None,
-            NOTIFY_SIGNAL | NOTIFY_THREAD_ID => Some(Signal::parse(int(8) as u64)?),
+            NOTIFY_SIGNAL | NOTIFY_THREAD | NOTIFY_THREAD_ID => Some(Signal::parse(int(8) as u64)?),
             _ => return Err(Errno::EINVAL),
         };
         if notify == NOTIFY_THREAD_ID {

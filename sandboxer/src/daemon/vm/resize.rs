@@ -17,8 +17,8 @@ const PIECE: u64 = 8 << 20;
 /// Why a VM does not grow so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "its memory limits have grown by {} MiB, this pod's VM can grow by {} MiB: raise \
-     microvm.grow_memory_mib, or make the pod anew",
+    "its memory limits have grown by {} MiB, this pod's VM can grow by {} MiB: make the pod anew, and \
+     raise microvm.grow_memory_mib (VMs of bulkhead-app never grow)",
     wanted >> 20,
     room >> 20
 )]
