@@ -99,6 +99,69 @@ static void siblings(void)
     show("children and siblings", sum);
 }
 
+// Who may be put where, and when.
+static void groups(void)
+{
+    pid_t child = fork();
+    int begin[2], status;
+    if (child == 0) {
+        pause();
+        _exit(0);
+    }
+    show("a group for a child", setpgid(child, child));
+    // In the child's group is another one, which then has its number.
+    pipe(begin);
+    pid_t other = fork();
+    if (other == 0) {
+        setpgid(0, child);
+        show("a session of its own", setsid() == getpid() ? 0 : -1);
+        _exit(0);
+    }
+    waitpid(other, &status, 0);
+    kill(child, SIGKILL);
+    waitpid(child, &status, 0);
+    child = fork();
+    if (child == 0) {
+        // It leaves a group of its number, in which another one stays.
+        setpgid(0, 0);
+        pid_t members[2];
+        for (int i = 0; i < 2; i++) {
+            members[i] = fork();
+            if (members[i] == 0) {
+                close(begin[1]);
+                char byte;
+                read(begin[0], &byte, 1);
+                _exit(0);
+            }
+        }
+        setpgid(members[1], members[1]);
+        show("another group", setpgid(0, members[1]));
+        show("no leader, and no session", setsid() > 0 ? 0 : -1);
+        close(begin[1]);
+        while (wait(NULL) > 0)
+            ;
+        _exit(0);
+    }
+    close(begin[1]);
+    waitpid(child, &status, 0);
+    int ready[2];
+    pipe(ready);
+    fcntl(ready[1], F_SETFD, FD_CLOEXEC);
+    child = fork();
+    if (child == 0) {
+        close(ready[0]);
+        execl("/proc/self/exe", "corners", "pause", NULL);
+        _exit(9);
+    }
+    close(ready[1]);
+    char byte;
+    // The end of the file: it runs another program.
+    read(ready[0], &byte, 1);
+    show("a child that runs another program", setpgid(child, child));
+    kill(child, SIGKILL);
+    waitpid(child, &status, 0);
+}
+
 static void fair_epoll(void)
 {
     enum { FILES = 12, ROOM = 5, ROUNDS = 12 };
@@ -234,11 +297,17 @@ static void names(const char *dir)
     close(file);
 }
 
-int main(void)
+int main(int count, char **words)
 {
+    (void)words;
     alarm(90);
+    if (count > 1) {
+        pause();
+        return 0;
+    }
     robust();
     siblings();
+    groups();
     fair_epoll();
     wrong_kinds();
     kept_from_children();

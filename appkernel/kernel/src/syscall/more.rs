@@ -75,6 +75,8 @@ fn control(c: &Call<'_>) -> Result {
         25 => put(c.arg(1), &1u32.to_le_bytes()).map(|()| 0),
         28 if c.task.credentials.lock().is_root() => Ok(0),
         28 | 35 => Err(Errno::EPERM),
+        41 if c.arg(2) | c.arg(3) | c.arg(4) != 0 => Err(Errno::EINVAL),
+        42 if c.arg(1) | c.arg(2) | c.arg(3) | c.arg(4) != 0 => Err(Errno::EINVAL),
         33 | 41 => Ok(0),
         34 => Ok(2),
         40 => {

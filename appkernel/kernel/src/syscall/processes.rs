@@ -616,6 +616,9 @@ fn set_group(c: &Call<'_>) -> Result {
     if links.session != session || links.session == task.id {
         return Err(Errno::EPERM);
     }
+    if task.process != c.task.process && links.executed {
+        return Err(Errno::EACCES);
+    }
     drop(links);
     // A group that is there, in the same session, or a new one of its own.
     let is_there = || {
@@ -633,10 +636,12 @@ fn set_group(c: &Call<'_>) -> Result {
 }
 
 fn set_session(c: &Call<'_>) -> Result {
-    let mut links = c.task.links.lock();
-    if links.group == c.task.process {
+    // A group of its number may be there without it.
+    let taken = |t: &alloc::sync::Arc<task::Task>| t.links.lock().group == c.task.process;
+    if task::living().iter().any(taken) {
         return Err(Errno::EPERM);
     }
+    let mut links = c.task.links.lock();
     links.group = c.task.process;
     links.session = c.task.process;
     Ok(visible(c.task.process).into())

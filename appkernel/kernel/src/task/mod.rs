@@ -87,6 +87,8 @@ pub struct Links {
     pub barriers: u32,
     /// Orphans among its descendants become its children (PR_SET_CHILD_SUBREAPER).
     pub reaps: bool,
+    /// It runs another program since it was made: its parent no longer chooses its group.
+    pub executed: bool,
 }
 
 /// What processes used.
@@ -538,6 +540,7 @@ impl Task {
         unsafe { *context.frame() = frame };
         self.clear_tid.store(0, Ordering::Relaxed);
         self.robust_list.store(0, Ordering::Relaxed);
+        self.links.lock().executed = true;
         self.has_own_memory();
     }
 
