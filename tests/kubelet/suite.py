@@ -76,11 +76,11 @@ class Programs:
         child.kill()
         child.wait()
 
-    def kubectl(self, *arguments, given=None, check=True):
+    def kubectl(self, *arguments, check=True):
         """What kubectl says on its standard output."""
         done = subprocess.run(
             [self.directory / "kubectl", "--kubeconfig", KUBECONFIG, "--request-timeout=120s", *arguments],
-            input=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
         if check and done.returncode != 0:
             raise Failed(f"kubectl {' '.join(arguments)}: {done.returncode}: {done.stdout}{done.stderr}")
         return done.stdout if check else (done.returncode, done.stdout + done.stderr)

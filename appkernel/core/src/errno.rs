@@ -67,8 +67,8 @@ errnos! {
     ENOTSOCK = 88, "not a socket";
     EDESTADDRREQ = 89, "destination address required";
     EMSGSIZE = 90, "message too long";
-    ENOPROTOOPT = 92, "protocol not available";
     EPROTOTYPE = 91, "wrong type of socket for the protocol";
+    ENOPROTOOPT = 92, "protocol not available";
     EPROTONOSUPPORT = 93, "protocol not supported";
     ESOCKTNOSUPPORT = 94, "socket type not supported";
     EOPNOTSUPP = 95, "operation not supported";

@@ -31,7 +31,6 @@ pub enum Op {
     Unlink = 10,
     Rmdir = 11,
     Rename = 12,
-    Rename2 = 45,
     Link = 13,
     Open = 14,
     Read = 15,
@@ -48,6 +47,7 @@ pub enum Op {
     Readdir = 28,
     Releasedir = 29,
     Create = 35,
+    Rename2 = 45,
     Tmpfile = 51,
 }
 
