@@ -624,6 +624,55 @@ while ! redis-cli ping 2>/dev/null | grep -q PONG; do sleep 0.2; done
 redis-cli get a; redis-cli shutdown nosave; wait; echo over
 "#;
 
+/// Reads a file until little memory is left, then asks for more of the kernel's than that: what waits
+/// in pipes, and children.
+const BESIDE_A_FULL_CACHE: &str = r#"
+import os
+big = os.open('/data/big', os.O_RDONLY)
+meminfo = os.open('/proc/meminfo', os.O_RDONLY)
+data = b'x' * 65536
+full = 0
+for i in range(1000):
+    assert len(os.pread(big, 4096, i * 65536)) == 4096
+    free = int(os.pread(meminfo, 200, 0).split()[4])
+    pipes = [os.pipe() for _ in range(24 if free < 3600 else 0)]
+    for _, into in pipes:
+        assert os.write(into, data) == 65536
+    child = os.fork()
+    if not child:
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    full += len(pipes) > 0
+    for ends in pipes:
+        os.close(ends[0])
+        os.close(ends[1])
+print('done' if full else 'there was always room')
+"#;
+
+#[test]
+fn files_that_were_read_are_no_reason_to_refuse_a_fork() {
+    let app = App::new("python3");
+    let data = app.dir.path().join("data");
+    fs::create_dir(&data).unwrap();
+    fs::write(data.join("fork.py"), BESIDE_A_FULL_CACHE).unwrap();
+    let big = fs::File::create(data.join("big")).unwrap();
+    big.set_len(1000 * 65536).unwrap();
+    let volume = format!("{}:/data", data.display());
+    let ran = app
+        .vmmctl()
+        .args(["run", "--sandbox", "app", "--memory", "64M", "-v", &volume])
+        .arg(&app.image)
+        .args(["--", "python3", "/data/fork.py"])
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&ran.stderr);
+    assert_eq!(
+        (ran.status.code(), ran.stdout.as_slice()),
+        (Some(0), &b"done\n"[..]),
+        "{errors}"
+    );
+}
+
 #[test]
 fn redis_answers_and_keeps_what_it_was_given() {
     let app = App::new("redis");

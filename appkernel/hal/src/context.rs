@@ -91,7 +91,7 @@ impl Context {
     }
 
     fn with_stack(frame: Frame, order: usize) -> Option<Self> {
-        let stack = crate::frames::allocate(order)?;
+        let stack = crate::heap::frames_in_need(order)?;
         let Some(vectors) = crate::frames::allocate_zeroed() else {
             crate::frames::release(stack, order);
             return None;

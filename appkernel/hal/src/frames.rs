@@ -4,7 +4,7 @@ use appkernel_core::frames::{Frames, Region};
 
 use crate::boot::{Info, kernel_range};
 use crate::sync::Mutex;
-use crate::{DIRECT_MAP, PAGE, direct};
+use crate::{DIRECT_MAP, PAGE, direct, heap};
 
 static FRAMES: Mutex<Option<Frames<'static>>> = Mutex::new(None);
 
@@ -65,28 +65,32 @@ pub fn allocate_zeroed() -> Option<u64> {
     Some(frame)
 }
 
-/// One frame of zeros for a program; leaves the kernel its reserve.
+/// One frame of zeros for a program, also one that caches give back; leaves the kernel its reserve.
+/// A page of a file that is not shared may be gone afterwards.
 pub fn allocate_user() -> Option<u64> {
-    if is_scarce() {
-        return None;
-    }
-    let frame = with(Frames::allocate_page)?.map(|frame| u64::from(frame) * PAGE)?;
+    let again = || heap::help().then(allocate_user_unwritten).flatten();
+    let frame = allocate_user_unwritten().or_else(again)?;
     // SAFETY: nobody else has the frame yet.
     unsafe { direct(frame).write_bytes(0, PAGE as usize) };
     Some(frame)
 }
 
-/// As `allocate_user`, of any content: the caller writes all of it.
+/// One frame for a program, of any content: the caller writes all of it. Caches keep theirs.
 pub fn allocate_user_unwritten() -> Option<u64> {
-    if is_scarce() {
+    if is_low() {
         return None;
     }
     with(Frames::allocate_page)?.map(|frame| u64::from(frame) * PAGE)
 }
 
-/// Whether only the kernel's reserve is left: nothing more is started for programs then.
-pub fn is_scarce() -> bool {
+fn is_low() -> bool {
     with(|frames| frames.available()).is_none_or(|free| free < RESERVE)
+}
+
+/// Whether only the kernel's reserve is left, also after caches gave back what they have: nothing
+/// more is started for programs then. Files that were read are no reason to refuse a `fork`.
+pub fn is_scarce() -> bool {
+    is_low() && (!heap::help() || is_low())
 }
 
 /// Whether the kernel itself has used up half of its reserve.

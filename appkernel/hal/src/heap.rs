@@ -35,22 +35,21 @@ pub fn ask_for_help(help: fn() -> bool) {
     HELP.store(help as *mut (), Ordering::Relaxed);
 }
 
-/// Frames in a row, also those that caches give back.
-fn frames_in_need(order: usize) -> Option<u64> {
-    if let Some(frame) = frames::allocate(order) {
-        return Some(frame);
-    }
+/// Asks for memory back; says whether there was any.
+pub(crate) fn help() -> bool {
     let help = HELP.load(Ordering::Relaxed);
     if help.is_null() {
-        return None;
+        return false;
     }
     // SAFETY: only `ask_for_help` writes it, with a function of this type.
     let help = unsafe { core::mem::transmute::<*mut (), fn() -> bool>(help) };
-    if help() {
-        frames::allocate(order)
-    } else {
-        None
-    }
+    help()
+}
+
+/// Frames in a row, also those that caches give back.
+pub(crate) fn frames_in_need(order: usize) -> Option<u64> {
+    let again = || help().then(|| frames::allocate(order)).flatten();
+    frames::allocate(order).or_else(again)
 }
 
 /// The list for so many bytes, or the order of frames.

@@ -50,7 +50,7 @@ impl Daemon {
                 "run_dir = \"{run}\"\nsocket = \"{run}/vm.sock\"\n\
                  containerd_ttrpc = \"{run}/none\"\n\
                  [app]\nsocket = \"{run}/app.sock\"\n\
-                 [wasm]\nsocket = \"{run}/wasm.sock\"\ncache_dir = \"{run}/code\"\n"
+                 [process]\nsocket = \"{run}/process.sock\"\n[wasm]\nsocket = \"{run}/wasm.sock\"\ncache_dir = \"{run}/code\"\n"
             ),
         )?;
         let (process, client) = Self::spawn(dir.path())?;
