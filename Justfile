@@ -20,7 +20,7 @@ agent:
     #!/usr/bin/env bash
     set -euo pipefail
     # The agent is built anew only when something it is made of has changed.
-    key=$(git ls-files -s -o -c --exclude-standard agent Cargo.lock Cargo.toml rust-toolchain.toml \
+    key=$(git ls-files -s -o -c --exclude-standard agent tests/supply-chain/remap Cargo.lock Cargo.toml rust-toolchain.toml \
         | awk '{print $NF}' | sort -u | xargs sha256sum | sha256sum | cut -c1-24)
     kept="$BULKHEAD_CACHE/agent/$key/bulkhead-agent"
     if [ ! -x "$kept" ]; then
@@ -145,6 +145,10 @@ kubelet: _disk build guest appkernel fixtures
 # Fuzz one target for some seconds; without arguments, list the targets (appkernel plays in the lab)
 fuzz NAME="" SECONDS="60":
     tests/run fuzz "{{NAME}}" "{{SECONDS}}"
+
+# Every fuzz target, and random system calls in the app kernel's VM: SECONDS in all, shared by targets
+fuzz-all SECONDS: _disk build guest appkernel
+    tests/run fuzz-all "{{SECONDS}}"
 
 # Remove build results; caches under BULKHEAD_CACHE stay
 clean:

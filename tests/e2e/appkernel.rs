@@ -14,6 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bulkhead_sandboxer::image::{Silent, Store};
 use bulkhead_tests::env;
+use sha2::{Digest, Sha256};
 
 /// Guests run one after the other: the host may have one CPU.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -670,6 +671,67 @@ fn files_that_were_read_are_no_reason_to_refuse_a_fork() {
         (ran.status.code(), ran.stdout.as_slice()),
         (Some(0), &b"done\n"[..]),
         "{errors}"
+    );
+}
+
+/// Has more memory than there is below the hole for devices, and a file in what is above.
+const HIGH: &str = r#"
+import hashlib, mmap, os
+total = int(open('/proc/meminfo').read().split()[1])
+assert total > 4800 << 10, total
+size = 3200 << 20
+MAP_POPULATE = 0x8000
+m = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_POPULATE)
+places = range(0, size, 1 << 20)
+for at in places:
+    m[at:at + 8] = at.to_bytes(8, 'little')
+child = os.fork()
+if not child:
+    m[size - (1 << 20)] = 7
+    os._exit(0 if all(m[at + 7] == 0 for at in places) else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert all(m[at:at + 8] == at.to_bytes(8, 'little') for at in places)
+with open('/data/in', 'rb') as f:
+    print(hashlib.sha256(f.read()).hexdigest())
+with open('/data/out', 'wb') as f:
+    f.write(m[size - (1 << 20):])
+"#;
+
+#[test]
+fn memory_above_four_gigabytes_is_used() {
+    let app = App::new("python3");
+    let data = app.dir.path().join("data");
+    fs::create_dir(&data).unwrap();
+    fs::write(data.join("high.py"), HIGH).unwrap();
+    let content: Vec<u8> = (0..3_000_000u32).map(|i| (i * 7 >> 3) as u8).collect();
+    fs::write(data.join("in"), &content).unwrap();
+    let volume = format!("{}:/data", data.display());
+    let ran = app
+        .vmmctl()
+        .args(["run", "--sandbox", "app", "--memory", "5G", "-v", &volume])
+        .arg(&app.image)
+        .args(["--", "python3", "/data/high.py"])
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&ran.stderr);
+    let sum: String = Sha256::digest(&content)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    assert_eq!(
+        (
+            ran.status.code(),
+            String::from_utf8_lossy(&ran.stdout).trim()
+        ),
+        (Some(0), sum.as_str()),
+        "{errors}"
+    );
+    let last = fs::read(data.join("out")).unwrap();
+    let place = (3199u64 << 20).to_le_bytes();
+    assert!(
+        last.len() == 1 << 20 && last.starts_with(&place),
+        "{:?}",
+        last.get(..8)
     );
 }
 

@@ -83,7 +83,10 @@ impl Neighbour {
         let (stop, stopped) = mpsc::channel();
         let thread = {
             let vm = Arc::clone(&vm);
-            std::thread::spawn(move || ask(vm, &told, &stopped))
+            std::thread::spawn(move || {
+                // Said here: who waits for answers sees only that there are none.
+                ask(vm, &told, &stopped).inspect_err(|error| eprintln!("neighbour: {error}"))
+            })
         };
         let neighbour = Self {
             vm,

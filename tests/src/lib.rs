@@ -5,6 +5,7 @@ pub mod calls;
 pub mod cri;
 pub mod demo;
 pub mod env;
+pub mod fuzz;
 pub mod process;
 pub mod runc;
 pub mod screen;

@@ -347,6 +347,56 @@ impl DiskCache {
     }
 }
 
+/// Entry point for fuzzing: an entry whose files somebody else has changed or replaced is what was put
+/// in, or none. `directory` is one for this alone. The first byte chooses the file, each three after it
+/// a byte to change; or, from the first byte's upper half on, the rest is the file.
+///
+/// # Panics
+/// Other code than was put in would be loaded.
+pub fn fuzz_cache(data: &[u8], directory: &Path) {
+    const KEY: Sha = [7; DIGEST];
+    const CODE: &[u8] = b"what the compiler made";
+    let config = CacheConfig {
+        directory: directory.to_owned(),
+        max_bytes: 1 << 20,
+    };
+    let ([choice, rest @ ..], Ok(cache)) = (data, DiskCache::open(&config)) else {
+        return;
+    };
+    let put = || -> io::Result<()> {
+        let code = Temporary::create(directory, CODE)?;
+        cache.put(&KEY, &File::open(&code.0)?).map(drop)
+    };
+    if put().is_err() {
+        return;
+    }
+    let suffix = if choice & 1 == 0 { "cwasm" } else { "stamp" };
+    let path = cache.path(&KEY, suffix);
+    let mut content = fs::read(&path).unwrap_or_default();
+    if *choice < 128 {
+        for change in rest.as_chunks::<3>().0 {
+            let [low, high, value] = *change;
+            let at = usize::from(u16::from_le_bytes([low, high])) % content.len().max(1);
+            if let Some(byte) = content.get_mut(at) {
+                *byte ^= value;
+            }
+        }
+    } else {
+        content = rest.to_vec();
+    }
+    // Another file in its place: the stamp goes by inode and times, as nobody but us may write to it.
+    let replaced = Temporary::create(directory, &content).and_then(|new| new.rename(&path));
+    if replaced.is_ok()
+        && let Some(mut file) = cache.get(&KEY)
+    {
+        let mut got = Vec::new();
+        // Where its checksum was taken, it stands at its end.
+        let read = file.rewind().and_then(|()| file.read_to_end(&mut got));
+        assert!(read.is_ok() && got == CODE, "other code: {got:?}");
+    }
+    cache.remove(&KEY);
+}
+
 /// A file that appears under its name when complete, or not at all.
 struct Temporary(PathBuf);
 

@@ -50,6 +50,7 @@ mod threads;
 mod ticker;
 mod user;
 
+pub use cache::fuzz_cache;
 pub use compile::compiler_main;
 pub use config::{Allocation, CacheConfig, CompilerConfig, EngineConfig};
 pub use engine::Engine;

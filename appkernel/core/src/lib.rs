@@ -15,6 +15,7 @@ pub mod errno;
 pub mod fair;
 pub mod frames;
 pub mod fuse;
+pub mod icmp;
 pub mod locks;
 pub mod netconf;
 pub mod netlink;

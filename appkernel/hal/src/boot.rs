@@ -6,8 +6,8 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::direct;
 
-// PVH: EBX holds the physical address of the start info. The tables map the first 4 GiB by 2 MiB
-// pages: at their own addresses (until `drop_identity_map`), at DIRECT_MAP, and the first GiB at
+// PVH: EBX holds the physical address of the start info. The tables map the first 4 GiB (`map_upper`
+// adds to that) by 2 MiB pages: at their own addresses (until `drop_identity_map`), at DIRECT_MAP, and the first GiB at
 // KERNEL_OFFSET.
 global_asm!(
     r#"
@@ -94,6 +94,7 @@ boot_gdt_pointer:
     .align 4096
     .globl boot_pml4
 boot_pml4: .skip 4096
+    .globl boot_pdpt
 boot_pdpt: .skip 4096
 boot_pdpt_kernel: .skip 4096
 boot_pd: .skip 16384
@@ -106,6 +107,7 @@ boot_stack_top:
 
 unsafe extern "C" {
     static mut boot_pml4: [u64; 512];
+    static mut boot_pdpt: [u64; 512];
     static kernel_end: u8;
     static kernel_start: u8;
 }
@@ -115,6 +117,38 @@ pub fn kernel_range() -> (u64, u64) {
     let start = (&raw const kernel_start) as u64 - crate::KERNEL_OFFSET;
     let end = (&raw const kernel_end) as u64 - crate::KERNEL_OFFSET;
     (start, end)
+}
+
+/// The tables from the start map memory up to here.
+pub const FIRST_MAPPED_END: u64 = 1 << 32;
+/// Memory above cannot be mapped at [`crate::DIRECT_MAP`]: one table of the upper half reaches so far.
+pub const MAPPED_END: u64 = 1 << 39;
+
+/// Maps the memory of `ram` that lies above the first 4 GiB, by 2 MiB pages. `next` is the address of
+/// memory that nobody uses, below 4 GiB; returns what is left of it. Each GiB takes one page.
+pub(crate) fn map_upper(ram: &[Range], mut next: u64) -> u64 {
+    const GIB: u64 = 1 << 30;
+    const LARGE: u64 = 2 << 20;
+    /// Present, writable, a page of 2 MiB, not executable.
+    const FLAGS: u64 = 1 | 2 | 1 << 7 | 1 << 63;
+    for gib in FIRST_MAPPED_END / GIB..MAPPED_END / GIB {
+        let (from, to) = (gib * GIB, (gib + 1) * GIB);
+        if !ram.iter().any(|(start, end)| *start < to && from < *end) {
+            continue;
+        }
+        // SAFETY: the page is nobody's, and mapped; the table of the upper half is the kernel's own, and
+        // nothing was mapped there, so that nothing of it is in a TLB.
+        unsafe {
+            let table = direct(next).cast::<u64>();
+            for i in 0..512 {
+                table.add(i).write((from + i as u64 * LARGE) | FLAGS);
+            }
+            let slot = (&raw mut boot_pdpt).cast::<u64>().add(gib as usize);
+            slot.write_volatile(next | 1 | 2);
+        }
+        next += crate::PAGE;
+    }
+    next
 }
 
 static PML4_PHYSICAL: AtomicU64 = AtomicU64::new(0);

@@ -2,7 +2,7 @@
 
 use appkernel_core::frames::{Frames, Region};
 
-use crate::boot::{Info, kernel_range};
+use crate::boot::{FIRST_MAPPED_END, Info, MAPPED_END, kernel_range, map_upper};
 use crate::sync::Mutex;
 use crate::{DIRECT_MAP, PAGE, direct, heap};
 
@@ -13,11 +13,9 @@ static FRAMES: Mutex<Option<Frames<'static>>> = Mutex::new(None);
 const RESERVE: usize = 512;
 /// Memory below is the loader's: boot structures, command line.
 const LOWEST: u64 = 1 << 20;
-/// The boot page tables map so much.
-const MAPPED_END: u64 = 1 << 32;
 
 /// Takes over the memory. Nothing of it is touched but the table of frames, and of that only the
-/// entries of frames in use.
+/// entries of frames in use, and page tables for what lies above 4 GiB.
 pub fn init(info: &Info) {
     let (_, kernel_end) = kernel_range();
     let mut end = 0;
@@ -27,6 +25,9 @@ pub fn init(info: &Info) {
     let frames = (end / PAGE) as usize;
     let table_bytes = (frames * size_of::<u64>()) as u64;
     let first = (kernel_end + table_bytes).next_multiple_of(PAGE);
+    // The table is a 512th of the memory, and the first part of that reaches to 3 GiB.
+    debug_assert!(first < FIRST_MAPPED_END);
+    let first = map_upper(&info.ram, first);
     let mut regions = [Region::default(); 8];
     for (slot, (from, to)) in regions.iter_mut().zip(info.ram) {
         let from = if from < kernel_end {

@@ -346,11 +346,7 @@ impl Config {
         let named = path.is_some();
         let path = path.unwrap_or(Path::new(DEFAULT_PATH));
         let config = match std::fs::read_to_string(path) {
-            Ok(text) => {
-                let config = Self::parse(&text, path)?;
-                config.check(&text, path)?;
-                config
-            }
+            Ok(text) => Self::read(&text, path)?,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound && !named => Self::default(),
             Err(source) => {
                 return Err(ConfigError::Read {
@@ -359,6 +355,16 @@ impl Config {
                 });
             }
         };
+        Ok(config)
+    }
+
+    /// Reads a file's text; `path` is for messages.
+    ///
+    /// # Errors
+    /// It is wrong.
+    pub fn read(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config = Self::parse(text, path)?;
+        config.check(text, path)?;
         Ok(config)
     }
 
@@ -470,11 +476,7 @@ mod tests {
     use super::*;
 
     fn parse(text: &str) -> Result<Config, String> {
-        let config = Config::parse(text, Path::new("x.toml")).map_err(|e| e.to_string())?;
-        config
-            .check(text, Path::new("x.toml"))
-            .map_err(|e| e.to_string())?;
-        Ok(config)
+        Config::read(text, Path::new("x.toml")).map_err(|e| e.to_string())
     }
 
     #[test]

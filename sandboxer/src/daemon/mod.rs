@@ -9,6 +9,7 @@ pub mod config;
 pub mod container;
 pub mod controller;
 pub mod events;
+pub mod fuzz;
 pub mod grpc;
 pub mod keeper;
 pub mod metrics;

@@ -58,7 +58,15 @@ impl State {
         std::fs::File::open(dir.join(FILE))?
             .take(MAX_FILE)
             .read_to_end(&mut text)?;
-        let state: Self = serde_json::from_slice(&text)?;
+        Self::parse(&text)
+    }
+
+    /// Reads a file's text.
+    ///
+    /// # Errors
+    /// It is none of ours, or of another version.
+    pub fn parse(text: &[u8]) -> io::Result<Self> {
+        let state: Self = serde_json::from_slice(text)?;
         if state.version != VERSION {
             return Err(io::Error::other(format!(
                 "state of version {}, this program knows {VERSION}",

@@ -359,6 +359,87 @@ fn a_program_talks_to_the_host_by_tcp_and_udp() {
     assert_eq!(client.end(), (Some(0), String::new()));
 }
 
+/// Asks for echoes: the loopback, this machine, the host; by both kinds of sockets.
+const PINGS: &str = r#"
+import errno, os, socket, struct
+rows = [l.split() for l in open("/proc/net/route")][1:]
+gateway = [r[2] for r in rows if r[1] == "00000000"][0]
+host = socket.inet_ntoa(struct.pack("<I", int(gateway, 16)))
+c = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+c.connect((host, 9))
+own = c.getsockname()[0]
+
+def checksum(data):
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total = (total & 0xffff) + (total >> 16)
+    return ~(total + (total >> 16)) & 0xffff
+
+IP_RECVTTL = 12
+for where in "127.0.0.1", own, host:
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP)
+    s.settimeout(60)
+    s.setsockopt(socket.IPPROTO_IP, IP_RECVTTL, 1)
+    for size in (0, 56, 3000):
+        s.sendto(struct.pack("!BBHHH", 8, 0, 0, 0, size) + b"p" * size, (where, 0))
+        data, control, _, peer = s.recvmsg(4000, 100)
+        kind, _, _, ident, place = struct.unpack("!BBHHH", data[:8])
+        assert (kind, ident, place) == (0, s.getsockname()[1], size), (kind, ident, place)
+        assert data[8:] == b"p" * size and peer == (where, 0), peer
+        assert [(c[0], c[1], struct.unpack("i", c[2])) for c in control] == [(0, 2, (64,))], control
+    r = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+    r.settimeout(60)
+    request = struct.pack("!BBHHH", 8, 0, 0, 0x1234, 7) + b"raw."
+    request = request[:2] + struct.pack("!H", checksum(request)) + request[4:]
+    r.sendto(request, (where, 0))
+    while True:
+        data, peer = r.recvfrom(4000)
+        if data[20] == 0:
+            break
+    assert data[0] == 0x45 and data[9] == 1 and peer == (where, 0), data
+    assert data[24:] == request[4:], data
+    print("answered", where == host)
+six = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM, 58)
+six.settimeout(60)
+six.sendto(struct.pack("!BBHHH", 128, 0, 0, 0, 1) + b"six", ("::1", 0))
+assert six.recv(100)[0] == 129
+try:
+    s.sendto(b"\0" * 8, (host, 0))
+except OSError as e:
+    print("no request", errno.errorcode[e.errno])
+os.setuid(1000)
+try:
+    socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+except PermissionError:
+    print("not for everybody")
+socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP)
+print("over")
+"#;
+
+#[test]
+fn a_program_pings_itself_and_the_host() {
+    let app = App::new("python3");
+    let mut pings = Talker::start(&app, &[], &["python3", "-I", "-c", PINGS]);
+    for host in ["False", "False", "True"] {
+        assert_eq!(pings.after("answered"), host);
+    }
+    assert_eq!(pings.after("no request"), "EINVAL");
+    pings.after("not for everybody");
+    pings.after("over");
+    assert_eq!(pings.end(), (Some(0), String::new()));
+    drop(app);
+    let app = App::new("busybox");
+    let script =
+        "ping -c 2 -W 60 127.0.0.1; ping -c 2 -W 60 $(ip route | awk '/default/ { print $3 }')";
+    let mut ping = Talker::start(&app, &[], &["sh", "-c", script]);
+    for _ in 0..2 {
+        assert!(
+            ping.after("2 packets transmitted")
+                .contains("2 packets received")
+        );
+    }
+    assert_eq!(ping.end(), (Some(0), String::new()));
+}
+
 #[test]
 fn the_interface_is_shown_as_linux_shows_it() {
     let app = App::new("busybox");

@@ -1,200 +1,23 @@
 //! Fuzzing without a fuzzing engine: seeds are mutated at random (not guided by coverage) and fed
-//! to everything that reads bytes of guests or images. `fuzz list`, `fuzz TARGET SECONDS`,
+//! to what reads bytes of others (`src/fuzz/`). `fuzz list`, `fuzz TARGET SECONDS`,
 //! `fuzz TARGET --replay FILE`. One target is played in a VM and needs KVM: `fuzz appkernel SECONDS`,
 //! random system calls on the app kernel (`FUZZ_SEED`, and `FUZZ_ROUNDS=FIRST+COUNT` to play some of
 //! its rounds again).
 //!
-//! An input that makes a target panic is written to `target/fuzz/TARGET-HASH` and named.
+//! An input that makes a target panic (on any thread, also where the panic is caught), or that takes
+//! longer than [`PATIENCE`], is written to `target/fuzz/TARGET-HASH` and named.
 
 use std::fs;
-use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use bulkhead_devices::fuzzing::{Target as DeviceTarget, drive};
-use bulkhead_devices::virtio::fs::fuzz_fs;
-use bulkhead_devices::virtio::vsock::fuzz_vsock;
-use bulkhead_protocol::frame::Decoder;
-use bulkhead_sandboxer::image::{Silent, Store};
 use bulkhead_tests::calls::{self, Length};
-use sha2::{Digest, Sha256};
-
-struct Target {
-    name: &'static str,
-    /// Longest input in bytes.
-    longest: usize,
-    run: fn(&[u8]),
-    seeds: fn() -> Vec<Vec<u8>>,
-}
-
-fn no_seeds() -> Vec<Vec<u8>> {
-    vec![Vec::new(), vec![0; 64], vec![0xFF; 64]]
-}
-
-const TARGETS: &[Target] = &[
-    device("legacy", |data| drive(DeviceTarget::Legacy, data)),
-    device("rng", |data| drive(DeviceTarget::Rng, data)),
-    device("blk", |data| drive(DeviceTarget::Blk, data)),
-    device("balloon", |data| drive(DeviceTarget::Balloon, data)),
-    device("mem", |data| drive(DeviceTarget::Mem, data)),
-    device("net", |data| drive(DeviceTarget::Net, data)),
-    device("vsock", fuzz_vsock),
-    device("fs", fuzz_fs),
-    Target {
-        name: "ttrpc",
-        longest: 4096,
-        run: ttrpc,
-        seeds: no_seeds,
-    },
-    Target {
-        name: "kernel",
-        longest: 8192,
-        run: kernel,
-        seeds: kernel_seeds,
-    },
-    Target {
-        name: "image",
-        longest: 16384,
-        run: image,
-        seeds: image_seeds,
-    },
-];
-
-const fn device(name: &'static str, run: fn(&[u8])) -> Target {
-    Target {
-        name,
-        longest: 4096,
-        run,
-        seeds: no_seeds,
-    }
-}
-
-/// Frames of the agent protocol, in pieces as a stream delivers them.
-fn ttrpc(data: &[u8]) {
-    let Some((piece, data)) = data.split_first() else {
-        return;
-    };
-    let mut decoder = Decoder::new(64 << 10);
-    for chunk in data.chunks(usize::from(*piece).max(1)) {
-        let mut rest = chunk;
-        while !rest.is_empty() {
-            let before = rest.len();
-            if decoder.feed(&mut rest).is_none() && rest.len() == before {
-                break;
-            }
-        }
-    }
-}
-
-/// A file given as kernel.
-fn kernel(data: &[u8]) {
-    let Ok(mut file) = tempfile::NamedTempFile::new() else {
-        return;
-    };
-    if file.write_all(data).is_ok() {
-        let _ = bulkhead_vmm::boot::try_load(file.path(), 32);
-    }
-}
-
-fn kernel_seeds() -> Vec<Vec<u8>> {
-    let mut bzimage = vec![0; 4096];
-    bzimage[0x1F1] = 1;
-    bzimage[0x202..0x206].copy_from_slice(b"HdrS");
-    bzimage[0x206] = 0x0F;
-    bzimage[0x207] = 2;
-    bzimage[0x211] = 1;
-    vec![
-        bulkhead_fixtures::tiny_guest::elf(bulkhead_fixtures::tiny_guest::Kind::Marker),
-        bzimage,
-    ]
-}
-
-/// A file given as image.
-fn image(data: &[u8]) {
-    let Ok(dir) = tempfile::tempdir() else {
-        return;
-    };
-    let file = dir.path().join("image.tar");
-    if fs::write(&file, data).is_err() {
-        return;
-    }
-    if let Ok(store) = Store::open(&dir.path().join("store")) {
-        let _ = store.get(&file, &mut Silent);
-    }
-}
-
-/// A small OCI layout as tar, with one layer.
-fn image_seeds() -> Vec<Vec<u8>> {
-    let layer = tar(&[("file", b"hello"), ("dir/inner", b"x")]);
-    let layer_digest = hex(&layer);
-    let config = format!(
-        r#"{{"architecture":"amd64","os":"linux","config":{{"Cmd":["/file"]}},"rootfs":{{"type":"layers","diff_ids":["sha256:{layer_digest}"]}}}}"#
-    );
-    let config_digest = hex(config.as_bytes());
-    let manifest = format!(
-        r#"{{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"sha256:{config_digest}","size":{}}},"layers":[{{"mediaType":"application/vnd.oci.image.layer.v1.tar","digest":"sha256:{layer_digest}","size":{}}}]}}"#,
-        config.len(),
-        layer.len()
-    );
-    let manifest_digest = hex(manifest.as_bytes());
-    let index = format!(
-        r#"{{"schemaVersion":2,"manifests":[{{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"sha256:{manifest_digest}","size":{}}}]}}"#,
-        manifest.len()
-    );
-    let blob = |digest: &str| format!("blobs/sha256/{digest}");
-    vec![
-        tar(&[
-            ("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#),
-            ("index.json", index.as_bytes()),
-            (&blob(&manifest_digest), manifest.as_bytes()),
-            (&blob(&config_digest), config.as_bytes()),
-            (&blob(&layer_digest), &layer),
-        ]),
-        tar(&[
-            (
-                "manifest.json",
-                br#"[{"Config":"c.json","RepoTags":["a:b"],"Layers":["l.tar"]}]"#,
-            ),
-            ("c.json", config.as_bytes()),
-            ("l.tar", &layer),
-        ]),
-    ]
-}
-
-fn hex(data: &[u8]) -> String {
-    Sha256::digest(data)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
-}
-
-/// A ustar archive.
-fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
-    let mut out = Vec::new();
-    for (name, content) in files {
-        let mut header = [0u8; 512];
-        header[..name.len()].copy_from_slice(name.as_bytes());
-        header[100..107].copy_from_slice(b"0000644");
-        header[108..115].copy_from_slice(b"0000000");
-        header[116..123].copy_from_slice(b"0000000");
-        header[124..135].copy_from_slice(format!("{:011o}", content.len()).as_bytes());
-        header[136..147].copy_from_slice(b"00000000000");
-        header[148..156].fill(b' ');
-        header[156] = b'0';
-        header[257..263].copy_from_slice(b"ustar\0");
-        header[263..265].copy_from_slice(b"00");
-        let sum: u32 = header.iter().map(|b| u32::from(*b)).sum();
-        header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
-        out.extend_from_slice(&header);
-        out.extend_from_slice(content);
-        out.resize(out.len().next_multiple_of(512), 0);
-    }
-    out.resize(out.len() + 1024, 0);
-    out
-}
+use bulkhead_tests::fuzz::{TARGETS, Target, hex};
 
 /// xorshift64*: repeatable, which a finding must be.
 struct Random(u64);
@@ -265,7 +88,55 @@ fn mutate(input: &mut Vec<u8>, longest: usize, random: &mut Random) {
     input.truncate(longest);
 }
 
-fn fuzz(target: &Target, length: Duration, out: &Path) -> Result<ExitCode> {
+/// Longest time for one input.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Most memory, in KiB, that a target may ever have had.
+const MEMORY_KIB: u64 = 2 << 20;
+
+/// Panics so far, on any thread, and what the last one said.
+static PANICS: AtomicU64 = AtomicU64::new(0);
+static LAST_PANIC: Mutex<String> = Mutex::new(String::new());
+/// The input under way, and when it began.
+static UNDER_WAY: Mutex<Option<(Vec<u8>, Instant)>> = Mutex::new(None);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Keeps the input and says what is wrong with it.
+fn report(target: &Target, out: &Path, input: &[u8], what: &str) -> Result<()> {
+    fs::create_dir_all(out)?;
+    let path = out.join(format!("{}-{}", target.name, &hex(input)[..16]));
+    fs::write(&path, input)?;
+    println!("{}: FINDING: {what}", target.name);
+    println!("replay: fuzz {} --replay {}", target.name, path.display());
+    Ok(())
+}
+
+/// Ends the process when one input takes too long.
+fn watch(target: &'static Target, out: PathBuf) {
+    std::thread::spawn(move || {
+        loop {
+            std::thread::sleep(Duration::from_secs(1));
+            let under_way = lock(&UNDER_WAY);
+            let Some((input, _)) = under_way.as_ref().filter(|u| u.1.elapsed() > PATIENCE) else {
+                continue;
+            };
+            let what = format!("it takes longer than {} s", PATIENCE.as_secs());
+            let _ = report(target, &out, input, &what);
+            std::process::exit(1);
+        }
+    });
+}
+
+/// The most memory this process ever had, in KiB.
+fn peak_kib() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    line.split_whitespace().nth(1)?.parse().ok()
+}
+
+fn fuzz(target: &'static Target, length: Duration, out: &Path) -> Result<ExitCode> {
     // The seed of the day: repeatable by hand, different from run to run.
     let seed = std::env::var("FUZZ_SEED").ok().and_then(|s| s.parse().ok());
     let seed: u64 = seed.unwrap_or_else(|| u64::from(std::process::id()) << 32 | 0x9E37_79B9);
@@ -273,22 +144,29 @@ fn fuzz(target: &Target, length: Duration, out: &Path) -> Result<ExitCode> {
     let mut pool = (target.seeds)();
     let start = Instant::now();
     let mut runs: u64 = 0;
-    std::panic::set_hook(Box::new(|_| {}));
+    std::panic::set_hook(Box::new(|info| {
+        *lock(&LAST_PANIC) = info.to_string();
+        PANICS.fetch_add(1, Ordering::Relaxed);
+    }));
+    watch(target, out.to_owned());
     while start.elapsed() < length {
         let mut input = pool[random.below(pool.len())].clone();
         mutate(&mut input, target.longest, &mut random);
         runs += 1;
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (target.run)(&input))) {
-            let text = panic
-                .downcast_ref::<&str>()
-                .map(ToString::to_string)
-                .or_else(|| panic.downcast_ref::<String>().cloned())
-                .unwrap_or_default();
-            fs::create_dir_all(out)?;
-            let path = out.join(format!("{}-{}", target.name, &hex(&input)[..16]));
-            fs::write(&path, &input)?;
-            println!("{}: PANIC after {runs} inputs: {text}", target.name);
-            println!("replay: fuzz {} --replay {}", target.name, path.display());
+        *lock(&UNDER_WAY) = Some((input.clone(), Instant::now()));
+        let result = catch_unwind(AssertUnwindSafe(|| (target.run)(&input)));
+        *lock(&UNDER_WAY) = None;
+        let peak = runs.is_multiple_of(1024).then(peak_kib).flatten();
+        let peak = peak.filter(|peak| *peak > MEMORY_KIB);
+        let finding = match peak {
+            _ if result.is_err() || PANICS.load(Ordering::Relaxed) > 0 => {
+                Some(format!("panic: {}", lock(&LAST_PANIC)))
+            }
+            Some(peak) => Some(format!("{peak} KiB of memory after {runs} inputs")),
+            None => None,
+        };
+        if let Some(what) = finding {
+            report(target, out, &input, &what)?;
             return Ok(ExitCode::FAILURE);
         }
         // Without coverage nothing tells a better input from a worse: keep a drifting few.

@@ -75,7 +75,7 @@ pub const PROC: &[(&str, &str)] = &[
     ("sys/net/ipv4/ip_local_reserved_ports", "\n"),
     ("sys/net/ipv4/ip_nonlocal_bind", "0\n"),
     ("sys/net/ipv4/ip_unprivileged_port_start", "1024\n"),
-    ("sys/net/ipv4/ping_group_range", "1\t0\n"),
+    ("sys/net/ipv4/ping_group_range", "0\t2147483647\n"),
     ("sys/net/ipv4/tcp_abort_on_overflow", "0\n"),
     ("sys/net/ipv4/tcp_available_congestion_control", "reno\n"),
     ("sys/net/ipv4/tcp_congestion_control", "reno\n"),

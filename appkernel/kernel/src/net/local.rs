@@ -32,7 +32,7 @@ impl Socket {
         }
         let from = self.addresses().0.port();
         let found = named().into_iter().filter_map(|other| {
-            if other.kind != self.kind {
+            if !other.is_like(self) {
                 return None;
             }
             let (local, remote) = other.addresses();
@@ -202,6 +202,9 @@ impl Socket {
         if bytes.len() > MAX_PACKET {
             return Err(Errno::EMSGSIZE);
         }
+        if let Some(icmp) = self.icmp {
+            return self.send_icmp(icmp, bytes, to.map(|(address, _)| address));
+        }
         if let Some(target) = self.target_outside(to.as_ref().map(|(address, _)| address)) {
             return self.send_outside(bytes, &target);
         }
@@ -265,6 +268,7 @@ impl Socket {
                 from: from.clone(),
                 bytes: bytes.to_vec(),
                 files: files.to_vec(),
+                hops: 64,
             });
             Some(Ok(bytes.len()))
         };
@@ -346,6 +350,7 @@ impl Socket {
                 from: Address::None,
                 bytes: Vec::new(),
                 files: Vec::new(),
+                hops: 0,
             };
             if self.kind == Kind::Stream {
                 if state.input.is_empty() {
@@ -393,6 +398,7 @@ impl Socket {
                     from: first.from.clone(),
                     bytes: first.bytes.clone(),
                     files: first.files.clone(),
+                    hops: first.hops,
                 })),
                 Some(_) => {
                     state.removed += 1;

@@ -6,6 +6,7 @@
 
 mod address;
 mod device;
+mod icmp;
 pub mod interface;
 mod local;
 mod netlink;
@@ -71,6 +72,15 @@ enum Phase {
     Connected,
 }
 
+/// A socket of datagrams for ICMP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Icmp {
+    /// It asks for echoes and gets their answers, with its port as their number.
+    Ping,
+    /// It sends anything and gets everything.
+    Raw,
+}
+
 /// What a socket has beyond the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wire {
@@ -86,6 +96,12 @@ mod with {
     pub const LINGER: (u32, u32) = (1, 13);
     pub const NO_DELAY: (u32, u32) = (6, 1);
     pub const V6_ONLY: (u32, u32) = (41, 26);
+    pub const TOS: (u32, u32) = (0, 1);
+    pub const TTL: (u32, u32) = (0, 2);
+    pub const V6_HOPS: (u32, u32) = (41, 16);
+    pub const V6_CLASS: (u32, u32) = (41, 67);
+    /// Types that a raw socket does not want.
+    pub const ICMP_FILTER: (u32, u32) = (255, 1);
 }
 
 /// What a call waits for, as far as its time is limited (SO_RCVTIMEO, SO_SNDTIMEO).
@@ -100,6 +116,8 @@ pub struct Packet {
     pub from: Address,
     pub bytes: Vec<u8>,
     pub files: Vec<Arc<File>>,
+    /// How many more hops it would have lived; 0: not known.
+    pub hops: u8,
 }
 
 #[derive(Default)]
@@ -138,6 +156,8 @@ struct State {
 pub struct Socket {
     pub family: u16,
     pub kind: Kind,
+    /// Neither TCP nor UDP.
+    pub icmp: Option<Icmp>,
     number: u64,
     /// Process, user and group of who made it.
     owner: (u32, u32, u32),
@@ -159,19 +179,38 @@ fn named() -> Vec<Arc<Socket>> {
 
 /// A new socket.
 pub fn make(family: u16, kind: Kind) -> Arc<Socket> {
+    make_with(family, kind, None)
+}
+
+/// A new socket for ICMP.
+///
+/// # Errors
+/// Too many sockets of this kind.
+pub fn make_icmp(family: u16, icmp: Icmp) -> Result<Arc<Socket>, Errno> {
+    let socket = make_with(family, Kind::Datagram, Some(icmp));
+    icmp::register(&socket)?;
+    Ok(socket)
+}
+
+fn make_with(family: u16, kind: Kind, icmp: Option<Icmp>) -> Arc<Socket> {
     let me = task::current();
     let (uid, gid) = {
         let own = me.credentials.lock();
         (own.euid, own.egid)
     };
-    make_for(family, kind, (me.process, uid, gid))
+    make_of(family, kind, icmp, (me.process, uid, gid))
 }
 
 /// A new socket of that process, user and group.
 fn make_for(family: u16, kind: Kind, owner: (u32, u32, u32)) -> Arc<Socket> {
+    make_of(family, kind, None, owner)
+}
+
+fn make_of(family: u16, kind: Kind, icmp: Option<Icmp>, owner: (u32, u32, u32)) -> Arc<Socket> {
     Arc::new_cyclic(|weak| Socket {
         family,
         kind,
+        icmp,
         number: NEXT.fetch_add(1, Ordering::Relaxed),
         owner,
         me: Weak::clone(weak),
@@ -194,6 +233,11 @@ pub fn pair(family: u16, kind: Kind) -> (Arc<Socket>, Arc<Socket>) {
 impl Socket {
     fn is_inet(&self) -> bool {
         matches!(self.family, family::INET | family::INET6)
+    }
+
+    /// Whether two may hear of each other, and cannot have the same address.
+    fn is_like(&self, other: &Self) -> bool {
+        (self.kind, self.icmp) == (other.kind, other.icmp)
     }
 
     /// Own address, and the other side's.
@@ -263,7 +307,9 @@ impl Socket {
         }
         let mut address = address;
         if let Address::Inet { port, .. } = &mut address {
-            if *port == 0 {
+            if self.icmp == Some(Icmp::Raw) {
+                *port = 0;
+            } else if *port == 0 {
                 *port = self.free_port()?;
             } else if self.in_use(&address) {
                 return Err(Errno::EADDRINUSE);
@@ -313,7 +359,7 @@ impl Socket {
         let shares = |s: &Self, (level, name)| s.option(level, name).unwrap_or(0) != 0;
         named().iter().any(|other| {
             let (local, listens) = (other.addresses().0, other.listens());
-            let same = other.kind == self.kind && other.is_inet() && local.overlaps(address);
+            let same = other.is_like(self) && other.is_inet() && local.overlaps(address);
             let both = shares(self, with::REUSEPORT) && shares(other, with::REUSEPORT);
             // Connections that were accepted share their listener's port.
             let old = self.kind == Kind::Stream && !listens && shares(self, with::REUSEADDR);
@@ -325,7 +371,7 @@ impl Socket {
     fn free_port(&self) -> Result<u16, Errno> {
         let used: Vec<u16> = named()
             .iter()
-            .filter(|s| s.kind == self.kind)
+            .filter(|s| s.is_like(self))
             .filter_map(|s| s.addresses().0.port())
             .collect();
         let range = EPHEMERAL.1 - EPHEMERAL.0 + 1;

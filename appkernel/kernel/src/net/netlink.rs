@@ -35,6 +35,7 @@ pub fn ask(socket: &Socket, bytes: &[u8]) -> Result<usize, Errno> {
             from: Address::Netlink(0),
             bytes,
             files: Vec::new(),
+            hops: 0,
         });
     }
     drop(state);

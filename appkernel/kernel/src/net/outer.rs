@@ -14,11 +14,11 @@ use super::{
 use crate::task;
 
 impl Socket {
-    fn is_v6(&self) -> bool {
+    pub(super) fn is_v6(&self) -> bool {
         self.family == family::INET6
     }
 
-    fn address(&self, of: SocketAddr) -> Address {
+    pub(super) fn address(&self, of: SocketAddr) -> Address {
         Address::from_ip(of.ip(), of.port(), self.is_v6())
     }
 
@@ -29,7 +29,7 @@ impl Socket {
     }
 
     /// The own end of what goes to another machine; gives itself a port if it has none.
-    fn end_towards(&self, to: SocketAddr) -> Result<SocketAddr, Errno> {
+    pub(super) fn end_towards(&self, to: SocketAddr) -> Result<SocketAddr, Errno> {
         self.name_itself()?;
         let local = self.addresses().0;
         if local.is_loopback() {
@@ -125,7 +125,8 @@ impl Socket {
             let state = self.state.lock();
             (state.local.clone(), state.wire)
         };
-        let outside = self.is_inet() && self.kind == Kind::Datagram && !local.is_loopback();
+        let udp = self.kind == Kind::Datagram && self.icmp.is_none();
+        let outside = self.is_inet() && udp && !local.is_loopback();
         if let Some(port) = local.port().filter(|_| outside && wire.is_none()) {
             stack::open_udp(port)?;
             self.state.lock().wire = Some(Wire::Udp(port));
@@ -231,7 +232,7 @@ impl Socket {
 
 fn datagram_sockets() -> Vec<Arc<Socket>> {
     let mut all = named();
-    all.retain(|s| s.is_inet() && s.kind == Kind::Datagram);
+    all.retain(|s| s.is_inet() && s.kind == Kind::Datagram && s.icmp.is_none());
     all
 }
 
@@ -247,23 +248,30 @@ pub fn deliver(from: SocketAddr, to: SocketAddr, bytes: &[u8]) {
     let Some((_, socket)) = found.min_by_key(|(rank, _)| *rank) else {
         return;
     };
-    let from = socket.address(from);
-    let mut state = socket.state.lock();
-    let held: usize = state.packets.iter().map(|p| p.bytes.len()).sum();
-    // Lost when nobody reads it.
-    if state.packets.len() >= MAX_PACKETS
-        || held >= BUFFER
-        || state.read_closed
-        || appkernel_hal::frames::is_scarce()
-    {
-        return;
+    socket.put_datagram(socket.address(from), bytes, 0);
+}
+
+impl Socket {
+    /// A datagram came.
+    pub(super) fn put_datagram(&self, from: Address, bytes: &[u8], hops: u8) {
+        let mut state = self.state.lock();
+        let held: usize = state.packets.iter().map(|p| p.bytes.len()).sum();
+        // Lost when nobody reads it.
+        if state.packets.len() >= MAX_PACKETS
+            || held >= BUFFER
+            || state.read_closed
+            || appkernel_hal::frames::is_scarce()
+        {
+            return;
+        }
+        state.arrived += 1;
+        state.packets.push_back(Packet {
+            from,
+            bytes: bytes.to_vec(),
+            files: Vec::new(),
+            hops,
+        });
     }
-    state.arrived += 1;
-    state.packets.push_back(Packet {
-        from,
-        bytes: bytes.to_vec(),
-        files: Vec::new(),
-    });
 }
 
 /// Nobody takes the datagrams from one address to another; whether somebody here is connected so.

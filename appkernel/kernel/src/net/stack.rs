@@ -4,6 +4,7 @@
 //! connections and let the thread run. Who holds `STACK` may take a socket's state, never the other
 //! way round.
 
+mod icmp;
 mod tcp;
 mod udp;
 
@@ -26,6 +27,7 @@ use super::Socket;
 use super::device::Device;
 use crate::{log, task};
 
+pub use icmp::{open as open_icmp, send as send_icmp};
 pub use tcp::{
     all as connections, close, connect, drained, listen, room, send, set_no_delay, shut_down,
 };
@@ -44,6 +46,7 @@ struct Stack {
     sockets: SocketSet<'static>,
     connections: Vec<tcp::Connection>,
     ports: Vec<udp::Port>,
+    icmp: Option<icmp::Icmp>,
     listeners: Vec<Weak<Socket>>,
 }
 
@@ -79,6 +82,7 @@ pub fn start(mut device: Device) {
         sockets: SocketSet::new(Vec::new()),
         connections: Vec::new(),
         ports: Vec::new(),
+        icmp: None,
         listeners: Vec::new(),
     });
     if task::kernel_thread(b"network", run).is_none() {
@@ -233,6 +237,7 @@ impl Stack {
             self.device.done();
             moved |= result == PollIngressSingleResult::SocketStateChanged;
             moved |= self.receive_udp();
+            moved |= self.receive_icmp();
         }
         moved |= self.look();
         self.interface.poll_maintenance(now);

@@ -43,7 +43,7 @@ fn sockets(kind: Kind, v6: bool) -> String {
     );
     let mut number = 0;
     for socket in named() {
-        if !socket.is_inet() || socket.kind != kind {
+        if !socket.is_inet() || socket.kind != kind || socket.icmp.is_some() {
             continue;
         }
         let (local, remote) = socket.addresses();

@@ -21,6 +21,8 @@ const FIXED: u32 = 0x10;
 const ANONYMOUS: u32 = 0x20;
 const FIXED_NOREPLACE: u32 = 0x10_0000;
 const LOCKED_NOW: u32 = 0x2000;
+const POPULATE: u32 = 0x8000;
+const NONBLOCK: u32 = 0x1_0000;
 /// MAP_SHARED_VALIDATE: as MAP_SHARED, but with unknown flags refused. Those that Linux has for every
 /// file: it has no MAP_SYNC for ours either.
 const VALIDATED: u32 = 3;
@@ -95,25 +97,37 @@ fn lock(c: &Call<'_>, flags: u32) -> Result {
         return Err(Errno::EINVAL);
     }
     let (start, end) = pages(c.arg(0), c.arg(1))?;
-    let mm = c.task.mm();
-    let mut mm = mm.lock();
-    let more = (end - start).saturating_sub(mm.locked_bytes(start, end));
-    may_lock(c, mm.locked_bytes(0, USER_END).saturating_add(more))?;
-    if !mm.areas.covers(start, end) {
-        return Err(Errno::ENOMEM);
+    {
+        let mm = c.task.mm();
+        let mut mm = mm.lock();
+        let more = (end - start).saturating_sub(mm.locked_bytes(start, end));
+        may_lock(c, mm.locked_bytes(0, USER_END).saturating_add(more))?;
+        if !mm.areas.covers(start, end) {
+            return Err(Errno::ENOMEM);
+        }
+        mm.lock(start, end);
     }
-    mm.lock(start, end);
     if flags & ON_FAULT == 0 {
-        let count = mm.populate(start, end)?;
-        count_pages(c, count);
+        populate(c, start, end)?;
     }
     Ok(0)
 }
 
-/// Pages that came otherwise than by being touched count for the container's limit all the same:
-/// the next one that is touched finds them.
-fn count_pages(c: &Call<'_>, count: u64) {
-    c.task.container.charge.add(count);
+/// Brings the pages of a range, in pieces, so that others run in between. They count for the container's
+/// limit as if they were touched; where that is passed it ends, and the next page that is touched, or the
+/// next call, finds it so.
+fn populate(c: &Call<'_>, start: u64, end: u64) -> Result<()> {
+    const PIECE: u64 = 256 * PAGE;
+    let mm = c.task.mm();
+    let mut at = start;
+    while at < end && !c.task.container.charge.is_over() {
+        let next = at.saturating_add(PIECE).min(end);
+        let count = mm.lock().populate(at, next)?;
+        c.task.container.charge.add(count);
+        at = next;
+        task::breathe()?;
+    }
+    Ok(())
 }
 
 fn unlock(c: &Call<'_>) -> Result {
@@ -256,8 +270,11 @@ fn map(c: &Call<'_>) -> Result {
     })?;
     if flags & LOCKED_NOW != 0 {
         mm.lock(start, end);
+    }
+    drop(mm);
+    if flags & LOCKED_NOW != 0 || flags & (POPULATE | NONBLOCK) == POPULATE {
         // What cannot come now comes when it is touched.
-        count_pages(c, mm.populate(start, end).unwrap_or(0));
+        let _ = populate(c, start, end);
     }
     Ok(start)
 }
@@ -438,6 +455,13 @@ fn brk(c: &Call<'_>) -> Result {
 fn advise(c: &Call<'_>) -> Result {
     const DONTNEED: u32 = 4;
     let (start, end) = range(c.arg(0), c.arg(1))?;
+    // MADV_POPULATE_READ, MADV_POPULATE_WRITE.
+    if matches!(c.uint(2), 22 | 23) {
+        if !c.task.mm().lock().areas.covers(start, end) {
+            return Err(Errno::ENOMEM);
+        }
+        return populate(c, start, end).map(|()| 0);
+    }
     let mm = c.task.mm();
     let mut mm = mm.lock();
     match c.uint(2) {

@@ -8,7 +8,7 @@ use appkernel_core::errno::Errno;
 use super::sockets::{SOL_SOCKET, socket, with};
 use super::{Call, Result, get, get_u64, put};
 use crate::container::visible;
-use crate::net::{Kind, Socket, Waits, family};
+use crate::net::{Icmp, Kind, Socket, Waits, family};
 
 /// Names at the level of sockets.
 mod name {
@@ -129,13 +129,18 @@ fn tcp_info(socket: &Socket) -> Vec<u8> {
 /// Whether a socket has options of a level at all.
 fn has_level(socket: &Socket, level: u32) -> bool {
     const UDP: u32 = 17;
+    const ICMP_V6: u32 = 58;
+    const RAW: u32 = 255;
     const NETLINK: u32 = 270;
     match (socket.family, level) {
         (_, SOL_SOCKET) => true,
         (family::NETLINK, level) => level == NETLINK,
         (family::INET6, IPPROTO_IPV6) | (family::INET | family::INET6, IPPROTO_IP) => true,
         (family::INET | family::INET6, IPPROTO_TCP) => socket.kind == Kind::Stream,
-        (family::INET | family::INET6, UDP) => socket.kind == Kind::Datagram,
+        (family::INET | family::INET6, UDP) => {
+            socket.kind == Kind::Datagram && socket.icmp.is_none()
+        }
+        (family::INET, RAW) | (family::INET6, ICMP_V6) => socket.icmp == Some(Icmp::Raw),
         _ => false,
     }
 }
@@ -156,12 +161,15 @@ pub fn get_option(c: &Call<'_>) -> Result {
         (SOL_SOCKET, name::TYPE) => word(match socket.kind {
             Kind::Stream => 1,
             Kind::Datagram if socket.family == family::NETLINK => 3,
+            Kind::Datagram if socket.icmp == Some(Icmp::Raw) => 3,
             Kind::Datagram => 2,
             Kind::Packets => 5,
         }),
         (SOL_SOCKET, name::ERROR) => word(socket.take_error().map_or(0, |e| e.0.cast_unsigned())),
         (SOL_SOCKET, name::PROTOCOL) => word(match (socket.family, socket.kind) {
             (family::UNIX | family::NETLINK, _) => 0,
+            (family::INET, _) if socket.icmp.is_some() => 1,
+            _ if socket.icmp.is_some() => 58,
             (_, Kind::Stream) => 6,
             _ => 17,
         }),

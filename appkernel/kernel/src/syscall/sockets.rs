@@ -11,7 +11,7 @@ use super::{Call, Result, get, get_u64, paths, put, socket_options};
 use crate::fs;
 use crate::fs::file::{File, Kind as FileKind, flag};
 use crate::fs::node::kind;
-use crate::net::{self, Address, Kind, Socket, family, interface};
+use crate::net::{self, Address, Icmp, Kind, Socket, family, interface};
 use crate::signal::{self, Info, Signal};
 
 /// Flags of messages.
@@ -33,6 +33,8 @@ const MAX_BYTES: usize = 64 << 10;
 /// Most bytes beside a message.
 const MAX_CONTROL: usize = 4096;
 const MAX_PASSED: usize = 253;
+/// The capability that raw sockets take.
+const NET_RAW: u32 = 13;
 
 /// The calls of this family.
 pub fn call(c: &Call<'_>) -> Option<Result> {
@@ -117,7 +119,27 @@ fn kinds(c: &Call<'_>) -> Result<(u16, Kind)> {
     Ok((of, kind))
 }
 
+/// A socket for ICMP, if that is what is asked for.
+fn icmp(c: &Call<'_>) -> Result<Option<(u16, Icmp)>> {
+    const DATAGRAM: u32 = 2;
+    const RAW: u32 = 3;
+    let of = match (c.uint(0), c.uint(2)) {
+        (2, 1) => family::INET,
+        (10, 58) => family::INET6,
+        _ => return Ok(None),
+    };
+    match c.uint(1) & !(NONBLOCK | CLOEXEC) {
+        DATAGRAM => Ok(Some((of, Icmp::Ping))),
+        RAW if c.task.credentials.lock().capabilities.has(NET_RAW) => Ok(Some((of, Icmp::Raw))),
+        RAW => Err(Errno::EPERM),
+        _ => Ok(None),
+    }
+}
+
 fn make(c: &Call<'_>) -> Result {
+    if let Some((of, icmp)) = icmp(c)? {
+        return insert(c, net::make_icmp(of, icmp)?, c.uint(1)).map(|fd| fd as u64);
+    }
     let (of, kind) = kinds(c)?;
     insert(c, net::make(of, kind), c.uint(1)).map(|fd| fd as u64)
 }
@@ -526,6 +548,20 @@ fn receive_message(c: &Call<'_>, at: u64, flags: u32) -> Result {
             used = len.next_multiple_of(8).min(control_room);
         }
     }
+    if let Some((level, name)) = hops_wanted(socket)
+        && packet.hops > 0
+    {
+        const LEN: usize = 20;
+        if control_room < LEN {
+            out_flags |= message::CTRUNC;
+        } else {
+            let mut bytes = (LEN as u64).to_le_bytes().to_vec();
+            let fields = [level, name, packet.hops.into()];
+            bytes.extend(fields.iter().flat_map(|n| n.to_le_bytes()));
+            put(control, &bytes)?;
+            used = LEN.next_multiple_of(8).min(control_room);
+        }
+    }
     put(at.wrapping_add(40), &(used as u64).to_le_bytes())?;
     put(at.wrapping_add(48), &out_flags.to_le_bytes())?;
     Ok(if flags & message::TRUNC != 0 {
@@ -533,6 +569,19 @@ fn receive_message(c: &Call<'_>, at: u64, flags: u32) -> Result {
     } else {
         done as u64
     })
+}
+
+/// Level and name of the message that tells how many hops a packet had left, if the program wants it.
+fn hops_wanted(socket: &Socket) -> Option<(u32, u32)> {
+    const IP: (u32, u32, u32) = (0, 12, 2);
+    const IPV6: (u32, u32, u32) = (41, 51, 52);
+    let (level, option, name) = match socket.family {
+        _ if socket.kind != Kind::Datagram => return None,
+        family::INET => IP,
+        family::INET6 => IPV6,
+        _ => return None,
+    };
+    (socket.option(level, option).unwrap_or(0) != 0).then_some((level, name))
 }
 
 /// sendmmsg and recvmmsg: one after the other, and only the first waits.

@@ -3,11 +3,11 @@
 //! What happens in the guest is its agent's part; [`sandbox`] passes calls about containers on.
 //! Which guests there are, and how they differ, is said in [`guests`] alone.
 
-mod container_spec;
+pub(super) mod container_spec;
 mod debug_socket;
 mod disks;
 mod guest;
-mod guests;
+pub(super) mod guests;
 mod machine;
 mod netlink;
 mod network;

@@ -6,7 +6,7 @@ mod artifact;
 mod ordinary;
 mod root;
 mod sandbox;
-mod spec;
+pub(super) mod spec;
 mod stdio;
 
 use std::fs::File;

@@ -165,6 +165,7 @@ impl Stack {
     pub(super) fn look(&mut self) -> bool {
         let mut moved = false;
         self.look_at_ports();
+        self.look_at_icmp();
         let mut connections = core::mem::take(&mut self.connections);
         connections.retain_mut(|c| {
             let keep = match c.phase {
@@ -327,6 +328,7 @@ impl Stack {
         limits
             .filter(|at| *at > now)
             .chain(self.ports_deadline())
+            .chain(self.icmp_deadline())
             .min()
     }
 }
