@@ -88,11 +88,15 @@ fixtures:
 supply-chain:
     tests/supply-chain/check
 
+# Build kernel, app kernel, guest image and daemon twice, in two places, and compare (or only PARTS)
+reproducible *PARTS: _disk
+    tests/supply-chain/reproducible {{PARTS}}
+
 # Format, clippy and shell checks
 lint:
     cargo fmt --all --check
     cargo clippy --workspace --all-targets -- -D warnings
-    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build tests/deb/build tests/deb/check tests/critest/critest tests/supply-chain/check tests/dependencies tests/ltp/build tests/ltp/driver.sh tests/guest/build tests/programs/src/git.sh tests/programs/src/compile.sh
+    shellcheck dev .ci/run kernel-config/build rootfs/build rootfs/initramfs agent/build appkernel/build tests/deb/build tests/deb/check tests/critest/critest tests/supply-chain/check tests/supply-chain/remap tests/supply-chain/reproducible tests/dependencies tests/ltp/build tests/ltp/driver.sh tests/guest/build tests/programs/src/git.sh tests/programs/src/compile.sh
 
 # Before any compiler runs: is the disk large enough?
 _disk:
