@@ -2,7 +2,6 @@
 
 use core::alloc::{GlobalAlloc, Layout};
 use core::ptr::null_mut;
-use core::sync::atomic::{AtomicPtr, Ordering};
 
 use crate::sync::Mutex;
 use crate::{PAGE, direct, frames};
@@ -28,22 +27,17 @@ impl Heap {
 
 /// What gives memory back when there is none left: caches. Whoever allocates may hold any lock, so it
 /// takes only those that are free; it says whether it freed anything.
-static HELP: AtomicPtr<()> = AtomicPtr::new(null_mut());
+static HELP: Mutex<Option<fn() -> bool>> = Mutex::new(None);
 
 /// Names what gives memory back.
 pub fn ask_for_help(help: fn() -> bool) {
-    HELP.store(help as *mut (), Ordering::Relaxed);
+    *HELP.lock() = Some(help);
 }
 
 /// Asks for memory back; says whether there was any.
 pub(crate) fn help() -> bool {
-    let help = HELP.load(Ordering::Relaxed);
-    if help.is_null() {
-        return false;
-    }
-    // SAFETY: only `ask_for_help` writes it, with a function of this type.
-    let help = unsafe { core::mem::transmute::<*mut (), fn() -> bool>(help) };
-    help()
+    let help = *HELP.lock();
+    help.is_some_and(|help| help())
 }
 
 /// Frames in a row, also those that caches give back.

@@ -66,8 +66,10 @@ pub struct Mapping {
 impl Mapping {
     /// A mapping of a file.
     pub fn new(node: Node, path: Vec<u8>, shared: bool) -> Arc<Self> {
-        if let (Node::Share(node), true) = (&node, shared) {
-            node.mapped();
+        match (&node, shared) {
+            (Node::Share(node), true) => node.mapped(),
+            (Node::Memory(node), true) => node.mapped(),
+            _ => {}
         }
         Arc::new(Self { node, path, shared })
     }
@@ -80,8 +82,10 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if let (Node::Share(node), true) = (&self.node, self.shared) {
-            node.unmapped();
+        match (&self.node, self.shared) {
+            (Node::Share(node), true) => node.unmapped(),
+            (Node::Memory(node), true) => node.unmapped(),
+            _ => {}
         }
     }
 }
@@ -267,6 +271,29 @@ impl Mm {
             }
         }
         Ok(count)
+    }
+
+    /// Whether the page at an address is in memory: mapped, or in the cache of its file.
+    pub fn is_resident(&mut self, address: u64) -> bool {
+        if self.table.get(address) & PRESENT != 0 {
+            return true;
+        }
+        let Some(area) = self.areas.find(address) else {
+            return false;
+        };
+        let Backing::File(file, offset) = &area.backing else {
+            return false;
+        };
+        let index = (offset + (address - area.start)) / PAGE;
+        match &file.node {
+            Node::Share(node) => {
+                let mut found = false;
+                node.cached_pages(index, index + 1, |_, _| found = true);
+                found
+            }
+            Node::Memory(node) => node.has_page(index),
+            _ => false,
+        }
     }
 
     /// Drops the contents of private pages: zeros, or the file's, come back at the next touch.

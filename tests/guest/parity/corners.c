@@ -297,6 +297,71 @@ static void names(const char *dir)
     close(file);
 }
 
+// Files in memory that can be kept from changes for good, and holes in them.
+static void sealed(void)
+{
+    char text[16] = "";
+    int plain = memfd_create("plain", 0), file = memfd_create("sealed", MFD_ALLOW_SEALING | MFD_CLOEXEC);
+    show("seals of a plain one", fcntl(plain, F_GET_SEALS));
+    show("which gets no others", fcntl(plain, F_ADD_SEALS, F_SEAL_WRITE));
+    show("unknown flags", memfd_create("x", 0x40));
+    show("seals", fcntl(file, F_GET_SEALS));
+    show("no such seal", fcntl(file, F_ADD_SEALS, 0x4000));
+    show("writing", write(file, "0123456789", 10));
+    show("no growing", fcntl(file, F_ADD_SEALS, F_SEAL_GROW));
+    show("growing", ftruncate(file, 11));
+    show("writing behind the end", pwrite(file, "x", 1, 10));
+    show("writing within", pwrite(file, "x", 1, 9));
+    show("shrinking", ftruncate(file, 9));
+    show("no shrinking", fcntl(file, F_ADD_SEALS, F_SEAL_SHRINK));
+    show("shrinking again", ftruncate(file, 5));
+    char *mapped = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    show("no writing while it is mapped", fcntl(file, F_ADD_SEALS, F_SEAL_WRITE));
+    munmap(mapped, 4096);
+    show("no writing", fcntl(file, F_ADD_SEALS, F_SEAL_WRITE));
+    show("writing", pwrite(file, "x", 1, 0));
+    show("a hole", fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 4));
+    mapped = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    show("mapped for writing", mapped == MAP_FAILED ? -1 : 0);
+    mapped = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0);
+    show("a copy", mapped == MAP_FAILED ? -1 : (mapped[0] = 'c'));
+    mapped = mmap(NULL, 4096, PROT_READ, MAP_SHARED, file, 0);
+    show("mapped for reading", mapped == MAP_FAILED ? -1 : mapped[0]);
+    show("made writable", mprotect(mapped, 4096, PROT_READ | PROT_WRITE));
+    show("no more seals", fcntl(file, F_ADD_SEALS, F_SEAL_SEAL));
+    show("one more", fcntl(file, F_ADD_SEALS, F_SEAL_GROW));
+    show("seals", fcntl(file, F_GET_SEALS));
+    show("of a pipe", fcntl(pipe((int[2]){0}) ? 0 : 1, F_GET_SEALS));
+    ftruncate(plain, 3 * 4096);
+    for (int i = 0; i < 3; i++)
+        pwrite(plain, "page", 4, i * 4096);
+    show("a hole in the middle", fallocate(plain, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 2, 4096 + 2));
+    for (int i = 0; i < 3; i++) {
+        memset(text, 0, sizeof text);
+        show("read", pread(plain, text, 4, i * 4096));
+        printf("%s, %d\n", text, text[3]);
+    }
+    struct stat status;
+    fstat(plain, &status);
+    show("size", status.st_size);
+}
+
+// Pages that are brought before they are touched.
+static void populated(void)
+{
+    char *all = mmap(NULL, 64 * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    unsigned char there[64];
+    mincore(all, 64 * 4096, there);
+    int count = 0;
+    for (int i = 0; i < 64; i++)
+        count += there[i] & 1;
+    printf("there: %d, %d\n", count, all[63 * 4096]);
+    show("madvise", madvise(all, 64 * 4096, MADV_POPULATE_WRITE));
+    munmap(all + 4096, 4096);
+    show("with a hole", madvise(all, 64 * 4096, MADV_POPULATE_READ));
+    munmap(all, 64 * 4096);
+}
+
 int main(int count, char **words)
 {
     (void)words;
@@ -312,6 +377,8 @@ int main(int count, char **words)
     wrong_kinds();
     kept_from_children();
     reaper();
+    sealed();
+    populated();
     names("/tmp");
     names("/dev/shm");
     return 0;

@@ -67,6 +67,22 @@ struct State {
     extended: xattr::Attributes,
     /// It was made without a name, and may get one.
     linkable: bool,
+    /// What cannot be done with it any more ([`seal`]).
+    seals: u32,
+    /// Mappings through which it can be changed.
+    mappings: usize,
+}
+
+/// What memfd_create(2)'s files can be kept from, for good.
+pub mod seal {
+    pub const SEAL: u32 = 1;
+    pub const SHRINK: u32 = 2;
+    pub const GROW: u32 = 4;
+    pub const WRITE: u32 = 8;
+    pub const FUTURE_WRITE: u32 = 0x10;
+    pub const EXEC: u32 = 0x20;
+    /// All of them.
+    pub const ALL: u32 = 0x3f;
 }
 
 /// A file in memory.
@@ -167,6 +183,8 @@ fn node(
             locks: Locks::default(),
             extended: xattr::Attributes::default(),
             linkable: false,
+            seals: seal::SEAL,
+            mappings: 0,
         }),
     })
 }
@@ -182,6 +200,15 @@ fn drop_privileges(attributes: &mut Attributes) {
     // Without the group's right to execute it, the bit means something else.
     if attributes.mode & SET_GROUP == SET_GROUP {
         attributes.mode &= !0o2000;
+    }
+}
+
+/// Makes zeros of a part of a page; the caller has the file locked that owns it.
+fn make_zeros(frame: u64, from: usize, to: usize) {
+    // SAFETY: the file owns the frame, and is locked.
+    let bytes = unsafe { frames::bytes(frame) };
+    if let Some(part) = bytes.get_mut(from..to) {
+        part.fill(0);
     }
 }
 
@@ -221,14 +248,57 @@ impl Node {
         attributes
     }
 
+    /// What cannot be done with it any more.
+    pub fn seals(&self) -> u32 {
+        self.state.lock().seals
+    }
+
+    /// Of a new file: others may follow, unless `seals` says not.
+    pub fn begin_seals(&self, seals: u32) {
+        self.state.lock().seals = seals;
+    }
+
+    /// Adds to what cannot be done with it.
+    ///
+    /// # Errors
+    /// `EINVAL`: unknown. `EPERM`: there can be no more. `EBUSY`: somebody has mapped it to change it.
+    pub fn add_seals(&self, seals: u32) -> Result<(), Errno> {
+        if seals & !seal::ALL != 0 {
+            return Err(Errno::EINVAL);
+        }
+        let mut state = self.state.lock();
+        if state.seals & seal::SEAL != 0 {
+            return Err(Errno::EPERM);
+        }
+        if seals & seal::WRITE != 0 && state.mappings > 0 {
+            return Err(Errno::EBUSY);
+        }
+        state.seals |= seals;
+        Ok(())
+    }
+
+    /// There is one more mapping through which it can be changed.
+    pub fn mapped(&self) {
+        self.state.lock().mappings += 1;
+    }
+
+    /// There is one less.
+    pub fn unmapped(&self) {
+        let mut state = self.state.lock();
+        state.mappings = state.mappings.saturating_sub(1);
+    }
+
     /// Changes attributes.
     pub fn change(&self, change: &Change) -> Result<(), Errno> {
         if let Some(size) = change.size {
             self.resize(size)?;
         }
         let mut state = self.state.lock();
-        let attributes = &mut state.attributes;
+        let (seals, attributes) = (state.seals, &mut state.attributes);
         if let Some(mode) = change.mode {
+            if seals & seal::EXEC != 0 && (mode ^ attributes.mode) & 0o111 != 0 {
+                return Err(Errno::EPERM);
+            }
             attributes.mode = attributes.mode & kind::MASK | mode & 0o7777;
         }
         if change.uid.is_some() || change.gid.is_some() {
@@ -250,6 +320,10 @@ impl Node {
             return Err(Errno::EFBIG);
         }
         let mut state = self.state.lock();
+        let (seals, old) = (state.seals, state.attributes.size);
+        if size < old && seals & seal::SHRINK != 0 || size > old && seals & seal::GROW != 0 {
+            return Err(Errno::EPERM);
+        }
         let Content::File(pages) = &mut state.content else {
             return Err(Errno::EINVAL);
         };
@@ -258,17 +332,52 @@ impl Node {
         if !size.is_multiple_of(PAGE)
             && let Some(frame) = pages.get(&(size / PAGE))
         {
-            // SAFETY: the file owns the frame, and is locked.
-            let bytes = unsafe { frames::bytes(*frame) };
-            if let Some(tail) = bytes.get_mut((size % PAGE) as usize..) {
-                tail.fill(0);
-            }
+            make_zeros(*frame, (size % PAGE) as usize, PAGE as usize);
         }
         state.attributes.size = size;
         state.touch();
         drop(state);
         self.shared.gave_back(gone.len());
         for frame in gone.into_values() {
+            frames::release(frame, 0);
+        }
+        Ok(())
+    }
+
+    /// Makes zeros of a part of the file, and gives back its pages but those that are mapped.
+    ///
+    /// # Errors
+    /// `EPERM`: it cannot be written any more.
+    pub fn punch(&self, start: u64, end: u64) -> Result<(), Errno> {
+        let mut state = self.state.lock();
+        if state.seals & (seal::WRITE | seal::FUTURE_WRITE) != 0 {
+            return Err(Errno::EPERM);
+        }
+        let Content::File(pages) = &mut state.content else {
+            return Err(Errno::EINVAL);
+        };
+        let mut gone = Vec::new();
+        let within: Vec<u64> = pages
+            .range(start / PAGE..end.div_ceil(PAGE))
+            .map(|(index, _)| *index)
+            .collect();
+        for index in within {
+            let Some(frame) = pages.get(&index).copied() else {
+                continue;
+            };
+            let (from, to) = (start.max(index * PAGE), end.min((index + 1) * PAGE));
+            if to - from == PAGE && frames::owners(frame) == 1 {
+                pages.remove(&index);
+                gone.push(frame);
+                continue;
+            }
+            let inside = (from % PAGE) as usize;
+            make_zeros(frame, inside, inside + (to - from) as usize);
+        }
+        state.touch();
+        drop(state);
+        self.shared.gave_back(gone.len());
+        for frame in gone {
             frames::release(frame, 0);
         }
         Ok(())
@@ -581,6 +690,14 @@ impl Node {
         Ok(frame)
     }
 
+    /// Whether a page is more than a hole.
+    pub fn has_page(&self, index: u64) -> bool {
+        match &self.state.lock().content {
+            Content::File(pages) => pages.contains_key(&index),
+            _ => false,
+        }
+    }
+
     /// Reads; holes are zeros.
     pub fn read(&self, offset: u64, to: &mut [u8]) -> usize {
         let state = self.state.lock();
@@ -619,6 +736,11 @@ impl Node {
             return Err(Errno::EFBIG);
         }
         let mut state = self.state.lock();
+        let sealed = state.seals & (seal::WRITE | seal::FUTURE_WRITE) != 0
+            || state.seals & seal::GROW != 0 && end > state.attributes.size;
+        if sealed && !from.is_empty() {
+            return Err(Errno::EPERM);
+        }
         if state.attributes.mode & 0o6000 != 0
             && !crate::task::current().credentials.lock().is_root()
         {

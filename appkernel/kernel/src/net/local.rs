@@ -217,9 +217,8 @@ impl Socket {
             None => {
                 let state = self.state.lock();
                 if !matches!(state.phase, Phase::Connected) {
-                    return Err(match (self.kind, self.is_inet(), &state.phase) {
-                        (Kind::Datagram, true, _) => Errno::EDESTADDRREQ,
-                        (Kind::Stream, true, Phase::Idle) => Errno::EPIPE,
+                    return Err(match (self.kind, self.is_inet()) {
+                        (Kind::Datagram, true) => Errno::EDESTADDRREQ,
                         _ => Errno::ENOTCONN,
                     });
                 }
@@ -288,6 +287,7 @@ impl Socket {
                     match state.phase {
                         Phase::Connected => {}
                         Phase::Connecting => return None,
+                        _ if self.is_inet() => return Some(Err(Errno::EPIPE)),
                         _ => return Some(Err(Errno::ENOTCONN)),
                     }
                     (state.peer.upgrade(), state.wire)

@@ -13,7 +13,8 @@ use appkernel_hal::sync::Mutex;
 
 use super::{Call, Result, get, get_timespec, get_u64, polls, put, put_words};
 use crate::fs::file::{File, Kind, Object, Ready, flag};
-use crate::fs::memory;
+use crate::fs::fuse::Change;
+use crate::fs::memory::{self, seal};
 use crate::fs::node::Node;
 use crate::signal::{self, Signal};
 use crate::task;
@@ -676,9 +677,33 @@ fn wait(c: &Call<'_>, ns: Option<u64>, mask_at: u64) -> Result {
 /// memfd_create(2).
 fn memory_file(c: &Call<'_>) -> Result {
     const CLOSE: u32 = 1;
+    const ALLOW_SEALING: u32 = 2;
+    const HUGE: u32 = 4;
+    const NO_EXEC_SEAL: u32 = 8;
+    const EXEC: u32 = 0x10;
+    let flags = c.uint(1);
+    let known = CLOSE | ALLOW_SEALING | HUGE | NO_EXEC_SEAL | EXEC;
+    let sizes = if flags & HUGE != 0 { 0x3f << 26 } else { 0 };
+    if flags & !(known | sizes) != 0 || flags & (NO_EXEC_SEAL | EXEC) == NO_EXEC_SEAL | EXEC {
+        return Err(Errno::EINVAL);
+    }
     let name = super::get_string(c.arg(0), 250, Errno::EINVAL)?;
+    if flags & HUGE != 0 {
+        // There are no such pages.
+        return Err(Errno::ENODEV);
+    }
     let owner = c.task.credentials.lock().owner();
-    let node = Node::Memory(memory::anonymous(owner));
+    let node = memory::anonymous(owner);
+    if flags & NO_EXEC_SEAL != 0 {
+        node.change(&Change {
+            mode: Some(0o666),
+            ..Change::default()
+        })?;
+        node.begin_seals(seal::EXEC);
+    } else if flags & ALLOW_SEALING != 0 {
+        node.begin_seals(0);
+    }
+    let node = Node::Memory(node);
     let path = [b"/memfd:".as_slice(), &name, b" (deleted)"].concat();
     let file = Arc::new(File::at(Kind::Regular(node, Some(0)), 2, path));
     let close = c.uint(1) & CLOSE != 0;

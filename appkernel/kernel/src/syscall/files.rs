@@ -463,6 +463,17 @@ fn control(c: &Call<'_>) -> Result {
             Kind::Pipe(pipe, _) => Ok(pipe.capacity() as u64),
             _ => Err(Errno::EBADF),
         },
+        // F_ADD_SEALS, F_GET_SEALS.
+        command @ (1033 | 1034) => match &file.kind {
+            Kind::Regular(Node::Memory(_), handle) if command == 1033 && handle.is_none() => {
+                Err(Errno::EPERM)
+            }
+            Kind::Regular(Node::Memory(node), _) if command == 1033 => {
+                node.add_seals(c.uint(2)).map(|()| 0)
+            }
+            Kind::Regular(Node::Memory(node), _) => Ok(node.seals().into()),
+            _ => Err(Errno::EINVAL),
+        },
         _ => Err(Errno::EINVAL),
     }
 }

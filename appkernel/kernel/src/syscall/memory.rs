@@ -8,7 +8,7 @@ use super::{Call, Result};
 use crate::fs::dev::Device;
 use crate::fs::file::{Kind, flag};
 use crate::fs::fuse::Change;
-use crate::fs::memory;
+use crate::fs::memory::{self, seal};
 use crate::fs::node::Node;
 use crate::mm::{KEPT_BACK, LOWEST, MMAP_TOP, Mapping, WIPED};
 use crate::task::{self, limits::LOCKED};
@@ -216,7 +216,16 @@ fn map(c: &Call<'_>) -> Result {
             }
             Kind::Regular(Node::Proc(_), _) => return Err(Errno::ENODEV),
             Kind::Regular(node, handle) => {
-                let written = shared && writable && handle.is_some();
+                let mut written = shared && writable && handle.is_some();
+                if let Node::Memory(node) = node
+                    && shared
+                    && node.seals() & (seal::WRITE | seal::FUTURE_WRITE) != 0
+                {
+                    if protection & WRITE != 0 {
+                        return Err(Errno::EPERM);
+                    }
+                    written = false;
+                }
                 let mapping = Mapping::new(node.clone(), file.path.clone(), written);
                 Backing::File(mapping, c.arg(5))
             }
@@ -405,19 +414,27 @@ fn sync(c: &Call<'_>) -> Result {
     Ok(0)
 }
 
-/// mincore(2): all is said to be there, which is what it is after a look.
+/// mincore(2).
 fn resident(c: &Call<'_>) -> Result {
     let (start, end) = range(c.arg(0), c.arg(1))?;
     if !c.task.mm().lock().areas.covers(start, end) {
         return Err(Errno::ENOMEM);
     }
     let pages = (end - start) / PAGE;
-    let all = [1; 4096];
     let mut done = 0;
     while done < pages {
-        let piece = all.get(..(pages - done).min(4096) as usize);
-        super::put(c.arg(2).wrapping_add(done), piece.unwrap_or(&all))?;
-        done += 4096;
+        let mut piece = [0; 512];
+        let count = (pages - done).min(512);
+        {
+            let mm = c.task.mm();
+            let mut mm = mm.lock();
+            for (i, there) in (0..count).zip(&mut piece) {
+                *there = mm.is_resident(start + (done + i) * PAGE).into();
+            }
+        }
+        let piece = piece.get(..count as usize).unwrap_or_default();
+        super::put(c.arg(2).wrapping_add(done), piece)?;
+        done += count;
         task::breathe()?;
     }
     Ok(0)
@@ -471,8 +488,15 @@ fn advise(c: &Call<'_>) -> Result {
         10 => mm.set_at_fork(start, end, KEPT_BACK)?,
         18 => mm.set_at_fork(start, end, WIPED)?,
         11 | 19 => mm.set_at_fork(start, end, 0)?,
+        // MADV_FREE is a hint, but for memory of the process's own.
+        8 => {
+            let own = |a: &Area<_>| !a.shared && matches!(a.backing, Backing::Zero);
+            if !mm.areas.within(start, end).all(own) {
+                return Err(Errno::EINVAL);
+            }
+        }
         // Hints.
-        0..=3 | 8 | 12..=17 | 20..=21 => {}
+        0..=3 | 12..=17 | 20..=21 => {}
         _ => return Err(Errno::EINVAL),
     }
     // Said last: what is mapped follows the advice.

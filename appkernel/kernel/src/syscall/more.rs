@@ -6,6 +6,7 @@ use appkernel_core::errno::Errno;
 use super::{Call, Result, get, moves, put};
 use crate::fs::file::Kind;
 use crate::fs::fuse::Change;
+use crate::fs::node::Node;
 
 /// The calls of this family.
 pub fn call(c: &Call<'_>) -> Option<Result> {
@@ -162,9 +163,16 @@ fn ambient(c: &Call<'_>) -> Result {
 
 fn allocate(c: &Call<'_>) -> Result {
     const KEEP_SIZE: u32 = 1;
+    const PUNCH_HOLE: u32 = 2;
     let file = c.task.used_file(c.int(0))?;
     if c.arg(2).cast_signed() < 0 || c.arg(3).cast_signed() <= 0 {
         return Err(Errno::EINVAL);
+    }
+    if c.uint(1) == KEEP_SIZE | PUNCH_HOLE
+        && let Kind::Regular(Node::Memory(node), Some(_)) = &file.kind
+    {
+        node.punch(c.arg(2), c.arg(2).saturating_add(c.arg(3)))?;
+        return Ok(0);
     }
     if c.uint(1) & !KEEP_SIZE != 0 {
         return Err(Errno::EOPNOTSUPP);

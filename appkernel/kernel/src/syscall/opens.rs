@@ -101,7 +101,20 @@ fn open(c: &Call<'_>, dir: i32, address: u64, flags: u32, mode: u32) -> Result {
         Some(_) if flags & flag::CREATE != 0 && flags & flag::EXCLUSIVE != 0 => {
             return Err(Errno::EEXIST);
         }
-        Some(found) => (open_found(c, &place, found, flags)?, found.path.clone()),
+        Some(found) => {
+            let kind = open_found(c, &place, found, flags)?;
+            let again = match &found.node {
+                Node::Proc(entry) if flags & (flag::PATH | flag::NOFOLLOW) == 0 => {
+                    entry.open_file()
+                }
+                _ => None,
+            };
+            // An open file that is opened again is where it was, not in /proc.
+            (
+                kind,
+                again.map_or_else(|| found.path.clone(), |file| file.path.clone()),
+            )
+        }
     };
     let is_directory = matches!(kind, Kind::Directory(..));
     if flags & flag::PATH == 0 {

@@ -50,7 +50,15 @@ pub fn set(c: &Call<'_>) -> Result {
     let file = socket(c, 0)?;
     let socket = with(&file)?;
     let (level, option, at, len) = (c.uint(1), c.uint(2), c.arg(3), c.arg(4) & 0xffff_ffff);
+    if !has_level(socket, level) {
+        return Err(match socket.family {
+            family::UNIX => Errno::EOPNOTSUPP,
+            _ => Errno::ENOPROTOOPT,
+        });
+    }
     match (level, option) {
+        // What the length and the value are does not matter then.
+        (_, option) if option > i32::MAX as u32 => return Err(Errno::ENOPROTOOPT),
         (
             SOL_SOCKET,
             name::RECEIVE_TIME | name::SEND_TIME | name::RECEIVE_TIME_64 | name::SEND_TIME_64,

@@ -497,6 +497,10 @@ fn passed_files(c: &Call<'_>, at: u64, len: usize) -> Result<Vec<Arc<File>>> {
 fn receive_message(c: &Call<'_>, at: u64, flags: u32) -> Result {
     let file = socket(c, 0)?;
     let socket = with(&file)?;
+    check_receive(flags)?;
+    if get_u64(at)? != 0 && (get_u64(at.wrapping_add(8))? as u32).cast_signed() < 0 {
+        return Err(Errno::EINVAL);
+    }
     let parts = parts(get_u64(at.wrapping_add(16))?, get_u64(at.wrapping_add(24))?)?;
     let room: usize = parts.iter().map(|(_, len)| len).sum();
     let wait = file.waits() && flags & message::DONTWAIT == 0;
