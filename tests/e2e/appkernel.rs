@@ -703,7 +703,7 @@ fn memory_above_four_gigabytes_is_used() {
     let data = app.dir.path().join("data");
     fs::create_dir(&data).unwrap();
     fs::write(data.join("high.py"), HIGH).unwrap();
-    let content: Vec<u8> = (0..3_000_000u32).map(|i| (i * 7 >> 3) as u8).collect();
+    let content: Vec<u8> = (0..3_000_000u32).map(|i| ((i * 7) >> 3) as u8).collect();
     fs::write(data.join("in"), &content).unwrap();
     let volume = format!("{}:/data", data.display());
     let ran = app
