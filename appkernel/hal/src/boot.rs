@@ -7,8 +7,8 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use crate::direct;
 
 // PVH: EBX holds the physical address of the start info. The tables map the first 4 GiB (`map_upper`
-// adds to that) by 2 MiB pages: at their own addresses (until `drop_identity_map`), at DIRECT_MAP, and the first GiB at
-// KERNEL_OFFSET.
+// adds to that) by 2 MiB pages: at their own addresses (until `drop_identity_map`), at DIRECT_MAP, and
+// the first GiB at KERNEL_OFFSET.
 global_asm!(
     r#"
     .set KOFF, 0xffffffff80000000

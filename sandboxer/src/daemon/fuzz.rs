@@ -62,7 +62,7 @@ pub fn fuzz_spec(data: &[u8]) {
 /// Any bytes as what a worker reports to the daemon.
 ///
 /// # Panics
-/// A message was taken for two, or none came.
+/// A message was taken for two.
 pub fn fuzz_report(data: &[u8]) {
     let Ok((daemon, worker)) = Channel::pair() else {
         return;
@@ -101,6 +101,15 @@ impl Service for Unstarted {
                 .await
                 .unwrap_or_else(|_| Err(Status::new(Code::DeadlineExceeded, "given up")))
         })
+    }
+}
+
+/// A call of the sandbox controller.
+fn call(method: &str, payload: &[u8]) -> Call {
+    Call {
+        path: format!("{}/{method}", proto::CONTROLLER),
+        namespace: "k8s.io".into(),
+        payload: bytes::Bytes::copy_from_slice(payload),
     }
 }
 
@@ -147,12 +156,7 @@ impl Calls {
             let method = METHODS
                 .get(usize::from(*method) % METHODS.len())
                 .unwrap_or(&"None");
-            let call = Call {
-                path: format!("{}/{method}", proto::CONTROLLER),
-                namespace: "k8s.io".into(),
-                payload: bytes::Bytes::copy_from_slice(payload),
-            };
-            let _ = self.runtime.block_on(service.call(call));
+            let _ = self.runtime.block_on(service.call(call(method, payload)));
         }
         self.forget();
     }
@@ -172,12 +176,8 @@ impl Calls {
             sandbox_id: "fuzzed".into(),
             ..proto::CreateRequest::default()
         };
-        let call = Call {
-            path: format!("{}/Create", proto::CONTROLLER),
-            namespace: "k8s.io".into(),
-            payload: request.encode_to_vec().into(),
-        };
-        let _ = self.runtime.block_on(self.controller.dispatch(call));
+        let create = call("Create", &request.encode_to_vec());
+        let _ = self.runtime.block_on(self.controller.dispatch(create));
         for pod in self.controller.all() {
             let streams = Arc::clone(&pod.streams);
             let dispatch = Arc::new(TaskDispatch(Arc::new(Tasks(pod))));
@@ -218,12 +218,8 @@ impl Calls {
             let request = proto::IdRequest {
                 sandbox_id: pod.id.clone(),
             };
-            let call = Call {
-                path: format!("{}/Shutdown", proto::CONTROLLER),
-                namespace: "k8s.io".into(),
-                payload: request.encode_to_vec().into(),
-            };
-            let _ = self.runtime.block_on(self.controller.dispatch(call));
+            let shutdown = call("Shutdown", &request.encode_to_vec());
+            let _ = self.runtime.block_on(self.controller.dispatch(shutdown));
         }
         assert!(self.controller.all().is_empty(), "pods are left");
     }

@@ -144,10 +144,6 @@ fn fuzz(target: &'static Target, length: Duration, out: &Path) -> Result<ExitCod
     let mut pool = (target.seeds)();
     let start = Instant::now();
     let mut runs: u64 = 0;
-    std::panic::set_hook(Box::new(|info| {
-        *lock(&LAST_PANIC) = info.to_string();
-        PANICS.fetch_add(1, Ordering::Relaxed);
-    }));
     watch(target, out.to_owned());
     while start.elapsed() < length {
         let mut input = pool[random.below(pool.len())].clone();
@@ -240,9 +236,17 @@ fn main() -> Result<ExitCode> {
     let Some(target) = TARGETS.iter().find(|target| target.name == name) else {
         bail!("there is no target {name}: `fuzz list` names them");
     };
+    std::panic::set_hook(Box::new(|info| {
+        *lock(&LAST_PANIC) = info.to_string();
+        PANICS.fetch_add(1, Ordering::Relaxed);
+    }));
     if args.get(1).is_some_and(|arg| arg == "--replay") {
         let input = fs::read(args.get(2).context("--replay FILE")?)?;
-        (target.run)(&input);
+        let result = catch_unwind(AssertUnwindSafe(|| (target.run)(&input)));
+        if result.is_err() || PANICS.load(Ordering::Relaxed) > 0 {
+            println!("{name}: FINDING: panic: {}", lock(&LAST_PANIC));
+            return Ok(ExitCode::FAILURE);
+        }
         println!("{name}: survived");
         return Ok(ExitCode::SUCCESS);
     }
