@@ -114,6 +114,10 @@ test: _disk
 test-walls FACTOR="20" SEED="1": _disk build guest appkernel hostile fixtures
     tests/run walls {{FACTOR}} {{SEED}}
 
+# What threads of a VM and of wasm pods use of their tables of system calls, or those of PROGRAM ARG…, in the lab
+seccomp-trace *ARGS: _disk build guest fixtures
+    tests/run seccomp-trace {{ARGS}}
+
 # Programs of the Linux Test Project on the app kernel: those of pass.list, or ARGS (see tests/ltp/run)
 ltp *ARGS: _disk build appkernel
     tests/run ltp {{ARGS}}

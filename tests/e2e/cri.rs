@@ -71,7 +71,7 @@ const STREAMS: &[&str] = &[
 
 /// Tests of pods whose VMs are in processes of their own that run if nothing is asked for: the others
 /// take a minute each. All do with `--isolation process`.
-const ISOLATED: &[&str] = &["worker_is_jailed", "pod_outlives_its_daemon"];
+const ISOLATED: &[&str] = &["worker_is_jailed", "pod_outlives_its_daemon", "wasm_pod"];
 
 fn main() -> ExitCode {
     match run() {

@@ -229,6 +229,23 @@ impl DiskCache {
         Some(file)
     }
 
+    /// Waits until no other process compiles for this cache. It ends when the file is closed.
+    pub(crate) fn turn(&self) -> Result<File, WasmError> {
+        let path = self.directory.join("compiling.lock");
+        let taken = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&path)
+            .and_then(|file| {
+                file.lock()?;
+                Ok(file)
+            });
+        taken.map_err(|e| WasmError::io(format!("module cache {}", path.display()), e))
+    }
+
     fn write_stamp(&self, key: &Sha, content: &Sha, meta: &fs::Metadata) -> io::Result<()> {
         let mut record = content.to_vec();
         record.extend(identity(meta));

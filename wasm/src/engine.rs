@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 use wasmtime::{Config, InstanceAllocationStrategy, PoolingAllocationConfig};
 
 use crate::cache::{DiskCache, Sha};
+use crate::code::{Code, Outcome};
 use crate::compile::{self, Compiled, Failure, Input};
 use crate::compiles::Compiles;
 use crate::config::{self, Allocation, EngineConfig};
@@ -207,6 +208,32 @@ impl Engine {
     /// # Errors
     /// The program is damaged, too large or needs what the sandbox does not offer.
     pub fn load(&self, source: Source<'_>) -> Result<Program, WasmError> {
+        self.get(source)
+    }
+
+    /// The same for a process that does not run it: its machine code, for [`Self::program`] of another
+    /// one. Processes with the same cache compile one after the other.
+    ///
+    /// # Errors
+    /// The program is damaged or too large.
+    pub fn code(&self, source: Source<'_>) -> Result<Code, WasmError> {
+        self.get(source)
+    }
+
+    /// Maps code of an engine with the same settings.
+    ///
+    /// # Errors
+    /// The settings differ, or the program needs what the sandbox does not offer.
+    pub fn program(&self, code: &Code) -> Result<Program, WasmError> {
+        Ok(Program(Arc::new(self.map(code)?)))
+    }
+
+    pub(crate) fn map(&self, code: &Code) -> Result<Loaded, WasmError> {
+        let flavour = self.flavour(code.inlined)?;
+        flavour.load(&code.name, &code.file, code.origin)
+    }
+
+    fn get<O: Outcome>(&self, source: Source<'_>) -> Result<O, WasmError> {
         match source {
             Source::File(path) => {
                 let name = path
@@ -239,11 +266,19 @@ impl Engine {
     /// A program that was made ready before, by the digest of its bytes (`sha256:` and hexadecimal
     /// digits). It is neither read nor compiled.
     pub fn find(&self, name: &str, digest: &str) -> Option<Program> {
-        let digest = digest_of(digest)?;
-        self.loaded(&digest).or_else(|| self.cached(name, &digest))
+        self.known(name, &digest_of(digest)?)
     }
 
-    fn file(&self, name: &str, file: &File) -> Result<Program, WasmError> {
+    /// The machine code of a program that was made ready before, see [`Self::find`].
+    pub fn find_code(&self, name: &str, digest: &str) -> Option<Code> {
+        self.known(name, &digest_of(digest)?)
+    }
+
+    fn known<O: Outcome>(&self, name: &str, digest: &Sha) -> Option<O> {
+        O::known(self, digest).or_else(|| self.cached(name, digest))
+    }
+
+    fn file<O: Outcome>(&self, name: &str, file: &File) -> Result<O, WasmError> {
         let fail = |e| WasmError::io(format!("program {name}"), e);
         let meta = file.metadata().map_err(fail)?;
         if !meta.is_file() {
@@ -254,14 +289,14 @@ impl Engine {
         }
         let known = self.0.cache.as_ref().and_then(|c| c.known_digest(&meta));
         if let Some(digest) = known
-            && let Some(program) = self.loaded(&digest).or_else(|| self.cached(name, &digest))
+            && let Some(found) = self.known(name, &digest)
         {
-            return Ok(program);
+            return Ok(found);
         }
         self.check_size(name, meta.len())?;
         let (copy, digest, head, size) = self.copy(name, file)?;
         let format = Format::of(name, &head)?;
-        let program = self.ready(name, &digest, format, Input::Sealed(copy), size)?;
+        let made = self.ready(name, &digest, format, Input::Sealed(copy), size)?;
         if let Some(cache) = &self.0.cache {
             // Changed while it was read: the digest is that of neither state.
             if file.metadata().is_ok_and(|now| {
@@ -270,7 +305,7 @@ impl Engine {
                 cache.remember_digest(&meta, &digest);
             }
         }
-        Ok(program)
+        Ok(made)
     }
 
     fn check_size(&self, name: &str, size: u64) -> Result<(), WasmError> {
@@ -314,7 +349,7 @@ impl Engine {
         Ok((copy, digest.finalize().into(), head, size))
     }
 
-    fn loaded(&self, digest: &Sha) -> Option<Program> {
+    pub(crate) fn loaded(&self, digest: &Sha) -> Option<Program> {
         self.programs().get(digest).map(Program)
     }
 
@@ -344,7 +379,7 @@ impl Engine {
     }
 
     /// Loads from disk; what cannot be loaded is thrown away and made again.
-    fn cached(&self, name: &str, digest: &Sha) -> Option<Program> {
+    fn cached<O: Outcome>(&self, name: &str, digest: &Sha) -> Option<O> {
         let cache = self.0.cache.as_ref()?;
         let asked_for = self.0.config.compiler.inlining;
         // What was to be inlined may have been too large for it.
@@ -358,40 +393,46 @@ impl Engine {
             let Some(file) = cache.get(&key) else {
                 continue;
             };
-            let loaded = self
-                .flavour(*inlined)
-                .and_then(|flavour| flavour.load(name, &file, Origin::Disk));
-            match loaded {
-                Ok(loaded) => return Some(self.keep(*digest, loaded)),
+            let code = Code {
+                name: name.to_owned(),
+                file,
+                inlined: *inlined,
+                origin: Origin::Disk,
+            };
+            match O::take(self, digest, code) {
+                Ok(taken) => return Some(taken),
                 Err(_) => cache.remove(&key),
             }
         }
         None
     }
 
-    fn keep(&self, digest: Sha, loaded: Loaded) -> Program {
+    pub(crate) fn keep(&self, digest: Sha, loaded: Loaded) -> Program {
         let loaded = Arc::new(loaded);
         self.programs().put(digest, &loaded);
         Program(loaded)
     }
 
     /// From this process, from the cache, or compiled.
-    fn ready(
+    fn ready<O: Outcome>(
         &self,
         name: &str,
         digest: &Sha,
         format: Format,
         input: Input<'_>,
         size: u64,
-    ) -> Result<Program, WasmError> {
-        let known = || self.loaded(digest).or_else(|| self.cached(name, digest));
-        if let Some(program) = known() {
-            return Ok(program);
+    ) -> Result<O, WasmError> {
+        if let Some(known) = self.known(name, digest) {
+            return Ok(known);
         }
         let _permit = self.0.compiles.enter(digest, size);
+        let _turn = match (O::SHARED, &self.0.cache) {
+            (true, Some(cache)) => Some(cache.turn()?),
+            _ => None,
+        };
         // Somebody else may have compiled it meanwhile.
-        if let Some(program) = known() {
-            return Ok(program);
+        if let Some(known) = self.known(name, digest) {
+            return Ok(known);
         }
         let engines = |inlined| {
             let flavour = self.flavour(inlined).map_err(|e| e.to_string())?;
@@ -417,9 +458,13 @@ impl Engine {
             // A full disk must not keep a program from running.
             cache.put(&self.key(digest, inlined), &code).ok()
         });
-        let file = stored.as_ref().unwrap_or(&code);
-        let loaded = self.flavour(inlined)?.load(name, file, Origin::Compiled)?;
-        Ok(self.keep(*digest, loaded))
+        let code = Code {
+            name: name.to_owned(),
+            file: stored.unwrap_or(code),
+            inlined,
+            origin: Origin::Compiled,
+        };
+        O::take(self, digest, code)
     }
 
     /// Makes all programs look at their orders now instead of at the next tick.

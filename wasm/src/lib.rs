@@ -28,6 +28,7 @@
 
 mod cache;
 mod client;
+mod code;
 mod compile;
 mod compiles;
 mod config;
@@ -51,12 +52,13 @@ mod ticker;
 mod user;
 
 pub use cache::fuzz_cache;
+pub use code::Code;
 pub use compile::compiler_main;
 pub use config::{Allocation, CacheConfig, CompilerConfig, EngineConfig};
 pub use engine::Engine;
 pub use error::WasmError;
 pub use exit::{Exit, KILLED, NOT_STARTED, Reason, TRAPPED};
-pub use harden::harden_thread;
+pub use harden::{harden_thread, thread_table};
 pub use limits::Budget;
 pub use names::{NameError, Resolver};
 pub use pod::{Container, ContainerConfig, HttpConfig, Mount, Pod, PodConfig, Stats, Status};

@@ -35,19 +35,17 @@ impl User {
         if self.groups.len() > MAX_GROUPS {
             return Err(io::Error::other("too many groups"));
         }
-        // By system calls themselves: the library's functions would change all threads.
+        // By the system call itself: the library's function would change all threads.
         // SAFETY: the pointer is to `len` numbers of 32 bits, which the kernel reads.
         let groups =
             unsafe { libc::syscall(libc::SYS_setgroups, self.groups.len(), self.groups.as_ptr()) };
         if groups != 0 {
             return Err(io::Error::last_os_error());
         }
-        // Both answer with the number before, whether they did it or not.
-        // SAFETY: the calls take numbers only.
-        unsafe {
-            libc::syscall(libc::SYS_setfsgid, self.gid);
-            libc::syscall(libc::SYS_setfsuid, self.uid);
-        }
+        // Of this thread only, unlike others of the library's. Both answer with the number before,
+        // whether they did it or not.
+        nix::unistd::setfsgid(nix::unistd::Gid::from_raw(self.gid));
+        nix::unistd::setfsuid(nix::unistd::Uid::from_raw(self.uid));
         if self.uid != 0 {
             for set in [CapSet::Effective, CapSet::Permitted, CapSet::Inheritable] {
                 // Of the calling thread.

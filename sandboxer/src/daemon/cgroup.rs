@@ -112,6 +112,21 @@ impl CpuShare {
     }
 }
 
+impl CpuShare {
+    /// Holds a cgroup to it.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn set(self, cgroup: &Path) -> io::Result<()> {
+        let max = match self.max {
+            Some((quota, period)) => format!("{quota} {period}"),
+            None => "max".to_owned(),
+        };
+        std::fs::write(cgroup.join("cpu.max"), max)?;
+        std::fs::write(cgroup.join("cpu.weight"), self.weight.to_string())
+    }
+}
+
 /// CPU time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Used {
@@ -176,12 +191,7 @@ impl Threads {
     /// # Errors
     /// The kernel refuses.
     pub fn limit(&self, share: CpuShare) -> io::Result<()> {
-        let max = match share.max {
-            Some((quota, period)) => format!("{quota} {period}"),
-            None => "max".to_owned(),
-        };
-        self.write("cpu.max", &max)?;
-        self.write("cpu.weight", &share.weight.to_string())
+        share.set(&self.0)
     }
 
     /// What its threads have used.

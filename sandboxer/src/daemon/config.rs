@@ -157,6 +157,8 @@ pub struct App {
 #[derive(Debug, Clone, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Wasm {
+    /// `thread` or `process`.
+    pub isolation: Isolation,
     /// Socket of their sandbox controller.
     pub socket: PathBuf,
     /// Where compiled programs are kept; must be ours alone.
@@ -227,6 +229,7 @@ impl Default for App {
 impl Default for Wasm {
     fn default() -> Self {
         Self {
+            isolation: Isolation::Thread,
             socket: "/run/bulkhead/wasm.sock".into(),
             cache_dir: "/var/lib/bulkhead/wasm-code".into(),
             cache_mib: 2048,

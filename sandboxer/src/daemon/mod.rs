@@ -47,10 +47,11 @@ use crate::fsutil;
 use config::Config;
 use controller::{Controller, Endpoint};
 use events::Events;
-use keeper::{Keepers, KeptEndpoint};
+use keeper::{Keepers, Kept, KeptEndpoint};
 use process::Processes;
+use sandbox::Kind;
 use vm::{Guests, Vms};
-use wasm::Wasm;
+use wasm::{OnThreads, Wasm};
 
 /// Open files the daemon wants to be able to have.
 const NOFILE: u64 = 1 << 20;
@@ -93,7 +94,7 @@ pub fn main() -> ExitCode {
     if let Some(code) = bulkhead_wasm::compiler_main() {
         return code;
     }
-    if let Some(code) = program::main() {
+    if let Some(code) = wasm::jailed::main().or_else(program::main) {
         return code;
     }
     match run(&Args::parse()) {
@@ -204,17 +205,21 @@ async fn serve(
     let events = Events::start(config.containerd_ttrpc.clone());
     // VMs of an earlier process went with it.
     crate::rundir::clean_stale(&config.run_dir);
-    let vms = async |guests| -> Result<Arc<Keepers>, DaemonError> {
-        let own = Controller::empty(Vms::new(Arc::clone(&config), guests), events.clone());
-        let mounts = host_mounts.as_ref().map(File::try_clone).transpose();
-        let mounts = mounts.map_err(io_error("the host's mount namespace"))?;
-        Ok(Keepers::new(own, guests, Arc::clone(&config), file.clone(), mounts).await)
+    let keeping = Keeping {
+        config: Arc::clone(&config),
+        file,
+        events: events.clone(),
+        mounts: host_mounts.as_ref(),
     };
-    let microvms = vms(Guests::Linux).await?;
-    let app_pods = vms(Guests::App).await?;
-    let processes = Processes::new(Arc::clone(&config), host_mounts);
-    let wasm = Wasm::new(Arc::clone(&config), processes.clone());
-    let wasm_pods = Controller::new(wasm, events.clone());
+    let vms = |guests| (Kept::Vm(guests), Vms::new(Arc::clone(&config), guests));
+    let microvms = keeping.of(vms(Guests::Linux)).await?;
+    let app_pods = keeping.of(vms(Guests::App)).await?;
+    let own_mounts = host_mounts.as_ref().map(File::try_clone).transpose();
+    let own_mounts = own_mounts.map_err(io_error("the host's mount namespace"))?;
+    let processes = Processes::new(Arc::clone(&config), own_mounts);
+    let wasm = Wasm::new(Arc::clone(&config), OnThreads::default(), processes.clone());
+    let wasm_pods = keeping.of((Kept::Wasm, wasm)).await?;
+    drop(keeping);
     let process_pods = Controller::new(processes, events);
     // All sockets are there before any of them is served.
     let listeners = (
@@ -242,7 +247,7 @@ async fn serve(
     let mut serving = JoinSet::new();
     serving.spawn(accept(listeners.0, KeptEndpoint(Arc::clone(&microvms))));
     serving.spawn(accept(listeners.1, KeptEndpoint(Arc::clone(&app_pods))));
-    serving.spawn(accept(listeners.2, Endpoint(Arc::clone(&wasm_pods))));
+    serving.spawn(accept(listeners.2, KeptEndpoint(Arc::clone(&wasm_pods))));
     serving.spawn(accept(listeners.3, Endpoint(Arc::clone(&process_pods))));
     start_watchdog();
     notify("READY=1");
@@ -261,6 +266,26 @@ async fn serve(
     );
     tracing::info!("ended");
     Ok(())
+}
+
+/// What pods with keepers have in common.
+struct Keeping<'a> {
+    config: Arc<Config>,
+    /// Where the configuration comes from.
+    file: Option<PathBuf>,
+    events: Events,
+    /// The host's mount namespace, if we have left it.
+    mounts: Option<&'a File>,
+}
+
+impl Keeping<'_> {
+    async fn of<K: Kind>(&self, (kept, kind): (Kept, K)) -> Result<Arc<Keepers<K>>, DaemonError> {
+        let mounts = self.mounts.map(File::try_clone).transpose();
+        let mounts = mounts.map_err(io_error("the host's mount namespace"))?;
+        let own = Controller::empty(kind, self.events.clone());
+        let (config, file) = (Arc::clone(&self.config), self.file.clone());
+        Ok(Keepers::new(own, kept, config, file, mounts).await)
+    }
 }
 
 /// Serves containerd's connections to a controller.

@@ -1,8 +1,9 @@
 //! The program of processes that belong to one pod: keepers and workers.
 //!
-//! It has the same code as the daemon's, but for the engine of wasm, which these processes never
+//! It has the same code as the daemon's, but for the engine of wasm, which these processes do not
 //! need: the linker's table of addresses alone, which a process copies when it starts, is five times
-//! as large with it.
+//! as large with it. Those that do need it, which run wasm programs and load them, are the daemon's
+//! program again ([`whole`]).
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -17,6 +18,8 @@ use super::{keeper, worker};
 pub const NAME: &str = "sandboxer-pod";
 
 static OPENED: OnceLock<Option<File>> = OnceLock::new();
+/// The daemon's, in a process that it has started.
+static WHOLE: OnceLock<File> = OnceLock::new();
 
 /// Opens the program beside this one, so that an upgrade of both does not mix versions under a daemon
 /// that runs. Called once, when the daemon starts.
@@ -43,6 +46,30 @@ pub(super) fn command() -> Command {
     let mut command = Command::new(path);
     command.arg0(NAME);
     command
+}
+
+/// Opens the program of the daemon that has started this process, for [`whole`]: the one that runs,
+/// whatever has its name by now. To be called while the daemon waits for us.
+///
+/// # Errors
+/// It has gone.
+pub(super) fn open_whole() -> std::io::Result<()> {
+    let parent = nix::unistd::getppid();
+    let file = File::open(format!("/proc/{parent}/exe"))?;
+    WHOLE.get_or_init(|| file);
+    Ok(())
+}
+
+/// How a process of a pod is started that needs the engine of wasm: the daemon's program.
+///
+/// # Errors
+/// It is not known.
+pub(super) fn whole() -> std::io::Result<Command> {
+    let file = WHOLE.get().ok_or(std::io::ErrorKind::NotFound)?;
+    // Looked up before the new program's start closes it.
+    let mut command = Command::new(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    command.arg0("sandboxer");
+    Ok(command)
 }
 
 /// Runs what the arguments ask for, if they ask for a process of a pod.

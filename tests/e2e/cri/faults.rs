@@ -45,6 +45,14 @@ enum Fault {
     NoSpace,
     /// The host's clock is an hour ahead, for a while.
     Clock,
+    /// The daemon can map nothing as large as a guest's memory, for a while.
+    NoMemory,
+    /// Waits of the daemon, and of the pod's process, are interrupted all the time, for a while.
+    Interrupted,
+    /// The host has next to no memory left, for a while.
+    HostMemory,
+    /// A container takes all the memory that there is in the pod.
+    GuestMemory,
     /// The pod's process with the VM stands still, its CPUs included, for a while.
     WorkerFrozen,
 }
@@ -61,6 +69,10 @@ impl Fault {
             Self::Frozen => "daemon stopped",
             Self::NoSpace => "ENOSPC in run_dir",
             Self::Clock => "clock jumps",
+            Self::NoMemory => "ENOMEM in daemon",
+            Self::Interrupted => "EINTR storm",
+            Self::HostMemory => "host out of memory",
+            Self::GuestMemory => "guest out of memory",
             Self::WorkerFrozen => "worker stopped",
         }
     }
@@ -74,6 +86,10 @@ impl Fault {
             | Self::Frozen
             | Self::NoSpace
             | Self::Clock
+            | Self::NoMemory
+            | Self::Interrupted
+            | Self::HostMemory
+            | Self::GuestMemory
             | Self::WorkerFrozen => true,
             Self::Worker | Self::Keeper => false,
         }
@@ -110,10 +126,33 @@ struct Kind<'a> {
 
 impl Kind<'_> {
     fn spec(&self, name: &str) -> ContainerConfig {
-        if self.handler != WASM {
-            return container(name, "busybox", &["sleep", "100000"]);
+        match self.handler {
+            WASM => self.program(name, "/data/loop.wasm"),
+            _ => container(name, "busybox", &["sleep", "100000"]),
         }
-        let mut spec = container(name, "busybox", &["/data/loop.wasm"]);
+    }
+
+    /// What takes all the memory that there is.
+    fn hog(&self) -> ContainerConfig {
+        let mut spec = match self.handler {
+            WASM => self.program("hog", "/data/bomb.wasm"),
+            // Keeps all that it reads, as there is no end of a line.
+            _ => container("hog", "busybox", &["sh", "-c", "tail -n1 </dev/zero"]),
+        };
+        // A guest has an end by itself.
+        if matches!(self.handler, WASM | PROCESS) {
+            spec.linux
+                .get_or_insert_default()
+                .resources
+                .get_or_insert_default()
+                .memory_limit_in_bytes = 64 << 20;
+        }
+        spec
+    }
+
+    /// A wasm program.
+    fn program(&self, name: &str, path: &str) -> ContainerConfig {
+        let mut spec = container(name, "busybox", &[path]);
         spec.mounts = vec![Mount {
             container_path: "/data".into(),
             host_path: self.volume.display().to_string(),
@@ -152,7 +191,10 @@ fn is_chosen(filters: &[String], name: &str) -> bool {
 pub fn matrix(program: &Path, filters: &[String]) -> Result<bool> {
     let _state = SmallState::mount()?;
     let volume = tempfile::tempdir()?;
-    fs::write(volume.path().join("loop.wasm"), wat::parse_str(wasm::LOOP)?)?;
+    for (name, text) in [("loop", wasm::LOOP), ("bomb", wasm::BOMB)] {
+        let path = volume.path().join(format!("{name}.wasm"));
+        fs::write(path, wat::parse_str(text)?)?;
+    }
     let thread = [
         Fault::Daemon,
         Fault::Containerd,
@@ -161,6 +203,10 @@ pub fn matrix(program: &Path, filters: &[String]) -> Result<bool> {
         Fault::Frozen,
         Fault::NoSpace,
         Fault::Clock,
+        Fault::NoMemory,
+        Fault::Interrupted,
+        Fault::HostMemory,
+        Fault::GuestMemory,
     ];
     let process = [Fault::Worker, Fault::Keeper, Fault::WorkerFrozen];
     let (mut cases, mut faults) = (0, Vec::new());
@@ -171,7 +217,7 @@ pub fn matrix(program: &Path, filters: &[String]) -> Result<bool> {
     for isolation in [Isolation::Thread, Isolation::Process] {
         let kinds: &[&str] = match isolation {
             Isolation::Thread => &[OURS, APP, WASM, PROCESS],
-            Isolation::Process => &[OURS, APP],
+            Isolation::Process => &[OURS, APP, WASM],
         };
         let own = match isolation {
             Isolation::Thread => &[][..],
@@ -208,7 +254,12 @@ pub fn matrix(program: &Path, filters: &[String]) -> Result<bool> {
                         continue;
                     }
                     // Wasm programs have no exec; a pod that starts has no worker to kill yet.
-                    let of_pod = [Fault::Worker, Fault::Keeper, Fault::WorkerFrozen];
+                    let of_pod = [
+                        Fault::Worker,
+                        Fault::Keeper,
+                        Fault::WorkerFrozen,
+                        Fault::GuestMemory,
+                    ];
                     let too_early =
                         of_pod.contains(fault) && matches!(step, Step::Starts | Step::Stops);
                     if (*handler == WASM && step == Step::Exec) || too_early {
@@ -301,10 +352,7 @@ fn case(node: &mut Node, kind: &Kind<'_>, fault: Fault, step: Step, before: &Hos
             }
         }
     }
-    let own = target
-        .as_ref()
-        .filter(|_| kind.isolation == Isolation::Process);
-    happen(node, handler, fault, own)?;
+    happen(node, kind, fault, target.as_ref())?;
     let survived = fault.is_survived(kind.isolation);
     // An exec into a pod that goes on ends with the pod.
     let wait_first = step != Step::Exec || !survived;
@@ -344,10 +392,12 @@ fn forget(mut pod: TestPod) {
 }
 
 /// The fault, and its end.
-fn happen(node: &mut Node, handler: &str, fault: Fault, target: Option<&TestPod>) -> Result<()> {
+fn happen(node: &mut Node, kind: &Kind<'_>, fault: Fault, target: Option<&TestPod>) -> Result<()> {
+    let handler = kind.handler;
+    let worker = target.filter(|_| kind.isolation == Isolation::Process);
     let signal =
         |pid: u32, signal| -> Result<()> { Ok(kill(Pid::from_raw(i32::try_from(pid)?), signal)?) };
-    let target = |what: &str| target.with_context(|| format!("no pod with a {what}"));
+    let with = |what: &str| worker.with_context(|| format!("no pod with a {what}"));
     match fault {
         Fault::Daemon => {
             node.kill_sandboxer();
@@ -363,8 +413,8 @@ fn happen(node: &mut Node, handler: &str, fault: Fault, target: Option<&TestPod>
             node.start_sandboxer()?;
             node.start_containerd()
         }
-        Fault::Worker => signal(worker_of(target("worker")?)?, Signal::SIGKILL),
-        Fault::Keeper => signal(keeper_of(target("keeper")?)?, Signal::SIGKILL),
+        Fault::Worker => signal(worker_of(with("worker")?)?, Signal::SIGKILL),
+        Fault::Keeper => signal(keeper_of(with("keeper")?)?, Signal::SIGKILL),
         Fault::NoDescriptors => {
             let pid = node.sandboxer_pid();
             let open = fs::read_dir(format!("/proc/{pid}/fd"))?.count();
@@ -405,8 +455,53 @@ fn happen(node: &mut Node, handler: &str, fault: Fault, target: Option<&TestPod>
             shift_clock(-3600)?;
             pods.map(drop)
         }
+        Fault::NoMemory => {
+            let pid = node.sandboxer_pid();
+            let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+            let now = status
+                .lines()
+                .find_map(|l| l.strip_prefix("VmSize:")?.split_whitespace().next())
+                .context("VmSize")?;
+            // What the heap takes is there; a guest's memory, or a stack for a program, is not.
+            let limit = (now.parse::<u64>()? << 10) + (96 << 20);
+            limit_memory(pid, &limit.to_string())?;
+            if let Ok(pod) = TestPod::run(node, handler, pod("meanwhile")) {
+                forget(pod);
+            }
+            limit_memory(pid, "unlimited")
+        }
+        Fault::Interrupted => {
+            let mut pids = vec![node.sandboxer_pid()];
+            if let Some(pod) = worker {
+                // It may not be there yet, or not any more.
+                pids.extend(worker_of(pod).ok());
+            }
+            for _ in 0..500 {
+                for pid in &pids {
+                    // A wait is interrupted by being stopped, whatever it waits for.
+                    let _ = signal(*pid, Signal::SIGSTOP);
+                    let _ = signal(*pid, Signal::SIGCONT);
+                }
+            }
+            node.cri(OURS)?.pods().map(drop)
+        }
+        Fault::HostMemory => {
+            let full = HostFull::fill()?;
+            if let Ok(pod) = TestPod::run(node, handler, pod("meanwhile")) {
+                forget(pod);
+            }
+            drop(full);
+            Ok(())
+        }
+        Fault::GuestMemory => {
+            let target = target.context("no pod")?;
+            let hog = target.start(&kind.hog())?;
+            let code = target.cri.wait_exit(&hog, PATIENCE)?.exit_code;
+            ensure!(code != 0, "it has had all that it wanted");
+            Ok(())
+        }
         Fault::WorkerFrozen => {
-            let pid = worker_of(target("worker")?)?;
+            let pid = worker_of(with("worker")?)?;
             signal(pid, Signal::SIGSTOP)?;
             std::thread::sleep(std::time::Duration::from_secs(3));
             signal(pid, Signal::SIGCONT)
@@ -452,6 +547,52 @@ impl Drop for Full {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.0);
     }
+}
+
+/// A file system in memory that leaves the host next to none, as long as this lives.
+struct HostFull(tempfile::TempDir);
+
+impl HostFull {
+    /// What is left, in bytes: less than a guest's memory.
+    const LEFT: u64 = 160 << 20;
+
+    fn fill() -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let (kind, data) = (Some("tmpfs"), Some("size=100%"));
+        mount(kind, dir.path(), kind, MsFlags::empty(), data)?;
+        let full = Self(dir);
+        let mut file = fs::File::create(full.0.path().join("full"))?;
+        let block = vec![1; 1 << 20];
+        while available()? > Self::LEFT {
+            std::io::Write::write_all(&mut file, &block)?;
+        }
+        Ok(full)
+    }
+}
+
+impl Drop for HostFull {
+    fn drop(&mut self) {
+        let _ = umount2(self.0.path(), MntFlags::MNT_DETACH);
+    }
+}
+
+/// Memory that the host can give, in bytes.
+fn available() -> Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
+    let kib = line
+        .and_then(|l| l.split_whitespace().next())
+        .context("MemAvailable")?;
+    Ok(kib.parse::<u64>()? << 10)
+}
+
+fn limit_memory(pid: u32, limit: &str) -> Result<()> {
+    let done = Command::new("prlimit")
+        .args(["--pid", &pid.to_string(), &format!("--as={limit}:")])
+        .status()
+        .context("prlimit")?;
+    ensure!(done.success(), "prlimit: {done}");
+    Ok(())
 }
 
 fn shift_clock(seconds: i64) -> Result<()> {

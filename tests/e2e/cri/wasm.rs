@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_tests::cri::containerd::{Node, WASM};
+use bulkhead_tests::cri::containerd::{Isolation, Node, WASM};
 use bulkhead_tests::cri::proto::*;
 use bulkhead_tests::cri::{TestPod, container, log, pod};
 use bulkhead_tests::env::PATIENCE;
@@ -80,7 +80,7 @@ pub const COPY: &str = r#"(module
     (call $must (call $write (i32.load (i32.const 24)) (i32.const 0) (i32.const 1) (i32.const 16)))
     (call $exit (i32.const 7))))"#;
 pub const LOOP: &str = r#"(module (func (export "_start") (loop $l (br $l))))"#;
-const BOMB: &str = r#"(module (memory 1) (func (export "_start")
+pub const BOMB: &str = r#"(module (memory 1) (func (export "_start")
   (loop $l (if (i32.eq (memory.grow (i32.const 100)) (i32.const -1)) (then unreachable))
   (br $l))))"#;
 
@@ -190,21 +190,24 @@ fn wasm_pod(node: &mut Node, _: &str) -> Result<()> {
     let stats = cri.stats(&c)?;
     ensure!(stats.cpu.is_some(), "no statistics: {stats:?}");
     cri.pod_stats(&id)?;
-    // It computes on a thread in the pod's cgroup, which has the pod's share of CPU.
-    ensure!(pod_cgroup(&id, "cpu.max")? == "80000 100000\n");
-    ensure!(
-        !pod_cgroup(&id, "cgroup.threads")?.is_empty(),
-        "no thread is there"
-    );
+    // It computes in the pod's cgroup, which has the pod's share of CPU.
+    let cgroup = |file: &str| match node.isolation() {
+        Isolation::Thread => pod_cgroup(&id, file),
+        Isolation::Process => {
+            let parent = config.linux.as_ref().map(|l| l.cgroup_parent.as_str());
+            let parent = parent.unwrap_or_default();
+            let path = format!("/sys/fs/cgroup{parent}/bulkhead-{id}:wasm/{file}");
+            Ok(fs::read_to_string(path)?)
+        }
+    };
+    ensure!(cgroup("cpu.max")? == "80000 100000\n");
+    ensure!(!cgroup("cgroup.threads")?.is_empty(), "no thread is there");
     cri.stop(&c, 1)?;
     let status = cri.status(&c)?;
     ensure!(status.exit_code == 143, "exit code {}", status.exit_code);
     cri.remove(&c)?;
 
     cri.stop_pod(&id)?;
-    ensure!(
-        pod_cgroup(&id, "cpu.max").is_err(),
-        "the cgroup outlives its pod"
-    );
+    ensure!(cgroup("cpu.max").is_err(), "the cgroup outlives its pod");
     cri.remove_pod(&id)
 }

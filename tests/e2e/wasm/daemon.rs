@@ -11,6 +11,7 @@ use bulkhead_protocol::rpc::Code;
 use bulkhead_protocol::sandbox::OCI_RESOURCES_TYPE_URL;
 use bulkhead_protocol::task::*;
 use bulkhead_protocol::types::{Any, ProcessStatus};
+use bulkhead_sandboxer::daemon::config::Isolation;
 use bulkhead_sandboxer::daemon::proto;
 use bulkhead_tests::env::PATIENCE;
 use bulkhead_tests::wasm::daemon::{self, Bundle, Daemon, id_of};
@@ -45,11 +46,30 @@ fn once(
         .unwrap_or_else(|e| panic!("{id}: {e:#}\n{}", daemon.log()))
 }
 
+/// The same tests for both places where programs can run.
+macro_rules! both {
+    ($($test:ident)*) => {
+        mod threads {
+            $(#[test] fn $test() { super::$test(super::Isolation::Thread); })*
+        }
+        mod processes {
+            $(#[test] fn $test() { super::$test(super::Isolation::Process); })*
+        }
+    };
+}
+
+both! {
+    a_container_has_arguments_volumes_output_and_an_exit_code
+    files_are_those_of_the_containers_user
+    ends_are_told_apart
+    a_loop_is_paused_resumed_and_killed_and_cannot_be_entered
+    a_server_listens_in_its_pods_network_only
+}
+
 const LOOP: &str = r#"(module (func (export "_start") (loop $l (br $l))))"#;
 
-#[test]
-fn a_container_has_arguments_volumes_output_and_an_exit_code() {
-    let daemon = Daemon::start().unwrap();
+fn a_container_has_arguments_volumes_output_and_an_exit_code(isolation: Isolation) {
+    let daemon = Daemon::start_as(isolation).unwrap();
     let runtime = runtime();
     let volume = daemon.dir().join("volume");
     fs::create_dir(&volume).unwrap();
@@ -99,10 +119,9 @@ fn a_container_has_arguments_volumes_output_and_an_exit_code() {
     assert!(left.is_empty(), "{left:?}");
 }
 
-#[test]
-fn files_are_those_of_the_containers_user() {
+fn files_are_those_of_the_containers_user(isolation: Isolation) {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
-    let daemon = Daemon::start().unwrap();
+    let daemon = Daemon::start_as(isolation).unwrap();
     let runtime = runtime();
     let volume = daemon.dir().join("volume");
     fs::create_dir(&volume).unwrap();
@@ -144,9 +163,8 @@ fn files_are_those_of_the_containers_user() {
     daemon.remove("p").unwrap();
 }
 
-#[test]
-fn ends_are_told_apart() {
-    let daemon = Daemon::start().unwrap();
+fn ends_are_told_apart(isolation: Isolation) {
+    let daemon = Daemon::start_as(isolation).unwrap();
     let runtime = runtime();
     let address = daemon.pod("p", "").unwrap();
     let tasks = runtime.block_on(daemon::connect(&address)).unwrap();
@@ -176,9 +194,9 @@ fn ends_are_told_apart() {
     assert!(elf.contains("native program"), "{elf}");
     let missing = refused("missing", &trap, &["/other.wasm"]);
     assert!(missing.contains("/other.wasm: No such file"), "{missing}");
-    // An ordinary container: there is no such program, or this host has cgroups of version 1.
+    // An ordinary container, of which its spec does not say enough.
     let none = refused("none", &trap, &["/bin/sh"]);
-    let said = ["/bin/sh", "need cgroups of version 2"];
+    let said = ["/bin/sh", "names no namespaces"];
     assert!(said.iter().any(|words| none.contains(words)), "{none}");
     let function = refused("function", &trap, &["/app.wasm#nope"]);
     assert!(function.contains("nope"), "{function}");
@@ -207,9 +225,8 @@ async fn until_busy(tasks: &TaskClient, id: &str) {
     }
 }
 
-#[test]
-fn a_loop_is_paused_resumed_and_killed_and_cannot_be_entered() {
-    let daemon = Daemon::start().unwrap();
+fn a_loop_is_paused_resumed_and_killed_and_cannot_be_entered(isolation: Isolation) {
+    let daemon = Daemon::start_as(isolation).unwrap();
     let address = daemon.pod("p", "").unwrap();
     let image = daemon.image("loop", &wat(LOOP)).unwrap();
     let bundle = daemon.bundle("l", &image, &["/app.wasm"], |_| ()).unwrap();
@@ -283,9 +300,8 @@ fn a_loop_is_paused_resumed_and_killed_and_cannot_be_entered() {
     daemon.remove("p").unwrap();
 }
 
-#[test]
-fn a_server_listens_in_its_pods_network_only() {
-    let daemon = Daemon::start().unwrap();
+fn a_server_listens_in_its_pods_network_only(isolation: Isolation) {
+    let daemon = Daemon::start_as(isolation).unwrap();
     let namespace = super::namespace();
     let path = format!("/proc/{}/fd/{}", std::process::id(), namespace.as_raw_fd());
     let address = daemon.pod("p", &path).unwrap();
@@ -354,4 +370,139 @@ fn what_ran_is_remembered_when_the_daemon_crashes() {
     // And it works again.
     daemon.pod("p", "").unwrap();
     daemon.remove("p").unwrap();
+}
+
+/// The processes whose parent is the daemon: keepers.
+fn children(pid: u32) -> Vec<u32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    text.split_whitespace()
+        .filter_map(|p| p.parse().ok())
+        .collect()
+}
+
+fn verbose(daemon: &Daemon, id: &str) -> proto::StatusResponse {
+    let request = proto::StatusRequest {
+        sandbox_id: id.into(),
+        verbose: true,
+    };
+    daemon.call("Status", &request).unwrap()
+}
+
+/// The process that the programs of a pod run in.
+fn worker_of(daemon: &Daemon, id: &str) -> u32 {
+    let info = verbose(daemon, id).info;
+    let worker = info
+        .values()
+        .filter_map(|v| serde_json::from_str::<Value>(v).ok())
+        .find_map(|v| v["worker"].as_u64());
+    u32::try_from(worker.unwrap_or_else(|| panic!("{info:?}"))).unwrap()
+}
+
+#[test]
+fn a_pod_in_a_process_outlives_its_daemon() {
+    let mut daemon = Daemon::start_as(Isolation::Process).unwrap();
+    let runtime = runtime();
+    let address = daemon.pod("p", "").unwrap();
+    let image = daemon.image("loop", &wat(LOOP)).unwrap();
+    let bundle = daemon.bundle("l", &image, &["/app.wasm"], |_| ()).unwrap();
+    let worker = worker_of(&daemon, "p");
+    let tasks = runtime.block_on(async {
+        let tasks = daemon::connect(&address).await.unwrap();
+        daemon::start(&tasks, &bundle).await.unwrap();
+        tasks
+    });
+    daemon.crash().unwrap();
+    assert_eq!(worker_of(&daemon, "p"), worker);
+    assert_eq!(verbose(&daemon, "p").state, "SANDBOX_READY");
+    runtime.block_on(async {
+        // On the same connection: nobody has noticed.
+        until_busy(&tasks, "l").await;
+        let kill = KillRequest {
+            id: "l".into(),
+            signal: 15,
+            ..KillRequest::default()
+        };
+        tasks.kill(&kill).await.unwrap();
+        let exit = daemon::wait(&tasks, &bundle).await.unwrap();
+        assert_eq!(exit.exit_status, 143);
+    });
+    daemon.remove("p").unwrap();
+    assert!(!address.exists());
+    assert!(!std::path::Path::new(&format!("/proc/{worker}")).exists());
+}
+
+#[test]
+fn a_worker_is_jailed_and_dies_alone() {
+    let daemon = Daemon::start_as(Isolation::Process).unwrap();
+    let runtime = runtime();
+    let (mut workers, mut tasks) = (Vec::new(), Vec::new());
+    let image = daemon.image("loop", &wat(LOOP)).unwrap();
+    for pod in ["a", "b"] {
+        let address = daemon.pod(pod, "").unwrap();
+        let bundle = daemon.bundle(pod, &image, &["/app.wasm"], |_| ()).unwrap();
+        runtime.block_on(async {
+            let connected = daemon::connect(&address).await.unwrap();
+            daemon::start(&connected, &bundle).await.unwrap();
+            until_busy(&connected, pod).await;
+            tasks.push((connected, bundle));
+        });
+        workers.push(worker_of(&daemon, pod));
+    }
+    let proc = |path: &str| fs::read_to_string(format!("/proc/{}/{path}", workers[0])).unwrap();
+    let status = proc("status");
+    let field = |name: &str| {
+        let line = status.lines().find_map(|l| l.strip_prefix(name));
+        line.unwrap_or_else(|| panic!("{name}\n{status}"))
+            .trim()
+            .to_owned()
+    };
+    assert_eq!(field("NoNewPrivs:"), "1");
+    assert_eq!(field("Seccomp:"), "2");
+    // Files and their owners, in a user namespace that is nobody to the host.
+    let kept = u64::from_str_radix(&field("CapEff:"), 16).unwrap();
+    assert_eq!(kept & !0x8000_00df, 0, "{kept:x}");
+    for namespace in ["mnt", "pid", "ipc", "uts", "user", "net", "cgroup"] {
+        let of = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/{namespace}")).unwrap();
+        assert_ne!(of(workers[0]), of(std::process::id()), "{namespace}");
+        assert_ne!(of(workers[0]), of(workers[1]), "{namespace}");
+    }
+    let mut seen: Vec<String> = fs::read_dir(format!("/proc/{}/root", workers[0]))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    seen.sort();
+    assert_eq!(seen, ["proc", "rootfs"]);
+    let mounts = proc("mountinfo");
+    assert!(mounts.lines().count() <= 4, "{mounts}");
+    // Each thread of its programs has a filter more.
+    let threads = fs::read_dir(format!("/proc/{}/task", workers[0])).unwrap();
+    let hardened = threads.filter(|thread| {
+        let path = thread.as_ref().unwrap().path();
+        let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
+        let status = fs::read_to_string(path.join("status")).unwrap_or_default();
+        name.starts_with("wasm-") && status.contains("Seccomp_filters:\t4")
+    });
+    assert!(hardened.count() > 0);
+    // One is gone: its pod with it, and nobody else.
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(workers[0]).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    runtime.block_on(async {
+        let exit = daemon::wait(&tasks[0].0, &tasks[0].1).await.unwrap();
+        assert_eq!(exit.exit_status, 137);
+    });
+    let end: proto::WaitResponse = daemon.call("Wait", &id_of("a")).unwrap();
+    assert_eq!(end.exit_status, 137);
+    assert!(
+        daemon.log().contains("was killed by SIGKILL"),
+        "{}",
+        daemon.log()
+    );
+    runtime.block_on(until_busy(&tasks[1].0, "b"));
+    daemon.remove("a").unwrap();
+    daemon.remove("b").unwrap();
+    let begin = Instant::now();
+    while !children(daemon.pid()).is_empty() {
+        assert!(begin.elapsed() < PATIENCE, "processes are left");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }

@@ -9,4 +9,5 @@ pub mod report;
 pub mod wasm;
 pub mod wasm_beside;
 pub mod wasm_idle;
+pub mod wasm_isolated;
 pub mod wasm_soak;

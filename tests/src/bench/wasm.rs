@@ -22,7 +22,7 @@ use wasmtime_wasi::p1::WasiP1Ctx;
 
 use super::crun;
 use super::report::{Goal, Report, median};
-use super::wasm_idle;
+use super::{wasm_idle, wasm_isolated};
 use crate::process::Guard;
 use crate::wasm::daemon::{Daemon, connect, run as run_task};
 use crate::wasm::{HELLO_BODY, http_component, wit};
@@ -54,8 +54,8 @@ struct Bench {
 }
 
 /// What can be run alone.
-pub const PARTS: [&str; 7] = [
-    "starts", "tasks", "daemon", "kills", "python", "http", "idle",
+pub const PARTS: [&str; 8] = [
+    "starts", "tasks", "daemon", "kills", "python", "http", "isolated", "idle",
 ];
 
 /// Runs the benchmark, or these parts of it.
@@ -99,6 +99,7 @@ pub fn run(parts: &[String]) -> Result<Report> {
             "kills" => bench.kills()?,
             "python" => bench.python()?,
             "http" => bench.http()?,
+            "isolated" => wasm_isolated::run(&mut bench.report)?,
             _ => {
                 wasm_idle::of_library(&bench.engine, &mut bench.report)?;
                 wasm_idle::of_daemon(&mut bench.report)?;

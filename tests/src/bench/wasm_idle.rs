@@ -13,7 +13,7 @@ use crate::wasm::daemon::{Daemon, connect, start as start_task};
 const IDLE: usize = 1000;
 
 /// Waits an hour.
-const SLEEP: &str = r#"(module
+pub(super) const SLEEP: &str = r#"(module
   (import "wasi_snapshot_preview1" "poll_oneoff"
     (func $poll (param i32 i32 i32 i32) (result i32)))
   (memory (export "memory") 1)
@@ -151,7 +151,7 @@ pub fn of_daemon(report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-fn pss_kib(process: &str) -> Result<f64> {
+pub(super) fn pss_kib(process: &str) -> Result<f64> {
     let text = fs::read_to_string(format!("/proc/{process}/smaps_rollup"))?;
     text.lines()
         .find_map(|line| {

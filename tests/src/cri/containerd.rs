@@ -71,6 +71,7 @@ pub struct Node {
     program: PathBuf,
     /// How its containers' output is passed on.
     pub io: IoType,
+    isolation: Isolation,
 }
 
 impl Node {
@@ -154,6 +155,7 @@ impl Node {
         }
         fs::write(at("config.toml"), config)?;
         fs::write(at("cni/10-bridge.conflist"), serde_json::to_string(&cni)?)?;
+        let place = isolation;
         let isolation = match isolation {
             Isolation::Thread => "thread",
             Isolation::Process => "process",
@@ -165,6 +167,7 @@ impl Node {
                  [microvm]\ndefault_memory_mib = 192\nisolation = \"{isolation}\"\n\
                  {microvm}\n\
                  [app]\nisolation = \"{isolation}\"\n\
+                 [wasm]\nisolation = \"{isolation}\"\n\
                  [metrics]\nlisten = \"unix:{METRICS}\"\n"
             ),
         )?;
@@ -173,6 +176,7 @@ impl Node {
             sandboxer: None,
             program: sandboxer.to_owned(),
             io,
+            isolation: place,
         };
         node.start_sandboxer()?;
         node.start_containerd()?;
@@ -181,6 +185,11 @@ impl Node {
         }
         node.import_pause()?;
         Ok(node)
+    }
+
+    /// Where its sandboxes run.
+    pub fn isolation(&self) -> Isolation {
+        self.isolation
     }
 
     /// Starts containerd (again).

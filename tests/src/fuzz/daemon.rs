@@ -140,8 +140,7 @@ pub fn spec_seeds() -> Vec<Vec<u8>> {
 
 pub fn report_seeds() -> Vec<Vec<u8>> {
     let reports = [
-        Report::Made { pid: 7 },
-        Report::Jailed,
+        Report::Running,
         Report::Failed { reason: "x".into() },
         Report::Dialled {
             id: 1,

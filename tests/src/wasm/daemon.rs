@@ -14,6 +14,7 @@ use bulkhead_protocol::task::{
     CreateTaskRequest, DeleteRequest, StartRequest, WaitRequest, WaitResponse,
 };
 use bulkhead_protocol::types::Mount;
+use bulkhead_sandboxer::daemon::config::Isolation;
 use bulkhead_sandboxer::daemon::proto::{self, CONTROLLER};
 use prost::Message;
 use serde_json::{Value, json};
@@ -22,6 +23,9 @@ use tokio::net::UnixStream;
 use crate::cri::grpc;
 use crate::env::{self, PATIENCE};
 use crate::process::Guard;
+
+/// Where a host of a mixed kind has cgroups of version 2.
+const UNIFIED: &str = "/sys/fs/cgroup/unified/cgroup.controllers";
 
 /// A running daemon.
 #[derive(Debug)]
@@ -38,6 +42,18 @@ impl Daemon {
     /// # Errors
     /// It does not answer in time.
     pub fn start() -> Result<Self> {
+        Self::start_as(Isolation::Thread)
+    }
+
+    /// Starts one whose pods are isolated like this.
+    ///
+    /// # Errors
+    /// It does not answer in time.
+    pub fn start_as(isolation: Isolation) -> Result<Self> {
+        let isolation = match isolation {
+            Isolation::Thread => "thread",
+            Isolation::Process => "process",
+        };
         // In memory, as /run of a node is: state is written, and synced, for every container.
         let dir = tempfile::Builder::new()
             .prefix("")
@@ -50,7 +66,8 @@ impl Daemon {
                 "run_dir = \"{run}\"\nsocket = \"{run}/vm.sock\"\n\
                  containerd_ttrpc = \"{run}/none\"\n\
                  [app]\nsocket = \"{run}/app.sock\"\n\
-                 [process]\nsocket = \"{run}/process.sock\"\n[wasm]\nsocket = \"{run}/wasm.sock\"\ncache_dir = \"{run}/code\"\n"
+                 [process]\nsocket = \"{run}/process.sock\"\n[wasm]\nisolation = \"{isolation}\"\n\
+                 socket = \"{run}/wasm.sock\"\ncache_dir = \"{run}/code\"\n"
             ),
         )?;
         let (process, client) = Self::spawn(dir.path())?;
@@ -66,7 +83,21 @@ impl Daemon {
             .create(true)
             .append(true)
             .open(dir.join("log"))?;
-        let child = Command::new(env::built("sandboxer")?)
+        let program = env::built("sandboxer")?;
+        let mut command = match Path::new(UNIFIED).exists() {
+            false => Command::new(program),
+            // As every node has it: pods in processes have cgroups of version 2, which this host has
+            // beside those of version 1.
+            true => {
+                let mut command = Command::new("unshare");
+                let unified = Path::new(UNIFIED).parent().context("a parent")?.display();
+                let replace =
+                    format!("mount --bind {unified} /sys/fs/cgroup && exec \"$0\" \"$@\"");
+                command.args(["--mount", "sh", "-c", &replace]).arg(program);
+                command
+            }
+        };
+        let child = command
             .arg("--config")
             .arg(dir.join("config.toml"))
             .stdin(Stdio::null())
@@ -180,6 +211,26 @@ impl Daemon {
         change: impl FnOnce(&mut Value),
     ) -> Result<Bundle> {
         bundle(self.dir(), id, image, args, change)
+    }
+}
+
+impl Drop for Daemon {
+    /// Pods in processes outlive their daemon, and so they would outlive a test that fails. Keepers
+    /// are told where the configuration is; what belongs to a pod ends with its keeper.
+    fn drop(&mut self) {
+        let config = self.dir.path().join("config.toml").display().to_string();
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let words = String::from_utf8_lossy(&words).into_owned();
+            let pid = entry.file_name().to_string_lossy().parse();
+            if let Ok(pid) = pid
+                && words.contains("--bulkhead-keeper")
+                && words.contains(&config)
+            {
+                let pid = nix::unistd::Pid::from_raw(pid);
+                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            }
+        }
     }
 }
 

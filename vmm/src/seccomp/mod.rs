@@ -23,7 +23,7 @@ use seccompiler::{
 mod process;
 mod tables;
 
-pub use process::confine_process;
+pub use process::{confine_process, confine_wasm_process};
 
 /// What a thread is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,6 +106,21 @@ impl Role {
             .as_ref()
             .map_err(|error| io::Error::other(error.clone()))
     }
+}
+
+/// A table for people: calls, each with what for.
+pub type Table = Vec<(c_long, &'static str)>;
+
+/// All tables, by what they are for.
+pub fn tables() -> [(&'static str, Table); 5] {
+    let of = |rules: &[Rule]| rules.iter().map(|rule| (rule.call, rule.why)).collect();
+    [
+        ("vcpu", of(tables::VCPU)),
+        ("devices", of(tables::DEVICES)),
+        ("files", of(tables::FILES)),
+        ("process of a VM", of(tables::VM_PROCESS)),
+        ("process of wasm programs", of(tables::WASM_PROCESS)),
+    ]
 }
 
 fn build(table: &[Rule]) -> Result<BpfProgram, seccompiler::BackendError> {

@@ -1,9 +1,11 @@
-//! The filter of a whole process that runs one VM and nothing else.
+//! The filters of a whole process that runs one VM, or the wasm programs of one pod, and nothing
+//! else.
 //!
-//! Threads that the guest reaches have the tables of their roles besides. This one holds for the
+//! Threads that the guest reaches have the tables of their roles besides. These hold for the
 //! others too, which an attacker who can write our memory would use instead: those that make the
-//! VM, answer the daemon, serve `vmmctl`. It takes away what no part of such a process ever does
-//! and what leads out of a jail, and it kills: the process is one VM, nobody else's lock is in it.
+//! VM, answer the daemon, serve `vmmctl`. There is a table of what such a process may ask for; what
+//! leads out of a jail kills it, as it is one VM, and nobody else's lock is in it; what is neither is
+//! answered as by a kernel that does not know it, for which C libraries are prepared.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -13,6 +15,8 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
 };
+
+use super::{Rule, tables};
 
 /// Refused whatever their arguments.
 const REFUSED: &[c_long] = &[
@@ -59,11 +63,6 @@ const REFUSED: &[c_long] = &[
     libc::SYS_setresgid,
     libc::SYS_sethostname,
     libc::SYS_setdomainname,
-    // New sockets: those of a worker are given to it.
-    libc::SYS_socket,
-    libc::SYS_connect,
-    libc::SYS_bind,
-    libc::SYS_listen,
     // The kernel itself.
     libc::SYS_bpf,
     libc::SYS_perf_event_open,
@@ -88,6 +87,14 @@ const REFUSED: &[c_long] = &[
     libc::SYS_adjtimex,
 ];
 
+/// Refused besides where there is a VM: new sockets, as those of a worker are given to it.
+const NO_SOCKETS: &[c_long] = &[
+    libc::SYS_socket,
+    libc::SYS_connect,
+    libc::SYS_bind,
+    libc::SYS_listen,
+];
+
 /// Flags of `clone` and `unshare` that make namespaces.
 const NAMESPACES: [libc::c_int; 8] = [
     libc::CLONE_NEWNS,
@@ -107,7 +114,19 @@ const NAMESPACES: [libc::c_int; 8] = [
 /// # Errors
 /// The kernel has no seccomp filters.
 pub fn confine_process() -> io::Result<()> {
-    for filter in [refusing(), without_clone3()] {
+    confine(NO_SOCKETS, tables::VM_PROCESS)
+}
+
+/// The same for a process that runs the wasm programs of one pod.
+///
+/// # Errors
+/// The kernel has no seccomp filters.
+pub fn confine_wasm_process() -> io::Result<()> {
+    confine(&[], tables::WASM_PROCESS)
+}
+
+fn confine(refused: &[c_long], table: &[Rule]) -> io::Result<()> {
+    for filter in [refusing(refused), without_clone3(), only(table)] {
         let filter = filter.map_err(|e| io::Error::other(e.to_string()))?;
         seccompiler::apply_filter(&filter).map_err(io::Error::other)?;
     }
@@ -124,9 +143,10 @@ fn has_bit(arg: u8, bit: u64) -> Result<SeccompRule, seccompiler::BackendError> 
     )?])
 }
 
-fn refusing() -> Result<BpfProgram, seccompiler::BackendError> {
+fn refusing(more: &[c_long]) -> Result<BpfProgram, seccompiler::BackendError> {
+    let all = REFUSED.iter().chain(more);
     let mut rules: BTreeMap<c_long, Vec<SeccompRule>> =
-        REFUSED.iter().map(|call| (*call, Vec::new())).collect();
+        all.map(|call| (*call, Vec::new())).collect();
     let namespaces = |bits: &[libc::c_int]| {
         bits.iter()
             .map(|bit| has_bit(0, u64::from(bit.unsigned_abs())))
@@ -155,16 +175,54 @@ fn without_clone3() -> Result<BpfProgram, seccompiler::BackendError> {
     .try_into()
 }
 
+fn only(table: &[Rule]) -> Result<BpfProgram, seccompiler::BackendError> {
+    let rules = table
+        .iter()
+        .map(|rule| Ok((rule.call, rule.rules()?)))
+        .collect::<Result<BTreeMap<_, _>, seccompiler::BackendError>>()?;
+    SeccompFilter::new(
+        rules,
+        SeccompAction::Errno(libc::ENOSYS.unsigned_abs()),
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )?
+    .try_into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::seccomp::Role;
 
     #[test]
+    fn a_process_may_do_what_its_threads_may_and_nothing_that_kills() {
+        for (table, refused) in [
+            (tables::VM_PROCESS, NO_SOCKETS),
+            (tables::WASM_PROCESS, &[][..]),
+        ] {
+            let mut calls: Vec<c_long> = table.iter().map(|rule| rule.call).collect();
+            for call in &calls {
+                assert!(!REFUSED.contains(call) && !refused.contains(call), "{call}");
+            }
+            calls.sort_unstable();
+            calls.dedup();
+            assert_eq!(calls.len(), table.len(), "a call is named twice");
+        }
+        let has = |call| tables::VM_PROCESS.iter().any(|rule| rule.call == call);
+        for role in [Role::Vcpu, Role::Devices, Role::Files] {
+            for rule in role.table() {
+                assert!(has(rule.call), "{role:?}: {}", rule.call);
+            }
+        }
+    }
+
+    #[test]
     fn nothing_that_a_role_needs_is_refused() {
         for role in [Role::Vcpu, Role::Devices, Role::Files] {
             for rule in role.table() {
-                assert!(!REFUSED.contains(&rule.call), "{role:?}: {}", rule.call);
+                for refused in [REFUSED, NO_SOCKETS] {
+                    assert!(!refused.contains(&rule.call), "{role:?}: {}", rule.call);
+                }
             }
         }
     }
@@ -180,6 +238,9 @@ mod tests {
             assert_eq!(sum, 5);
             // SAFETY: changes this thread's attributes only.
             assert_eq!(unsafe { libc::unshare(libc::CLONE_FS) }, 0);
+            // In no table.
+            let refused = std::env::current_dir().expect_err("getcwd");
+            assert_eq!(refused.raw_os_error(), Some(libc::ENOSYS));
             println!("still here");
             // SAFETY: makes a namespace for this thread, if it may.
             unsafe { libc::unshare(libc::CLONE_NEWUSER) };

@@ -16,7 +16,7 @@ use tokio::net::UnixStream;
 use tokio::task::AbortHandle;
 
 use super::process::About;
-use super::{LIFE, LOCK, READY, SOCKET};
+use super::{Kept, LIFE, LOCK, READY, SOCKET};
 use crate::daemon::config::{Config, Isolation};
 use crate::daemon::controller::Controller;
 use crate::daemon::grpc::{self, Call, Service};
@@ -25,8 +25,8 @@ use crate::daemon::pod::blocking;
 use crate::daemon::program;
 use crate::daemon::proto::{CONTROLLER, IdRequest};
 use crate::daemon::sandbox::{Answer, Figure, Kind};
+use crate::daemon::state::State;
 use crate::daemon::task::check_id;
-use crate::daemon::vm::{Guests, Vms};
 use crate::fsutil;
 
 /// Longest complaint of a keeper that does not start.
@@ -45,10 +45,10 @@ struct Keeper {
 
 /// The pods of one kind.
 #[derive(Debug)]
-pub struct Keepers {
+pub struct Keepers<K: Kind> {
     /// Pods without a keeper: on threads of ours, or ended.
-    own: Arc<Controller<Vms>>,
-    guests: Guests,
+    own: Arc<Controller<K>>,
+    kept: Kept,
     config: Arc<Config>,
     /// The file that it comes from.
     file: Option<PathBuf>,
@@ -63,18 +63,18 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Keepers {
+impl<K: Kind> Keepers<K> {
     /// With the pods of an earlier daemon: those whose keepers live go on. Needs a tokio runtime.
     pub async fn new(
-        own: Arc<Controller<Vms>>,
-        guests: Guests,
+        own: Arc<Controller<K>>,
+        kept: Kept,
         config: Arc<Config>,
         file: Option<PathBuf>,
         mounts: Option<File>,
     ) -> Arc<Self> {
         let keepers = Arc::new(Self {
             own,
-            guests,
+            kept,
             config,
             file,
             mounts,
@@ -93,8 +93,15 @@ impl Keepers {
             if is_kept(&dir) {
                 match UnixStream::connect(dir.join(SOCKET)).await {
                     Ok(stream) => {
-                        tracing::info!(sandbox = %name, "goes on with its keeper");
-                        self.keep(&name, stream, None);
+                        let keeper = self.keep(&name, stream, None);
+                        // containerd's call to start it has broken, and it knows of no such pod.
+                        if State::read(&dir).is_ok_and(|state| state.started.is_none()) {
+                            tracing::info!(sandbox = %name, "was never started and is removed");
+                            let keepers = Arc::clone(self);
+                            tokio::spawn(async move { keepers.give_up(&keeper).await });
+                        } else {
+                            tracing::info!(sandbox = %name, "goes on with its keeper");
+                        }
                         continue;
                     }
                     Err(error) => {
@@ -158,6 +165,20 @@ impl Keepers {
         }
     }
 
+    /// Has its pod removed.
+    async fn give_up(&self, keeper: &Arc<Keeper>) {
+        let id = IdRequest {
+            sandbox_id: keeper.id.clone(),
+        };
+        let request = request("Shutdown", id.encode_to_vec());
+        match keeper.client.call_raw(request, None).await {
+            Ok(_) => self.released(keeper),
+            Err(error) => {
+                tracing::error!(sandbox = keeper.id, %error, "its pod cannot be removed");
+            }
+        }
+    }
+
     /// It has ended before its pod was removed: so has the pod.
     async fn lost(&self, keeper: &Arc<Keeper>) {
         let _making = self.making.lock().await;
@@ -199,7 +220,7 @@ impl Keepers {
             return Err(Status::new(Code::ResourceExhausted, text));
         }
         let about = About {
-            guests: self.guests,
+            kept: self.kept,
             namespace: namespace.to_owned(),
             id: id.to_owned(),
             config: self.file.clone(),
@@ -228,7 +249,7 @@ impl Keepers {
         let (mut keeper, mut made) = (self.kept(&id), false);
         if keeper.is_none()
             && method == "Create"
-            && self.guests.isolation(&self.config) == Isolation::Process
+            && self.kept.isolation(&self.config) == Isolation::Process
             && !self.own.has(&id)
         {
             check_id("sandbox", &id)?;
@@ -359,7 +380,7 @@ fn launch(about: &About, mounts: Stdio, socket: PathBuf) -> io::Result<Launched>
     }))
 }
 
-impl Source for Keepers {
+impl<K: Kind> Source for Keepers<K> {
     fn add<'a>(&'a self, text: &'a mut Text) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>> {
         Box::pin(async move {
             self.own.add(text).await;
@@ -377,9 +398,9 @@ impl Source for Keepers {
 
 /// A type of its own so that calls can hold it.
 #[derive(Debug)]
-pub struct KeptEndpoint(pub Arc<Keepers>);
+pub struct KeptEndpoint<K: Kind>(pub Arc<Keepers<K>>);
 
-impl Service for KeptEndpoint {
+impl<K: Kind> Service for KeptEndpoint<K> {
     fn call(&self, call: Call) -> grpc::Answer {
         let keepers = Arc::clone(&self.0);
         Box::pin(keepers.dispatch(call))

@@ -14,15 +14,19 @@ use nix::sched::{CloneFlags, setns};
 use tokio::net::UnixListener;
 use tokio::task::JoinSet;
 
-use super::{LIFE, LOCK, READY, SOCKET};
+use super::{Kept, LIFE, LOCK, READY, SOCKET};
 use crate::daemon::config::{Config, Isolation};
 use crate::daemon::controller::Controller;
 use crate::daemon::events::Events;
 use crate::daemon::grpc::Call;
+use crate::daemon::process::Processes;
+use crate::daemon::program;
 use crate::daemon::proto::CONTROLLER;
 use crate::daemon::sandbox::Kind;
 use crate::daemon::task::check_id;
 use crate::daemon::vm::{Guests, Vms};
+use crate::daemon::wasm::Wasm;
+use crate::daemon::wasm::jailed::InProcess;
 use crate::daemon::{bind_private, start_logging, ttrpc};
 use crate::engine::microvm::share::enter_private_mounts;
 use crate::fsutil;
@@ -36,8 +40,8 @@ const LONELY: Duration = Duration::from_secs(60);
 /// What a keeper is told by its arguments.
 #[derive(Debug, PartialEq, Eq)]
 pub struct About {
-    /// What its VM runs.
-    pub guests: Guests,
+    /// What it is a pod of.
+    pub kept: Kept,
     /// containerd's namespace.
     pub namespace: String,
     /// The pod's id.
@@ -51,7 +55,7 @@ impl About {
     pub fn arguments(&self) -> Vec<std::ffi::OsString> {
         let mut all: Vec<std::ffi::OsString> = vec![
             super::ARGUMENT.into(),
-            self.guests.shown().into(),
+            self.kept.shown().into(),
             self.namespace.clone().into(),
             self.id.clone().into(),
         ];
@@ -63,9 +67,7 @@ impl About {
         let mut text = || arguments.next()?.into_string().ok();
         let shown = text()?;
         Some(Self {
-            guests: [Guests::Linux, Guests::App]
-                .into_iter()
-                .find(|g| g.shown() == shown)?,
+            kept: Kept::ALL.into_iter().find(|k| k.shown() == shown)?,
             namespace: text()?,
             id: text()?,
             config: arguments.next().map(PathBuf::from),
@@ -92,9 +94,10 @@ pub fn main() -> ExitCode {
 fn run(about: &About) -> io::Result<()> {
     let mut config = Config::load(about.config.as_deref()).map_err(io::Error::other)?;
     // The file may have changed since the daemon read it.
-    match about.guests {
-        Guests::Linux => config.microvm.isolation = Isolation::Process,
-        Guests::App => config.app.isolation = Isolation::Process,
+    match about.kept {
+        Kept::Vm(Guests::Linux) => config.microvm.isolation = Isolation::Process,
+        Kept::Vm(Guests::App) => config.app.isolation = Isolation::Process,
+        Kept::Wasm => program::open_whole()?,
     }
     start_logging(&config);
     check_id("sandbox", &about.id).map_err(|e| io::Error::other(e.message))?;
@@ -103,8 +106,19 @@ fn run(about: &About) -> io::Result<()> {
         let _ = std::fs::create_dir(CGROUP);
         let _ = std::fs::write(Path::new(CGROUP).join("cgroup.procs"), "0");
     }
-    own_mounts()?;
-    let kind = Vms::new(Arc::new(config.clone()), about.guests);
+    let mounts = own_mounts()?;
+    let config = Arc::new(config);
+    match about.kept {
+        Kept::Vm(guests) => keep(about, &config, Vms::new(Arc::clone(&config), guests)),
+        Kept::Wasm => {
+            let processes = Processes::new(Arc::clone(&config), mounts);
+            let wasm = Wasm::new(Arc::clone(&config), InProcess, processes);
+            keep(about, &config, wasm)
+        }
+    }
+}
+
+fn keep<K: Kind>(about: &About, config: &Config, kind: K) -> io::Result<()> {
     let dir = kind.directory().join(&about.id);
     std::fs::DirBuilder::new()
         .recursive(true)
@@ -115,29 +129,30 @@ fn run(about: &About) -> io::Result<()> {
         .thread_keep_alive(Duration::from_secs(2))
         .enable_all()
         .build()?;
-    let result = runtime.block_on(serve(about, &config, kind, &dir));
+    let result = runtime.block_on(serve(about, config, kind, &dir));
     runtime.shutdown_background();
     // With a pod that was never made; one that was removed has taken it along.
     let _ = fsutil::remove_dir(&dir);
     result
 }
 
-/// What it mounts is gone with it, and of the daemon's mounts it holds none.
-fn own_mounts() -> io::Result<()> {
+/// What it mounts is gone with it, and of the daemon's mounts it holds none. Gives the host's mount
+/// namespace, if we have left it.
+fn own_mounts() -> io::Result<Option<File>> {
     // SAFETY: standard input is nobody else's in this process.
     let given = unsafe { OwnedFd::from_raw_fd(0) };
     let host = File::from(given);
     // Anything else than a namespace (/dev/null) is refused: then the daemon has not left it.
     if setns(host.as_fd(), CloneFlags::CLONE_NEWNS).is_err() {
-        return Ok(());
+        return Ok(None);
     }
     match enter_private_mounts() {
-        true => Ok(()),
+        true => Ok(Some(host)),
         false => Err(io::Error::last_os_error()),
     }
 }
 
-async fn serve(about: &About, config: &Config, kind: Vms, dir: &Path) -> io::Result<()> {
+async fn serve<K: Kind>(about: &About, config: &Config, kind: K, dir: &Path) -> io::Result<()> {
     let events = Events::start(config.containerd_ttrpc.clone());
     let controller = Controller::empty(kind, events);
     let listener: UnixListener = bind_private(&dir.join(SOCKET))?;
@@ -175,12 +190,12 @@ async fn serve(about: &About, config: &Config, kind: Vms, dir: &Path) -> io::Res
 }
 
 /// containerd's calls, as the daemon passes them on.
-struct Front {
-    controller: Arc<Controller<Vms>>,
+struct Front<K: Kind> {
+    controller: Arc<Controller<K>>,
     namespace: String,
 }
 
-impl Dispatch for Front {
+impl<K: Kind> Dispatch for Front<K> {
     fn service(&self) -> &'static str {
         CONTROLLER
     }
@@ -207,7 +222,7 @@ mod tests {
     fn arguments_are_understood() {
         for config in [None, Some(PathBuf::from("/etc/x.toml"))] {
             let about = About {
-                guests: Guests::App,
+                kept: Kept::Vm(Guests::App),
                 namespace: "k8s.io".into(),
                 id: "p".into(),
                 config,

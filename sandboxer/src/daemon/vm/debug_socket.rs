@@ -82,7 +82,7 @@ impl DebugSocket {
             Machine::Thread(vm) => vm,
             Machine::Worker(worker) => {
                 worker.serve_debug(&listener)?;
-                let pid = worker.pid();
+                let pid = worker.jailed().pid();
                 dir.update(|state| {
                     state.pid = pid;
                     state.pid_start = process_start(pid).unwrap_or(0);

@@ -122,7 +122,7 @@ impl Machine {
             Self::Thread(_) => Ok(()),
             Self::Worker(worker) => {
                 let name = Path::new(guest).file_name().unwrap_or_default();
-                worker.show(share, &name.to_string_lossy())
+                worker.jailed().show(share, &name.to_string_lossy())
             }
         }
     }
@@ -185,7 +185,9 @@ impl Machine {
     pub fn info(&self) -> Option<String> {
         match self {
             Self::Thread(vm) => vm.inspect().ok().map(|vm| vm.to_string()),
-            Self::Worker(worker) => Some(serde_json::json!({"worker": worker.pid()}).to_string()),
+            Self::Worker(worker) => {
+                Some(serde_json::json!({"worker": worker.jailed().pid()}).to_string())
+            }
         }
     }
 
@@ -193,7 +195,7 @@ impl Machine {
     pub fn stop(&self) {
         match self {
             Self::Thread(vm) => vm.vm().stop(),
-            Self::Worker(worker) => worker.kill(),
+            Self::Worker(worker) => worker.jailed().kill(),
         }
     }
 
@@ -201,7 +203,7 @@ impl Machine {
     pub fn take_down(&self) {
         match self {
             Self::Thread(vm) => vm.vm().stop(),
-            Self::Worker(worker) => worker.end(),
+            Self::Worker(worker) => worker.jailed().end(),
         }
     }
 }

@@ -177,9 +177,10 @@ impl Vms {
         }
         let guest = Arc::new(reached.map_err(failed)?);
         // From here on the limit holds; the boot is not the pod's doing.
-        if let Some(threads) = &parts.threads
-            && let Err(error) = threads.limit(CpuShare::of(&resources(&plan.wish)))
-        {
+        let share = CpuShare::of(&resources(&plan.wish));
+        let threads = parts.threads.as_ref().map(|threads| threads.limit(share));
+        let process = parts.cgroup.as_ref().map(|of| share.set(of.path()));
+        if let Some(Err(error)) = threads.or(process) {
             tracing::warn!(sandbox = plan.id, %error, "the pod's CPU share cannot be set");
         }
         parts.forward = forward_ports(plan, parts, &guest).await;

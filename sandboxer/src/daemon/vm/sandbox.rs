@@ -125,7 +125,7 @@ fn number(value: u64) -> f64 {
 /// What the host says of a VM's process: nothing of it depends on the worker's word.
 fn worker_figures(worker: &Worker) -> Vec<Figure> {
     let mut figures = Vec::new();
-    if let Some(resident) = worker.resident() {
+    if let Some(resident) = worker.jailed().resident() {
         let help = "Memory of a VM's process, with what it has touched of its guest's.";
         figures.push(Figure::gauge(
             "bulkhead_worker_resident_bytes",
@@ -133,7 +133,7 @@ fn worker_figures(worker: &Worker) -> Vec<Figure> {
             number(resident),
         ));
     }
-    if let Some((user, system)) = worker.cpu() {
+    if let Some((user, system)) = worker.jailed().cpu() {
         figures.extend(cpu_figures(user, system));
     }
     figures

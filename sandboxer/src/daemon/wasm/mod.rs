@@ -1,26 +1,28 @@
 //! Pods of wasm programs: containerd's sandbox plugin a second time, on a socket of its own, for
-//! the runtime `bulkhead-wasm`. The programs run on threads of this process, in `bulkhead-wasm`'s
-//! engine; see `docs/wasm.md`.
+//! the runtime `bulkhead-wasm`. The programs run in `bulkhead-wasm`'s engine; see `docs/wasm.md`.
+//!
+//! Where they run ([`place`]) is `wasm.isolation`: on [`threads`] of the daemon, or in a [`jailed`]
+//! process for each pod. The second one's own module is the only one that a pod's keeper has, which
+//! is therefore a program without the engine.
 
 mod artifact;
+pub mod jailed;
 mod ordinary;
+mod place;
 mod root;
 mod sandbox;
 pub(super) mod spec;
 mod stdio;
+mod threads;
 
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 
 use bulkhead_protocol::rpc::{Code, Status};
-use bulkhead_wasm::{
-    Allocation, CacheConfig, CompilerConfig, Engine, EngineConfig, Network, PodConfig, Resolver,
-    ThreadHook,
-};
+use bulkhead_wasm::WasmError;
 
 use super::agent::setup::{USUAL_SYSCTLS, sysctls};
-use super::cgroup::{CpuShare, Threads, clean_threads};
 use super::config::Config;
 use super::pod::blocking;
 use super::process::{Processes, check_sysctls, sysctl_path};
@@ -28,10 +30,11 @@ use super::proto::{NODE, PodSandboxConfig};
 use super::sandbox::{Answer, Kind, Plan};
 use super::state::State;
 use super::storage::Storage;
-use super::vm::resources;
 use ordinary::Ordinary;
+use place::{Net, Place, PodWish, Programs};
 use sandbox::Running;
 pub use sandbox::WasmSandbox;
+pub use threads::OnThreads;
 
 /// Pods of one daemon.
 const MAX_PODS: usize = 16_384;
@@ -40,27 +43,26 @@ const MAX_RESOLV: u64 = 64 << 10;
 
 /// Pods of wasm programs.
 #[derive(Debug)]
-pub struct Wasm {
+pub struct Wasm<P> {
     config: Arc<Config>,
-    /// Made when first needed: it reserves a lot of address space.
-    engine: Arc<OnceLock<Engine>>,
+    place: Arc<P>,
     /// For what is no wasm program in its pods.
     processes: Processes,
 }
 
-impl Wasm {
-    /// Without an engine yet. `processes` makes the ordinary containers of its pods.
-    pub fn new(config: Arc<Config>, processes: Processes) -> Self {
+impl<P: Place> Wasm<P> {
+    /// `place` is where programs run, `processes` makes the ordinary containers of its pods.
+    pub fn new(config: Arc<Config>, place: P, processes: Processes) -> Self {
         Self {
             config,
-            engine: Arc::default(),
+            place: Arc::new(place),
             processes,
         }
     }
 }
 
-impl Kind for Wasm {
-    type Sandbox = WasmSandbox;
+impl<P: Place> Kind for Wasm<P> {
+    type Sandbox = WasmSandbox<P::Programs>;
 
     fn name(&self) -> &'static str {
         "bulkhead-wasm"
@@ -78,100 +80,82 @@ impl Kind for Wasm {
         check_sysctls(wish)
     }
 
-    async fn start(&self, plan: Plan) -> Answer<WasmSandbox> {
-        let (config, engine) = (Arc::clone(&self.config), Arc::clone(&self.engine));
+    async fn start(&self, plan: Plan) -> Answer<Self::Sandbox> {
+        let (config, place) = (Arc::clone(&self.config), Arc::clone(&self.place));
         let ordinary = Ordinary::new(self.processes.clone(), plan.clone());
-        blocking(move || build(&config, &engine, ordinary, plan)).await?
+        blocking(move || build(&config, &*place, ordinary, plan)).await?
     }
 
     fn clean(&self, state: &State) {
-        // Its network namespace was only looked at, its programs have ended with their process.
-        clean_threads(&state.id);
+        self.place.clean(state);
         self.processes.clean(state);
     }
 }
 
-/// The engine of this daemon. Blocks while it is made.
-fn engine(config: &Config, kept: &OnceLock<Engine>) -> Answer<Engine> {
-    if let Some(engine) = kept.get() {
-        return Ok(engine.clone());
-    }
-    let wish = &config.wasm;
-    // Too little address space, or the cache's directory is not ours.
-    let made = Engine::new(&EngineConfig {
-        allocation: Allocation::Pooling {
-            instances: wish.max_instances,
-        },
-        cache: Some(CacheConfig {
-            directory: wish.cache_dir.clone(),
-            max_bytes: wish.cache_mib.saturating_mul(1 << 20),
-        }),
-        max_module_bytes: wish.max_module_mib.saturating_mul(1 << 20),
-        compiler: CompilerConfig {
-            program: Some("/proc/self/exe".into()),
-            memory_bytes: wish.compile_memory_mib.saturating_mul(1 << 20),
-            inlining: wish.inlining,
-        },
-        ..EngineConfig::default()
-    })
-    .map_err(|e| Status::new(Code::Internal, format!("wasm engine: {e}")))?;
-    Ok(kept.get_or_init(|| made).clone())
-}
-
-fn build(
+fn build<P: Place>(
     config: &Config,
-    kept: &OnceLock<Engine>,
+    place: &P,
     ordinary: Ordinary,
     plan: Plan,
-) -> Answer<WasmSandbox> {
+) -> Answer<WasmSandbox<P::Programs>> {
     let internal = |e: String| Status::new(Code::Internal, e);
-    let engine = engine(config, kept)?;
     let storage = Storage::create(&plan.dir).map_err(|e| internal(e.to_string()))?;
-    let network = match plan.netns.as_str() {
-        "" if wants_host_network(&plan.wish) => Network::Host,
-        "" => Network::None,
+    let net = match plan.netns.as_str() {
+        "" if wants_host_network(&plan.wish) => Net::Host,
+        "" => Net::None,
         path => {
             let file =
                 File::open(path).map_err(|e| internal(format!("network namespace {path}: {e}")))?;
             let file = set_network_sysctls(file, Arc::clone(&plan.wish)).map_err(internal)?;
-            Network::Namespace(file.into())
+            Net::Namespace(file)
         }
     };
     let limit = plan.wish.linux.as_ref().and_then(|l| l.resources);
-    let threads = Threads::create(&plan.id);
-    if let Some(threads) = &threads
-        && let Err(error) = threads.limit(CpuShare::of(&resources(&plan.wish)))
-    {
-        tracing::warn!(sandbox = plan.id, %error, "the pod's share of CPU is not set");
+    let wish = PodWish {
+        net,
+        resolv: resolv_conf(&plan.wish),
+        memory_bytes: limit
+            .and_then(|l| u64::try_from(l.memory_limit_in_bytes).ok())
+            .filter(|bytes| *bytes > 0),
+    };
+    let programs = place.open(config, &plan, wish)?;
+    // In a runtime's context, as all that blocks is.
+    if let Err(error) = programs.watch() {
+        programs.take_down(Vec::new());
+        return Err(internal(format!("sandbox {}: {error}", plan.id)));
     }
-    let thread_hook = threads
-        .as_ref()
-        .map(|threads| -> ThreadHook { Arc::new(threads.entrance()) });
-    let pod = bulkhead_wasm::Pod::new(
-        &engine,
-        PodConfig {
-            id: plan.id.clone(),
-            network,
-            resolver: Resolver::parse(&resolv_conf(&plan.wish), "127.0.0.1 localhost\n"),
-            memory_bytes: limit
-                .and_then(|l| u64::try_from(l.memory_limit_in_bytes).ok())
-                .filter(|bytes| *bytes > 0),
-            thread_hook,
-            harden: true,
-            ..PodConfig::default()
-        },
-    );
     let running = Running {
-        engine,
-        pod,
+        place: programs,
         dir: plan.dir.clone(),
         namespace: plan.namespace.clone(),
         containerd: config.containerd_ttrpc.clone(),
         max_module_bytes: config.wasm.max_module_mib.saturating_mul(1 << 20),
         storage: Mutex::new(Some(storage)),
-        threads: Mutex::new(threads),
     };
     Ok(WasmSandbox::new(running, ordinary, plan))
+}
+
+/// The caller's fault.
+fn is_invalid(error: &WasmError) -> bool {
+    matches!(
+        error,
+        WasmError::Invalid { .. }
+            | WasmError::Unsupported { .. }
+            | WasmError::NoFunction { .. }
+            | WasmError::Mount { .. }
+    )
+}
+
+fn engine_failed(error: &WasmError) -> Status {
+    let code = match is_invalid(error) {
+        true => Code::InvalidArgument,
+        false => Code::Internal,
+    };
+    Status::new(code, error.to_string())
+}
+
+fn precondition(error: impl ToString) -> Status {
+    Status::new(Code::FailedPrecondition, error.to_string())
 }
 
 /// Sets those of the pod's sysctls that belong to a network namespace, in this one. Others are for

@@ -13,17 +13,16 @@ use bulkhead_protocol::metrics::{CPUStat, MemoryEvents, MemoryStat, Metrics, Pid
 use bulkhead_protocol::rpc::{Code, Status};
 use bulkhead_protocol::task::*;
 use bulkhead_protocol::types::Mount;
-use bulkhead_wasm::{self as engine, ContainerConfig, Engine, Program, Reason, Source, WasmError};
+use bulkhead_wasm::{Engine, Source, Stats, Status as State};
 use nix::fcntl::OFlag;
 use tokio::sync::Notify;
 
-use super::Ordinary;
 use super::artifact::Containerd;
-use super::root;
+use super::place::{END_TIME, Program, ProgramWish, Programs, ROOTS, UserWish};
 use super::spec::{self, Wish};
 use super::stdio::{self, Held};
+use super::{Ordinary, root};
 use crate::daemon::agent::AgentProcess;
-use crate::daemon::cgroup::Threads;
 use crate::daemon::events::{Event, Events, now};
 use crate::daemon::pod::blocking;
 use crate::daemon::proto::TaskId;
@@ -36,18 +35,15 @@ use crate::fsutil;
 use crate::image::open_in_image;
 use crate::timeouts;
 
-/// How long programs have to end once they are killed.
-const END_TIME: Duration = Duration::from_secs(5);
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What blocking calls need.
 #[derive(Debug)]
-pub(super) struct Running {
-    pub(super) engine: Engine,
-    pub(super) pod: engine::Pod,
+pub(super) struct Running<P> {
+    /// Where its programs run.
+    pub(super) place: P,
     /// The pod's directory.
     pub(super) dir: PathBuf,
     /// containerd's, of the pod.
@@ -58,19 +54,17 @@ pub(super) struct Running {
     pub(super) max_module_bytes: u64,
     /// `None`: taken down.
     pub(super) storage: Mutex<Option<Storage>>,
-    /// Where its threads are counted, and held to the pod's share of CPU.
-    pub(super) threads: Mutex<Option<Threads>>,
 }
 
 /// A running pod.
 #[derive(Debug)]
-pub struct WasmSandbox {
+pub struct WasmSandbox<P: Programs> {
     id: String,
     namespace: String,
     events: Events,
     streams: Arc<Streams>,
-    running: Arc<Running>,
-    programs: Mutex<HashMap<String, engine::Container>>,
+    running: Arc<Running<P>>,
+    programs: Mutex<HashMap<String, P::Program>>,
     /// Streams of the programs, by container.
     streams_of: Mutex<HashMap<String, SharedHeld>>,
     ordinary: Ordinary,
@@ -81,17 +75,17 @@ type SharedHeld = Arc<tokio::sync::Mutex<Held>>;
 
 /// A process of a container.
 #[derive(Debug)]
-pub enum PodProcess {
+pub enum PodProcess<P> {
     /// A wasm program.
-    Wasm(WasmProcess),
+    Wasm(WasmProcess<P>),
     /// Of an ordinary container.
     Ordinary(AgentProcess),
 }
 
 /// A container's program.
 #[derive(Debug)]
-pub struct WasmProcess {
-    program: engine::Container,
+pub struct WasmProcess<P> {
+    program: P,
     held: SharedHeld,
     /// It ended without ever having run.
     discarded: Notify,
@@ -102,17 +96,6 @@ fn no_exec() -> Status {
         Code::Unimplemented,
         "exec is not supported by this sandbox: a WebAssembly program has no other programs beside it",
     )
-}
-
-fn engine_failed(error: &WasmError) -> Status {
-    let code = match error {
-        WasmError::Invalid { .. }
-        | WasmError::Unsupported { .. }
-        | WasmError::NoFunction { .. }
-        | WasmError::Mount { .. } => Code::InvalidArgument,
-        _ => Code::Internal,
-    };
-    Status::new(code, error.to_string())
 }
 
 fn storage_failed(error: &StorageError) -> Status {
@@ -128,13 +111,9 @@ fn has_ended() -> Status {
     Status::new(Code::FailedPrecondition, "the sandbox has ended")
 }
 
-fn precondition(error: impl ToString) -> Status {
-    Status::new(Code::FailedPrecondition, error.to_string())
-}
-
-impl WasmSandbox {
+impl<P: Programs> WasmSandbox<P> {
     /// Ready for containers.
-    pub(super) fn new(running: Running, ordinary: Ordinary, plan: Plan) -> Self {
+    pub(super) fn new(running: Running<P>, ordinary: Ordinary, plan: Plan) -> Self {
         Self {
             id: plan.id,
             namespace: plan.namespace,
@@ -148,7 +127,7 @@ impl WasmSandbox {
     }
 
     /// The program of a container; `None`: it is an ordinary one.
-    fn program(&self, container: &str) -> Option<engine::Container> {
+    fn program(&self, container: &str) -> Option<P::Program> {
         lock(&self.programs).get(container).cloned()
     }
 
@@ -165,7 +144,7 @@ impl WasmSandbox {
             }
             let all = async {
                 for program in &programs {
-                    if program.status() != engine::Status::Created {
+                    if program.status() != State::Created {
                         program.ended().await;
                     }
                 }
@@ -178,15 +157,15 @@ impl WasmSandbox {
     }
 }
 
-impl WasmProcess {
-    async fn wait(&self, sandbox: &WasmSandbox, of: &Of) -> Exit {
+impl<P: Program> WasmProcess<P> {
+    async fn wait(&self, sandbox: &WasmSandbox<impl Programs>, of: &Of) -> Exit {
         let exit = tokio::select! {
             exit = self.program.ended() => exit,
             () = self.discarded.notified() => {
                 return Exit { status: KILLED, at: now() };
             }
         };
-        if exit.reason == Reason::OutOfMemory {
+        if exit.out_of_memory {
             let event = Event::Oom(TaskId {
                 container_id: of.container.clone(),
             });
@@ -209,7 +188,7 @@ impl WasmProcess {
     /// One that runs is ended: containerd asks for that by a Kill before, but not always.
     fn delete(&self) {
         let _ = self.program.signal(libc::SIGKILL);
-        if self.program.status() == engine::Status::Created {
+        if self.program.status() == State::Created {
             self.discarded.notify_one();
         }
     }
@@ -221,21 +200,23 @@ impl WasmProcess {
                 format!("there is no signal {}", request.signal),
             )
         })?;
-        if self.program.status() == engine::Status::Created && signal == libc::SIGKILL {
+        if self.program.status() == State::Created && signal == libc::SIGKILL {
             // As runc does: what never started ends.
             self.discarded.notify_one();
             return Ok(());
         }
-        self.program.signal(signal).map_err(precondition)
+        self.program.signal(signal)
     }
 }
 
-impl Sandbox for WasmSandbox {
-    type Process = PodProcess;
+impl<P: Programs> Sandbox for WasmSandbox<P> {
+    type Process = PodProcess<P::Program>;
 
     async fn ended(&self) -> OwnEnd {
-        // Of the wasm part, there is nothing that could end but its programs.
-        self.ordinary.ended().await
+        tokio::select! {
+            end = self.ordinary.ended() => end,
+            end = self.running.place.ended() => end,
+        }
     }
 
     async fn shut_down(&self, grace: Duration) {
@@ -245,16 +226,9 @@ impl Sandbox for WasmSandbox {
     fn take_down(&self) {
         self.ordinary.take_down();
         let programs = std::mem::take(&mut *lock(&self.programs));
-        // Where nobody has asked them to end, as when the agent has died.
-        for program in programs.values() {
-            let _ = program.signal(libc::SIGKILL);
-        }
-        for program in programs.values() {
-            if program.status() != engine::Status::Created {
-                program.wait_for(END_TIME);
-            }
-        }
-        drop(programs);
+        self.running
+            .place
+            .take_down(programs.into_values().collect());
         // containerd waits for the end of its streams before it asks for anything else. One that is
         // locked is being ended just now.
         for held in std::mem::take(&mut *lock(&self.streams_of)).values() {
@@ -264,20 +238,15 @@ impl Sandbox for WasmSandbox {
         }
         // Mounts go with it.
         *lock(&self.running.storage) = None;
-        self.running.pod.close();
-        let threads = lock(&self.running.threads).take();
-        // Waits for them.
-        drop(threads);
     }
 
     fn info(&self) -> Option<String> {
-        self.ordinary.running().and_then(|o| o.info())
+        let ordinary = self.ordinary.running().and_then(|o| o.info());
+        self.running.place.info().or(ordinary)
     }
 
     fn figures(&self) -> Vec<Figure> {
-        let used = lock(&self.running.threads)
-            .as_ref()
-            .and_then(Threads::usage);
+        let used = self.running.place.used();
         let help = "CPU time of a wasm pod's threads.";
         let figure = |(mode, value): (&'static str, Duration)| Figure {
             label: Some(("mode", mode)),
@@ -288,7 +257,7 @@ impl Sandbox for WasmSandbox {
             .unwrap_or_default()
     }
 
-    async fn create(&self, request: &CreateTaskRequest) -> Answer<(PodProcess, u32)> {
+    async fn create(&self, request: &CreateTaskRequest) -> Answer<(Self::Process, u32)> {
         let names = Names {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -299,26 +268,24 @@ impl Sandbox for WasmSandbox {
         let (id, bundle) = (request.id.clone(), request.bundle.clone());
         let rootfs = request.rootfs.clone();
         let made = blocking(move || {
-            let Some(mut config) = prepare(&running, &id, Path::new(&bundle), &rootfs)? else {
+            let Some((code, wish)) = prepare(&running, &id, Path::new(&bundle), &rootfs)? else {
                 return Ok::<_, Status>(None);
             };
             // On a thread of the runtime, too.
-            let stdio::Connected {
-                stdin,
-                stdout,
-                stderr,
-                held,
-            } = stdio::connect(&names, &streams)?;
-            config.stdin = stdin;
-            config.stdout = stdout;
-            config.stderr = stderr;
-            let program = running.pod.create(config).map_err(|e| engine_failed(&e))?;
-            Ok(Some((program, held)))
+            Ok(Some((code, wish, stdio::connect(&names, &streams)?)))
         });
-        let Some((program, held)) = made.await?? else {
+        let Some((code, wish, connected)) = made.await?? else {
             let (process, pid) = self.ordinary.started().await?.create(request).await?;
             return Ok((PodProcess::Ordinary(process), pid));
         };
+        let stdio::Connected {
+            stdin,
+            stdout,
+            stderr,
+            held,
+        } = connected;
+        let place = &self.running.place;
+        let program = place.create(code, wish, [stdin, stdout, stderr]).await?;
         let held = Arc::new(tokio::sync::Mutex::new(held));
         lock(&self.programs).insert(request.id.clone(), program.clone());
         lock(&self.streams_of).insert(request.id.clone(), Arc::clone(&held));
@@ -327,7 +294,7 @@ impl Sandbox for WasmSandbox {
             held,
             discarded: Notify::new(),
         };
-        Ok((PodProcess::Wasm(process), std::process::id()))
+        Ok((PodProcess::Wasm(process), place.pid()))
     }
 
     fn discard(&self, container: &str) {
@@ -341,7 +308,7 @@ impl Sandbox for WasmSandbox {
         }
     }
 
-    async fn exec(&self, request: &ExecProcessRequest) -> Answer<PodProcess> {
+    async fn exec(&self, request: &ExecProcessRequest) -> Answer<Self::Process> {
         if self.program(&request.id).is_some() {
             return Err(no_exec());
         }
@@ -349,27 +316,24 @@ impl Sandbox for WasmSandbox {
         Ok(PodProcess::Ordinary(process))
     }
 
-    async fn start(&self, process: &PodProcess, of: &Of) -> Answer<u32> {
+    async fn start(&self, process: &Self::Process, of: &Of) -> Answer<u32> {
         match process {
             PodProcess::Wasm(process) => {
-                let program = process.program.clone();
-                // It may have to make a thread.
-                let started = blocking(move || program.start()).await?;
-                started.map_err(precondition)?;
-                Ok(std::process::id())
+                process.program.start().await?;
+                Ok(self.running.place.pid())
             }
             PodProcess::Ordinary(process) => self.ordinary.get()?.start(process, of).await,
         }
     }
 
-    async fn wait(&self, process: &PodProcess, of: &Of) -> Option<Exit> {
+    async fn wait(&self, process: &Self::Process, of: &Of) -> Option<Exit> {
         match process {
             PodProcess::Wasm(process) => Some(process.wait(self, of).await),
             PodProcess::Ordinary(process) => self.ordinary.get().ok()?.wait(process, of).await,
         }
     }
 
-    async fn delete(&self, process: &PodProcess, of: &Of) -> Answer<()> {
+    async fn delete(&self, process: &Self::Process, of: &Of) -> Answer<()> {
         match process {
             PodProcess::Wasm(process) => {
                 process.delete();
@@ -379,14 +343,14 @@ impl Sandbox for WasmSandbox {
         }
     }
 
-    async fn kill(&self, process: &PodProcess, request: &KillRequest) -> Answer<()> {
+    async fn kill(&self, process: &Self::Process, request: &KillRequest) -> Answer<()> {
         match process {
             PodProcess::Wasm(process) => process.kill(request),
             PodProcess::Ordinary(process) => self.ordinary.get()?.kill(process, request).await,
         }
     }
 
-    async fn resize(&self, process: &PodProcess, request: &ResizePtyRequest) -> Answer<()> {
+    async fn resize(&self, process: &Self::Process, request: &ResizePtyRequest) -> Answer<()> {
         match process {
             // There is no terminal whose size could change; clients ask all the same.
             PodProcess::Wasm(_) => Ok(()),
@@ -394,7 +358,7 @@ impl Sandbox for WasmSandbox {
         }
     }
 
-    async fn close_stdin(&self, process: &PodProcess) {
+    async fn close_stdin(&self, process: &Self::Process) {
         match process {
             PodProcess::Wasm(process) => process.held.lock().await.close_stdin(),
             PodProcess::Ordinary(process) => {
@@ -415,14 +379,14 @@ impl Sandbox for WasmSandbox {
 
     async fn pause(&self, container: &str) -> Answer<()> {
         match self.program(container) {
-            Some(program) => program.pause().map_err(precondition),
+            Some(program) => program.signal(libc::SIGSTOP),
             None => self.ordinary.get()?.pause(container).await,
         }
     }
 
     async fn resume(&self, container: &str) -> Answer<()> {
         match self.program(container) {
-            Some(program) => program.resume().map_err(precondition),
+            Some(program) => program.signal(libc::SIGCONT),
             None => self.ordinary.get()?.resume(container).await,
         }
     }
@@ -434,10 +398,10 @@ impl Sandbox for WasmSandbox {
         if let Some(any) = &request.resources {
             let limits = spec::limits(&any.value)?;
             if let Some(bytes) = limits.memory_bytes {
-                program.set_memory_limit(bytes);
+                program.set_memory_limit(bytes)?;
             }
             if let Some(milli) = limits.cpu_milli {
-                program.set_cpu_share(milli);
+                program.set_cpu_share(milli)?;
             }
         }
         Ok(())
@@ -445,19 +409,19 @@ impl Sandbox for WasmSandbox {
 
     async fn stats(&self, container: &str) -> Answer<Metrics> {
         match self.program(container) {
-            Some(program) => Ok(metrics(&program.stats())),
+            Some(program) => Ok(metrics(&program.stats().await?)),
             None => self.ordinary.get()?.stats(container).await,
         }
     }
 }
 
 /// Blocking part: files and program. `None`: it is an ordinary one.
-fn prepare(
-    running: &Running,
+fn prepare<P: Programs>(
+    running: &Running<P>,
     id: &str,
     bundle: &Path,
     rootfs: &[Mount],
-) -> Answer<Option<ContainerConfig>> {
+) -> Answer<Option<(P::Code, ProgramWish)>> {
     let oci = read_spec(bundle)?;
     let entry = spec::entry(&oci)?;
     let path = match lock(&running.storage).as_mut() {
@@ -469,7 +433,7 @@ fn prepare(
     // The storage speaks of the guest's paths, of which there are none here.
     let number = PathBuf::from(path);
     let number = number.file_name().map(Path::new).unwrap_or(&number);
-    let host = running.dir.join("rootfs").join(number);
+    let host = running.dir.join(ROOTS).join(number);
     let mut found = None;
     if !entry.is_named_wasm() && !begins_as_wasm(&host, &entry.program) {
         // Without any file in it, it may be an artifact.
@@ -486,11 +450,10 @@ fn prepare(
     }
     let wish = spec::read(&oci)?;
     root::complete(&host, &wish.binds, wish.read_only)?;
-    let program = match found {
-        Some(program) => program,
+    let code = match found {
+        Some(code) => code,
         None => load(running, id, &host, &wish)?,
     };
-    let mut config = ContainerConfig::new(id, program);
     let Wish {
         function,
         args,
@@ -501,24 +464,22 @@ fn prepare(
         cpu_milli,
         ..
     } = wish;
-    config.function = function;
-    config.args = args;
-    config.env = env;
-    config.cwd = Some(cwd);
-    config.user = user;
-    config.memory_bytes = memory_bytes;
-    config.cpu_milli = cpu_milli;
-    config.mounts = vec![engine::Mount {
-        host,
-        guest: "/".into(),
-        // Mounts in it may be writable: the kernel tells them apart.
-        read_only: false,
-    }];
-    config.http.threads = cpu_milli.map_or_else(
-        || std::thread::available_parallelism().map_or(1, usize::from),
-        |milli| usize::try_from(milli.div_ceil(1000)).unwrap_or(1),
-    );
-    Ok(Some(config))
+    let wish = ProgramWish {
+        id: id.to_owned(),
+        root: number.to_string_lossy().into_owned(),
+        function,
+        args,
+        env,
+        cwd,
+        user: user.map(|user| UserWish {
+            uid: user.uid,
+            gid: user.gid,
+            groups: user.groups,
+        }),
+        memory_bytes,
+        cpu_milli,
+    };
+    Ok(Some((code, wish)))
 }
 
 /// Whether the image has a wasm program of this name, whatever that is. Others are not looked for:
@@ -563,7 +524,7 @@ fn file_name(program: &Path) -> String {
 }
 
 /// Finds the program as the container would see it, or in an image that has no files.
-fn load(running: &Running, id: &str, root: &Path, wish: &Wish) -> Answer<Program> {
+fn load<P: Programs>(running: &Running<P>, id: &str, root: &Path, wish: &Wish) -> Answer<P::Code> {
     let opened = match open_in_image(root, &wish.program) {
         Ok(fd) => File::from(fd),
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
@@ -584,28 +545,32 @@ fn load(running: &Running, id: &str, root: &Path, wish: &Wish) -> Answer<Program
         file: &opened,
     };
     running
-        .engine
+        .place
         .load(source)
         .map_err(|e| refused(&wish.program, e))
 }
 
 /// What there is of an artifact's module.
-enum Found {
+enum Found<C> {
     /// It was made ready before.
-    Ready(Program),
+    Ready(C),
     /// Its bytes.
     Bytes(bytes::Bytes),
 }
 
 /// The program of an image whose layer is the module itself. Blocks.
-fn artifact(running: &Running, id: &str, program: &Path) -> Answer<Option<Program>> {
+fn artifact<P: Programs>(
+    running: &Running<P>,
+    id: &str,
+    program: &Path,
+) -> Answer<Option<P::Code>> {
     let name = file_name(program);
     let found = tokio::runtime::Handle::current().block_on(async {
         let containerd = Containerd::connect(&running.containerd, &running.namespace).await?;
         let Some(module) = containerd.module_of(id, &name).await? else {
             return Ok(None);
         };
-        if let Some(known) = running.engine.find(&name, &module.digest) {
+        if let Some(known) = running.place.find(&name, &module.digest) {
             return Ok(Some(Found::Ready(known)));
         }
         if module.size > running.max_module_bytes {
@@ -628,14 +593,14 @@ fn artifact(running: &Running, id: &str, program: &Path) -> Answer<Option<Progra
                 name: &name,
                 bytes: &bytes,
             };
-            let loaded = running.engine.load(source);
+            let loaded = running.place.load(source);
             loaded.map(Some).map_err(|e| refused(program, e))
         }
     }
 }
 
 /// What a program uses, in the form of a cgroup's statistics.
-fn metrics(stats: &engine::Stats) -> Metrics {
+fn metrics(stats: &Stats) -> Metrics {
     let usec = u64::try_from(stats.cpu.as_micros()).unwrap_or(u64::MAX);
     Metrics {
         pids: Some(PidsStat {

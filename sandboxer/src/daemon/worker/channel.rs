@@ -123,9 +123,9 @@ pub enum Order {
     Debug,
 }
 
-/// From the worker.
+/// From a worker that is on its way, of whatever kind.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Report {
+pub enum Birth {
     /// From the process that makes it: its process id on the host.
     Made {
         /// The id.
@@ -133,6 +133,16 @@ pub enum Report {
     },
     /// It is in its jail and has no right left.
     Jailed,
+    /// It cannot go on. At any time, also later.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// From the worker of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Report {
     /// Its VM runs.
     Running,
     /// It cannot go on.
@@ -251,6 +261,14 @@ impl Channel {
         Ok(found.map(|(message, _)| message))
     }
 
+    /// A message that is there, with the descriptors that come with it.
+    ///
+    /// # Errors
+    /// None is there (`WouldBlock`), or what came is none.
+    pub fn look_with_fds<M: DeserializeOwned>(&self) -> io::Result<Option<(M, Vec<OwnedFd>)>> {
+        self.read(MsgFlags::MSG_DONTWAIT, MAX_FDS)
+    }
+
     fn read<M: DeserializeOwned>(
         &self,
         flags: MsgFlags,
@@ -334,9 +352,9 @@ mod tests {
         let (ours, theirs) = Channel::pair().expect("pair");
         let theirs = Channel::from(theirs);
         let (near, far) = UnixStream::pair().expect("pair");
-        theirs.send(&Report::Jailed, &[far.as_fd()]).expect("send");
+        theirs.send(&Report::Running, &[far.as_fd()]).expect("send");
         drop(far);
-        assert_eq!(ours.look().expect("look"), Some(Report::Jailed));
+        assert_eq!(ours.look().expect("look"), Some(Report::Running));
         // It was closed: nobody holds the other end.
         let mut rest = Vec::new();
         (&near).read_to_end(&mut rest).expect("the end");

@@ -15,7 +15,7 @@
 //!    reach files that one can see, and nothing but the pod's is in sight; above all,
 //!    `open_by_handle_at`, which finds files by number past every jail, wants a right on the host.
 //! 3. All capabilities but those that serving files takes ([`KEPT`]), for good.
-//! 4. `no_new_privs` and a filter for the whole process ([`bulkhead_vmm::seccomp::confine_process`]).
+//! 4. `no_new_privs` and a filter for the whole process ([`bulkhead_vmm::seccomp::confine_process`] for that of a VM).
 //!
 //! Mounts are made by the daemon, from outside ([`super::attach`]).
 
@@ -33,7 +33,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::{chdir, fchdir, pivot_root, sethostname};
 
 use super::attach::{move_to, open_tree, restrict};
-use super::channel::{Begin, Channel, Report};
+use super::channel::{Begin, Birth, Channel};
 
 /// Capabilities that a worker keeps, in its user namespace: what it takes to serve files as the
 /// guest's kernel, which decides who may do what, wants them.
@@ -68,11 +68,17 @@ fn step<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Step {
     move |error| (what, error.into())
 }
 
-/// Makes the worker and jails it. To be called with one thread.
+/// Makes the worker and jails it, with `confine` as the last step: its filter of system calls. To be
+/// called with one thread.
 ///
 /// # Errors
 /// The host refuses a step; neither process may go on.
-pub fn enter(begin: &Begin, netns: Option<OwnedFd>, daemon: &Channel) -> Result<Side, Step> {
+pub fn enter(
+    begin: &Begin,
+    netns: Option<OwnedFd>,
+    daemon: &Channel,
+    confine: impl FnOnce() -> io::Result<()>,
+) -> Result<Side, Step> {
     fs::write(begin.cgroup.join("cgroup.procs"), "0").map_err(step("entering the pod's cgroup"))?;
     // The daemon is spared when memory is short; this is a pod.
     let _ = fs::write("/proc/self/oom_score_adj", "0");
@@ -88,7 +94,7 @@ pub fn enter(begin: &Begin, netns: Option<OwnedFd>, daemon: &Channel) -> Result<
     if pid != 0 {
         drop(below);
         daemon
-            .send(&Report::Made { pid }, &[])
+            .send(&Birth::Made { pid }, &[])
             .map_err(step("telling the daemon"))?;
         // Not before the daemon knows whom to wait for.
         above.write_all(&[1]).map_err(step("telling the worker"))?;
@@ -114,7 +120,7 @@ pub fn enter(begin: &Begin, netns: Option<OwnedFd>, daemon: &Channel) -> Result<
     ))?;
     ask_for_map(&mut below).map_err(step("waiting for user ids"))?;
     give_up_rights().map_err(step("giving up capabilities"))?;
-    bulkhead_vmm::seccomp::confine_process().map_err(step("seccomp"))?;
+    confine().map_err(step("seccomp"))?;
     Ok(Side::Jailed)
 }
 
@@ -268,8 +274,6 @@ fn give_up_rights() -> io::Result<()> {
     // is the only one.
     let result = unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) };
     nix::errno::Errno::result(result)?;
-    // For people only.
-    let _ = nix::sys::prctl::set_name(c"bulkhead-worker");
     Ok(())
 }
 

@@ -14,23 +14,21 @@
 pub mod attach;
 pub mod channel;
 pub mod jail;
+pub mod jailed;
 pub mod run;
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bulkhead_vmm::memory::VmMemory;
 use bulkhead_vmm::{Caching, DiskSource, VmConfig};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
@@ -41,7 +39,8 @@ use crate::daemon::sandbox::Stop;
 use crate::engine::EngineError;
 use crate::engine::stdio;
 use crate::timeouts;
-use channel::{Begin, Channel, Disk, Net, Order, Report, Share, Wish};
+use channel::{Begin, Disk, Net, Order, Report, Share, Wish};
+use jailed::{Jailed, Start, answer, clean};
 
 /// How the program is told that it is to be a worker.
 pub const ARGUMENT: &str = "--bulkhead-worker";
@@ -49,8 +48,6 @@ pub const ARGUMENT: &str = "--bulkhead-worker";
 pub const TAIL: usize = 2048;
 /// Threads and processes of a worker: vCPUs, devices, those at the debug socket.
 const MAX_TASKS: u32 = 256;
-/// Time for a killed worker to go.
-const KILL_TIME: Duration = Duration::from_secs(10);
 /// Reports that are read before others have their turn.
 const REPORTS: usize = 64;
 
@@ -88,12 +85,7 @@ enum Waiter {
 #[derive(Debug)]
 pub struct Worker {
     id: String,
-    dir: PathBuf,
-    cgroup: PathBuf,
-    pid: u32,
-    process: OwnedFd,
-    channel: Channel,
-    mounts: File,
+    jailed: Jailed,
     next: AtomicU64,
     waiting: Mutex<HashMap<u64, Waiter>>,
     end: watch::Sender<Option<End>>,
@@ -168,23 +160,6 @@ fn name_of(path: &Path) -> String {
     name.to_string_lossy().into_owned()
 }
 
-/// A worker on its way. Dropping it ends what there is of it.
-struct Making {
-    starter: Child,
-    worker: Option<(u32, OwnedFd)>,
-}
-
-impl Drop for Making {
-    fn drop(&mut self) {
-        // Harmless if it has ended.
-        let _ = self.starter.kill();
-        let _ = self.starter.wait();
-        if let Some((pid, process)) = self.worker.take() {
-            end(pid, &process);
-        }
-    }
-}
-
 impl Worker {
     /// Starts a worker and its VM. Blocks until the VM's first instruction can run.
     ///
@@ -194,64 +169,31 @@ impl Worker {
         let id = launch.vm.id.clone();
         let what = || EngineError::io(format!("worker of sandbox {id}"));
         let (wish, fds) = hand_over(launch.vm)?;
-        // Best effort, for hosts without the controller.
-        let _ = std::fs::write(launch.cgroup.join("pids.max"), MAX_TASKS.to_string());
-        let (channel, theirs) = Channel::pair().map_err(what())?;
-        // An emulated host is slow: as long as for any call.
-        channel.patience(timeouts::call()).map_err(what())?;
-        // No code of ours runs between fork and exec, so this is a cheap vfork.
-        let mut making = Making {
-            starter: program::command()
-                .arg(ARGUMENT)
-                .env_clear()
-                .envs(std::env::vars_os().filter(|(name, _)| name == "BULKHEAD_TIMEOUT_FACTOR"))
-                .stdin(theirs)
-                .stdout(Stdio::null())
-                .spawn()
-                .map_err(what())?,
-            worker: None,
-        };
-        let begin = Begin {
-            dir: launch.dir.to_owned(),
-            shares: wish.shares.iter().map(|s| s.name.clone()).collect(),
-            cgroup: launch.cgroup.to_owned(),
-            log: launch.log.to_owned(),
-        };
-        let netns: Vec<_> = launch.netns.into_iter().collect();
-        channel.send(&begin, &netns).map_err(what())?;
-        match report(&channel).map_err(what())? {
-            // It is our child, and nobody else waits for it: the number cannot be another's.
-            Report::Made { pid } if pid > 1 => {
-                let process = open_process(pid).map_err(what())?;
-                making.worker = Some((pid.unsigned_abs(), process));
-            }
-            other => return Err(what()(unexpected(&other))),
-        }
-        match report(&channel).map_err(what())? {
-            Report::Jailed => {}
-            other => return Err(what()(unexpected(&other))),
-        }
-        let Some((pid, process)) = making.worker.take() else {
-            return Err(what()(io::ErrorKind::NotFound.into()));
-        };
+        let jailed = Jailed::start(Start {
+            program: program::command(),
+            argument: ARGUMENT,
+            begin: Begin {
+                dir: launch.dir.to_owned(),
+                shares: wish.shares.iter().map(|s| s.name.clone()).collect(),
+                cgroup: launch.cgroup.to_owned(),
+                log: launch.log.to_owned(),
+            },
+            netns: launch.netns,
+            max_tasks: MAX_TASKS,
+        })
+        .map_err(what())?;
         let worker = Arc::new(Self {
-            mounts: File::open(format!("/proc/{pid}/ns/mnt")).map_err(what())?,
-            dir: launch.dir.to_owned(),
-            cgroup: launch.cgroup.to_owned(),
-            pid,
-            process,
-            channel,
+            jailed,
             next: AtomicU64::new(0),
             waiting: Mutex::default(),
             end: watch::Sender::new(None),
             watcher: Mutex::default(),
             id: id.clone(),
         });
-        drop(making);
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-        let channel = &worker.channel;
+        let channel = worker.jailed.channel();
         channel.send(&Order::Run(wish), &fds).map_err(what())?;
-        match report(channel).map_err(what())? {
+        match answer(channel).map_err(what())? {
             Report::Running => Ok(worker),
             Report::Failed { reason } => Err(what()(io::Error::other(clean(&reason)))),
             other => Err(what()(unexpected(&other))),
@@ -264,8 +206,8 @@ impl Worker {
     /// # Errors
     /// Out of descriptors.
     pub fn watch(self: &Arc<Self>, stop: Stop) -> io::Result<()> {
-        let process = stdio::watch(self.process.try_clone()?, Interest::READABLE)?;
-        let reports = self.channel.as_fd().try_clone_to_owned()?;
+        let process = stdio::watch(self.jailed.process().try_clone()?, Interest::READABLE)?;
+        let reports = self.jailed.channel().as_fd().try_clone_to_owned()?;
         let reports = stdio::watch(reports, Interest::READABLE)?;
         let weak = Arc::downgrade(self);
         let mut stop = Some(stop);
@@ -286,7 +228,7 @@ impl Worker {
                 // Its last words first.
                 more = worker.take_reports(&mut stop);
                 if ended {
-                    worker.note_end(&how_it_ended(&worker.process, &worker.cgroup));
+                    worker.note_end(&worker.jailed.how_it_ended());
                     return;
                 }
                 drop(worker);
@@ -300,12 +242,12 @@ impl Worker {
     /// Reads some of what has come; whether there may be more.
     fn take_reports(&self, stop: &mut Option<Stop>) -> bool {
         for _ in 0..REPORTS {
-            match self.channel.look::<Report>() {
+            match self.jailed.channel().look::<Report>() {
                 Ok(Some(report)) => self.take(report, stop),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
                 // It has closed its end, or talks nonsense: it is of no use any more.
                 Ok(None) | Err(_) => {
-                    self.kill();
+                    self.jailed.kill();
                     return false;
                 }
             }
@@ -346,7 +288,7 @@ impl Worker {
                 });
             }
             Report::Failed { reason } => self.note_end(&clean(&reason)),
-            Report::Made { .. } | Report::Jailed | Report::Running => {}
+            Report::Running => {}
         }
     }
 
@@ -366,11 +308,6 @@ impl Worker {
     /// The pod's id.
     pub fn id(&self) -> &str {
         &self.id
-    }
-
-    /// Its process.
-    pub fn pid(&self) -> u32 {
-        self.pid
     }
 
     /// Resolves once its VM or its process has ended.
@@ -405,7 +342,7 @@ impl Worker {
         let id = self.expect(Waiter::Dial(sender));
         let attempt = Attempt { worker: self, id };
         let order = Order::Dial { id, port };
-        self.channel.send(&order, &[theirs.as_fd()])?;
+        self.jailed.channel().send(&order, &[theirs.as_fd()])?;
         drop(theirs);
         let result = receiver.await;
         drop(attempt);
@@ -417,7 +354,7 @@ impl Worker {
     pub async fn last_line(&self) -> String {
         let (sender, receiver) = oneshot::channel();
         let id = self.expect(Waiter::Tail(sender));
-        let sent = self.channel.send(&Order::Tail { id }, &[]);
+        let sent = self.jailed.channel().send(&Order::Tail { id }, &[]);
         let answer = match sent {
             Ok(()) => tokio::time::timeout(timeouts::figures(), receiver).await,
             Err(_) => Ok(Ok(String::new())),
@@ -429,7 +366,7 @@ impl Worker {
     /// Notes a point in the VM's life.
     pub fn mark(&self, stage: &str) {
         let stage = stage.to_owned();
-        let _ = self.channel.send(&Order::Mark { stage }, &[]);
+        let _ = self.jailed.channel().send(&Order::Mark { stage }, &[]);
     }
 
     /// Lets it serve `vmmctl`.
@@ -437,44 +374,14 @@ impl Worker {
     /// # Errors
     /// It has ended.
     pub fn serve_debug(&self, listener: &UnixListener) -> io::Result<()> {
-        self.channel.send(&Order::Debug, &[listener.as_fd()])
+        self.jailed
+            .channel()
+            .send(&Order::Debug, &[listener.as_fd()])
     }
 
-    /// Brings what is mounted at `name` of one of its shares into its jail. Blocks shortly.
-    ///
-    /// # Errors
-    /// What the kernel refuses.
-    pub fn show(&self, share: &str, name: &str) -> io::Result<()> {
-        let inside = Path::new("/").join(share).join(name);
-        attach::attach(&self.mounts, &self.dir.join(share).join(name), &inside)
-    }
-
-    /// Its own memory that is in use now, in bytes: with what it has touched of its guest's.
-    pub fn resident(&self) -> Option<u64> {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
-        let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
-        let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
-        Some(kib.saturating_mul(1024))
-    }
-
-    /// CPU time of it, its guest included: in programs, in the kernel.
-    pub fn cpu(&self) -> Option<(Duration, Duration)> {
-        let text = std::fs::read_to_string(self.cgroup.join("cpu.stat")).ok()?;
-        let field = |name: &str| -> Option<Duration> {
-            let line = text.lines().find_map(|l| l.strip_prefix(name))?;
-            Some(Duration::from_micros(line.trim().parse().ok()?))
-        };
-        Some((field("user_usec ")?, field("system_usec ")?))
-    }
-
-    /// Kills it.
-    pub fn kill(&self) {
-        kill(&self.process);
-    }
-
-    /// Kills it, waits until it has gone, and reaps it. Doing it again does nothing. Blocks.
-    pub fn end(&self) {
-        end(self.pid, &self.process);
+    /// Its process.
+    pub fn jailed(&self) -> &Jailed {
+        &self.jailed
     }
 }
 
@@ -483,7 +390,6 @@ impl Drop for Worker {
         if let Some(watcher) = lock(&self.watcher).take() {
             watcher.abort();
         }
-        self.end();
     }
 }
 
@@ -498,22 +404,11 @@ impl Drop for Attempt<'_> {
         if lock(&self.worker.waiting).remove(&self.id).is_some() {
             let _ = self
                 .worker
-                .channel
+                .jailed
+                .channel()
                 .send(&Order::GiveUp { id: self.id }, &[]);
         }
     }
-}
-
-fn report(channel: &Channel) -> io::Result<Report> {
-    let found = channel
-        .receive::<Report>()
-        .map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock => io::Error::from(io::ErrorKind::TimedOut),
-            _ => error,
-        })?;
-    found
-        .map(|(report, _)| report)
-        .ok_or_else(|| io::Error::other("it ended without a word"))
 }
 
 fn unexpected(report: &Report) -> io::Error {
@@ -521,78 +416,4 @@ fn unexpected(report: &Report) -> io::Error {
         Report::Failed { reason } => io::Error::other(clean(reason)),
         other => io::Error::other(format!("it says {other:?}")),
     }
-}
-
-/// Without what could play tricks with a log.
-fn clean(text: &str) -> String {
-    let printable = text.chars().filter(|c| !c.is_control());
-    printable.take(1000).collect()
-}
-
-fn open_process(pid: i32) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open takes a pid and flags.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    let fd = nix::errno::Errno::result(fd)?;
-    let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn kill(process: &OwnedFd) {
-    // SAFETY: takes a descriptor of a process, which is open, a signal, no information and no flags.
-    unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            process.as_raw_fd(),
-            libc::SIGKILL,
-            std::ptr::null::<libc::siginfo_t>(),
-            0,
-        );
-    }
-}
-
-fn end(pid: u32, process: &OwnedFd) {
-    kill(process);
-    let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
-    let wait = PollTimeout::try_from(KILL_TIME).unwrap_or(PollTimeout::MAX);
-    let _ = poll(&mut fds, wait);
-    match waitid(
-        Id::PIDFd(process.as_fd()),
-        WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG,
-    ) {
-        Ok(WaitStatus::StillAlive) => {
-            tracing::warn!(pid, "a killed worker does not end: it hangs in the kernel");
-        }
-        // No child: it was reaped before.
-        Ok(_) | Err(nix::errno::Errno::ECHILD) => {}
-        Err(error) => tracing::warn!(pid, %error, "a worker cannot be waited for"),
-    }
-}
-
-/// Why a process has ended that has not said so; it stays for [`end`] to reap.
-fn how_it_ended(process: &OwnedFd, cgroup: &Path) -> String {
-    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-    match waitid(Id::PIDFd(process.as_fd()), flags) {
-        Ok(WaitStatus::Exited(_, code)) => format!("its worker ended with exit code {code}"),
-        Ok(WaitStatus::Signaled(_, nix::sys::signal::Signal::SIGSYS, _)) => {
-            "its worker tried a system call that no worker makes and was killed: it may have been \
-             broken into by the guest; please report it with what the guest did"
-                .to_owned()
-        }
-        Ok(WaitStatus::Signaled(_, nix::sys::signal::Signal::SIGKILL, _))
-            if out_of_memory(cgroup) =>
-        {
-            "its worker was killed for lack of memory in the pod's cgroup: raise the pod's memory \
-             limit or its RuntimeClass overhead"
-                .to_owned()
-        }
-        Ok(WaitStatus::Signaled(_, signal, _)) => format!("its worker was killed by {signal}"),
-        _ => "its worker has ended".to_owned(),
-    }
-}
-
-fn out_of_memory(cgroup: &Path) -> bool {
-    let text = std::fs::read_to_string(cgroup.join("memory.events")).unwrap_or_default();
-    let killed = text.lines().find_map(|l| l.strip_prefix("oom_kill "));
-    killed.is_some_and(|count| count.trim() != "0")
 }

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -18,7 +18,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde_json::Value;
 
-use super::channel::{Begin, Channel, Order, Report, Wish};
+use super::channel::{Begin, Birth, Channel, Order, Report, Wish};
 use super::jail::{self, Side};
 use crate::debug;
 use crate::engine::console::{ConsoleHub, last_line};
@@ -30,12 +30,27 @@ const MAX_DIALS: usize = 1024;
 
 /// Runs a worker; the channel to the daemon is standard input.
 pub fn main() -> ExitCode {
-    // SAFETY: the daemon has put a socket there; nothing else in this process reads it.
-    let daemon = Channel::from(unsafe { OwnedFd::from_raw_fd(0) });
-    match run(&daemon) {
+    start(bulkhead_vmm::seccomp::confine_process, run)
+}
+
+/// Goes into the jail, with `confine` as the last step, and does `work` there.
+pub fn start(
+    confine: fn() -> io::Result<()>,
+    work: fn(&Channel) -> Result<(), String>,
+) -> ExitCode {
+    // The daemon has put a socket there; nothing else in this process reads it.
+    let Ok(daemon) = io::stdin().as_fd().try_clone_to_owned() else {
+        return ExitCode::FAILURE;
+    };
+    let daemon = Channel::from(daemon);
+    let worked = match enter(&daemon, confine) {
+        Ok(true) => work(&daemon),
+        other => other.map(drop),
+    };
+    match worked {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => {
-            let _ = daemon.send(&Report::Failed { reason }, &[]);
+            let _ = daemon.send(&Birth::Failed { reason }, &[]);
             ExitCode::FAILURE
         }
     }
@@ -45,27 +60,38 @@ fn io_text(what: &str) -> impl FnOnce(io::Error) -> String {
     move |error| format!("{what}: {error}")
 }
 
-fn run(daemon: &Channel) -> Result<(), String> {
-    let channel = || io_text("the daemon's channel");
-    let Some((begin, mut fds)) = daemon.receive::<Begin>().map_err(channel())? else {
-        return Ok(());
+/// What is wrong with the daemon's channel.
+pub fn channel_failed(error: io::Error) -> String {
+    format!("the daemon's channel: {error}")
+}
+
+/// True: in the jail; false: there is nothing more to do.
+fn enter(daemon: &Channel, confine: fn() -> io::Result<()>) -> Result<bool, String> {
+    let Some((begin, mut fds)) = daemon.receive::<Begin>().map_err(channel_failed)? else {
+        return Ok(false);
     };
     tracing_subscriber::fmt()
         .with_max_level(begin.log.parse().unwrap_or(tracing::Level::INFO))
         .with_writer(io::stderr)
         .with_ansi(false)
         .init();
-    let entered = jail::enter(&begin, fds.pop(), daemon);
+    let entered = jail::enter(&begin, fds.pop(), daemon, confine);
     match entered.map_err(|(what, error)| format!("{what}: {error}"))? {
-        Side::Starter => return Ok(()),
+        Side::Starter => return Ok(false),
         Side::Jailed => {}
     }
-    daemon.send(&Report::Jailed, &[]).map_err(channel())?;
-    let Some((Order::Run(wish), fds)) = daemon.receive().map_err(channel())? else {
+    // For people only.
+    let _ = nix::sys::prctl::set_name(c"bulkhead-worker");
+    daemon.send(&Birth::Jailed, &[]).map_err(channel_failed)?;
+    Ok(true)
+}
+
+fn run(daemon: &Channel) -> Result<(), String> {
+    let Some((Order::Run(wish), fds)) = daemon.receive().map_err(channel_failed)? else {
         return Ok(());
     };
     let worker = Worker::start(wish, fds, daemon)?;
-    daemon.send(&Report::Running, &[]).map_err(channel())?;
+    daemon.send(&Report::Running, &[]).map_err(channel_failed)?;
     worker.serve();
     Ok(())
 }
