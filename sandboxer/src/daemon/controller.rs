@@ -43,7 +43,7 @@ pub struct Counts {
 pub struct Controller<K: Kind> {
     kind: Arc<K>,
     events: Events,
-    pods: Mutex<HashMap<String, Arc<Pod<K>>>>,
+    pods: Arc<Mutex<HashMap<String, Arc<Pod<K>>>>>,
     counts: Arc<Mutex<Counts>>,
 }
 
@@ -67,7 +67,7 @@ impl<K: Kind> Controller<K> {
         Arc::new(Self {
             kind: Arc::new(kind),
             events,
-            pods: Mutex::default(),
+            pods: Arc::default(),
             counts: Arc::default(),
         })
     }
@@ -169,9 +169,14 @@ impl<K: Kind> Controller<K> {
         }
         let (kind, events) = (Arc::clone(&self.kind), self.events.clone());
         let (pod_id, netns) = (id.clone(), request.netns_path);
-        let pod =
-            blocking(move || Pod::create(kind, events, namespace, pod_id, netns, wish)).await??;
-        self.pods().entry(id.clone()).or_insert(pod);
+        let pods = Arc::clone(&self.pods);
+        // It is on the list once it is there, even if the caller has gone by then.
+        blocking(move || {
+            let pod = Pod::create(kind, events, namespace, pod_id.clone(), netns, wish)?;
+            lock(&pods).entry(pod_id).or_insert(pod);
+            Ok::<_, Status>(())
+        })
+        .await??;
         Ok(CreateResponse { sandbox_id: id })
     }
 
@@ -229,7 +234,11 @@ impl<K: Kind> Controller<K> {
         .await
     }
 
-    async fn remove(&self, pod: &Arc<Pod<K>>) -> Answer<()> {
+    /// Ends a pod, and takes it off the list.
+    ///
+    /// # Errors
+    /// It is being removed, and that panicked.
+    pub async fn remove(&self, pod: &Arc<Pod<K>>) -> Answer<()> {
         let removing = Arc::clone(pod);
         to_the_end(async move { removing.remove().await }).await?;
         self.pods().remove(&pod.id);

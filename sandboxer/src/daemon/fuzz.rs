@@ -11,6 +11,7 @@ use std::time::Duration;
 use bulkhead_protocol::rpc::{Code, Status};
 use bulkhead_protocol::server::TaskDispatch;
 use prost::Message;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
@@ -59,11 +60,16 @@ pub fn fuzz_spec(data: &[u8]) {
     }
 }
 
-/// Any bytes as what a worker reports to the daemon.
+/// Any bytes as what a worker reports to the daemon: one of a VM, and one of wasm programs.
 ///
 /// # Panics
 /// A message was taken for two.
 pub fn fuzz_report(data: &[u8]) {
+    look_at::<Report>(data);
+    look_at::<super::wasm::jailed::message::Report>(data);
+}
+
+fn look_at<M: DeserializeOwned>(data: &[u8]) {
     let Ok((daemon, worker)) = Channel::pair() else {
         return;
     };
@@ -74,9 +80,9 @@ pub fn fuzz_report(data: &[u8]) {
     );
     drop(worker);
     if sent == Ok(data.len()) && !data.is_empty() {
-        let _ = daemon.look::<Report>();
+        let _ = daemon.look::<M>();
     }
-    assert!(matches!(daemon.look::<Report>(), Ok(None)));
+    assert!(matches!(daemon.look::<M>(), Ok(None)));
 }
 
 /// A controller whose pods cannot start, behind containerd's protocols.

@@ -151,8 +151,20 @@ pub fn report_seeds() -> Vec<Vec<u8>> {
             tail: "y".into(),
         },
     ];
-    let encoded = reports.iter().filter_map(|r| serde_json::to_vec(r).ok());
-    encoded.collect()
+    let of_wasm = [
+        json!("Ready"),
+        json!({"Done": {"ask": 1, "refused": {"invalid": true, "text": "no"}}}),
+        json!({"Uses": {"ask": 2, "usage": {
+            "cpu_us": 1, "memory_bytes": 2, "memory_peak_bytes": 3,
+            "memory_limit_bytes": 4, "memory_refused": 5, "instances": 6,
+        }}}),
+        json!({"Ended": {"program": 3, "ended": {
+            "code": 7, "out_of_memory": false, "message": "x\n    at y",
+        }}}),
+    ];
+    let of_vms = reports.iter().filter_map(|r| serde_json::to_vec(r).ok());
+    let of_wasm = of_wasm.iter().map(|r| r.to_string().into_bytes());
+    of_vms.chain(of_wasm).collect()
 }
 
 fn create() -> Vec<u8> {

@@ -23,6 +23,7 @@ use crate::daemon::process::Processes;
 use crate::daemon::program;
 use crate::daemon::proto::CONTROLLER;
 use crate::daemon::sandbox::Kind;
+use crate::daemon::state::State;
 use crate::daemon::task::check_id;
 use crate::daemon::vm::{Guests, Vms};
 use crate::daemon::wasm::Wasm;
@@ -36,6 +37,8 @@ use crate::fsutil;
 const CGROUP: &str = "/sys/fs/cgroup/bulkhead-keepers";
 /// How long a keeper without a pod waits for somebody to want one.
 const LONELY: Duration = Duration::from_secs(60);
+/// How long a keeper that ends waits for what it has begun.
+const LAST: Duration = Duration::from_secs(10);
 
 /// What a keeper is told by its arguments.
 #[derive(Debug, PartialEq, Eq)]
@@ -129,11 +132,16 @@ fn keep<K: Kind>(about: &About, config: &Config, kind: K) -> io::Result<()> {
         .thread_keep_alive(Duration::from_secs(2))
         .enable_all()
         .build()?;
-    let result = runtime.block_on(serve(about, config, kind, &dir));
-    runtime.shutdown_background();
-    // With a pod that was never made; one that was removed has taken it along.
+    let served = runtime.block_on(serve(about, config, kind, &dir));
+    // A pod may be in the making, for a daemon that has died meanwhile.
+    runtime.shutdown_timeout(LAST);
+    let controller = served?;
+    // Of a pod that was never started; one that was removed has taken it along.
+    if State::read(&dir).is_ok_and(|state| state.started.is_none()) {
+        controller.adopt(dir.clone());
+    }
     let _ = fsutil::remove_dir(&dir);
-    result
+    Ok(())
 }
 
 /// What it mounts is gone with it, and of the daemon's mounts it holds none. Gives the host's mount
@@ -152,7 +160,12 @@ fn own_mounts() -> io::Result<Option<File>> {
     }
 }
 
-async fn serve<K: Kind>(about: &About, config: &Config, kind: K, dir: &Path) -> io::Result<()> {
+async fn serve<K: Kind>(
+    about: &About,
+    config: &Config,
+    kind: K,
+    dir: &Path,
+) -> io::Result<Arc<Controller<K>>> {
     let events = Events::start(config.containerd_ttrpc.clone());
     let controller = Controller::empty(kind, events);
     let listener: UnixListener = bind_private(&dir.join(SOCKET))?;
@@ -183,8 +196,16 @@ async fn serve<K: Kind>(about: &About, config: &Config, kind: K, dir: &Path) -> 
             () = tokio::time::sleep(LONELY), if connections.is_empty() => {}
         }
         // The daemon has gone, or has no more to do with this pod.
-        if connections.is_empty() && controller.all().is_empty() {
-            return Ok(());
+        if connections.is_empty() {
+            for pod in controller.all() {
+                // containerd's calls have broken: nobody will start it, or learns that it has been.
+                if pod.started().is_none() && pod.ended().is_none() {
+                    let _ = controller.remove(&pod).await;
+                }
+            }
+            if controller.all().is_empty() {
+                return Ok(controller);
+            }
         }
     }
 }

@@ -38,6 +38,7 @@ use crate::daemon::vm::resources;
 use crate::daemon::worker::channel::Begin;
 use crate::daemon::worker::jailed::{Jailed, Start, answer, clean};
 use crate::engine::stdio;
+use crate::timeouts;
 use loader::Loaded;
 use message::{Order, Refusal, Report};
 
@@ -182,6 +183,17 @@ fn gone() -> RpcStatus {
     precondition("the sandbox has ended")
 }
 
+/// An answer, unless the process hangs or has ended.
+async fn in_time<T>(receiver: oneshot::Receiver<T>) -> Answer<T> {
+    match tokio::time::timeout(timeouts::call(), receiver).await {
+        Ok(answer) => answer.map_err(|_| gone()),
+        Err(_) => {
+            let text = "the process of the pod's programs does not answer";
+            Err(RpcStatus::new(Code::DeadlineExceeded, text))
+        }
+    }
+}
+
 impl Shared {
     fn number(&self) -> u64 {
         self.next.fetch_add(1, Ordering::Relaxed)
@@ -212,18 +224,17 @@ impl Shared {
         self.expect(ask, Asked::Done(sender))?;
         let forget = Forget { shared: self, ask };
         self.order(&order, fds)?;
-        let answered = receiver.await;
+        let answered = in_time(receiver).await;
         drop(forget);
-        match answered {
-            Ok(None) => Ok(()),
-            Ok(Some(refusal)) => {
+        match answered? {
+            None => Ok(()),
+            Some(refusal) => {
                 let code = match refusal.invalid {
                     true => Code::InvalidArgument,
                     false => Code::Internal,
                 };
                 Err(RpcStatus::new(code, clean_lines(&refusal.text)))
             }
-            Err(_) => Err(gone()),
         }
     }
 
@@ -590,9 +601,6 @@ impl Program for JailedProgram {
         let _forget = Forget { shared, ask };
         let program = self.0.program;
         shared.order(&Order::Stats { ask, program }, &[])?;
-        match receiver.await {
-            Ok(Some(usage)) => Ok(usage.into()),
-            _ => Err(gone()),
-        }
+        in_time(receiver).await?.map(Into::into).ok_or_else(gone)
     }
 }
