@@ -198,12 +198,15 @@ fn created(node: &mut Node, handler: &str) -> Result<Reached> {
 
 fn boots(node: &mut Node, handler: &str) -> Result<Reached> {
     let call = starting(node, handler)?;
-    let tasks = format!("/proc/{}/task", node.sandboxer_pid());
-    until("a thread of a CPU", || {
+    let (tasks, wanted) = match node.isolation() {
+        Isolation::Thread => (format!("/proc/{}/task", node.sandboxer_pid()), "vcpu"),
+        Isolation::Process => ("/proc".to_owned(), "bulkhead-worker"),
+    };
+    until("a thread of a CPU, or a worker", || {
         let threads = std::fs::read_dir(&tasks).into_iter().flatten().flatten();
         threads
             .filter_map(|t| std::fs::read_to_string(t.path().join("comm")).ok())
-            .any(|name| name.starts_with("vcpu"))
+            .any(|name| name.starts_with(wanted))
     })?;
     Ok(Reached {
         calls: vec![call],
@@ -297,7 +300,12 @@ fn sandboxer_is_killed(node: &mut Node, handler: &str) -> Result<()> {
     again(node)?;
     fresh(node)?;
     let before = Host::settled(node)?;
-    for moment in MOMENTS {
+    // Once they are started, pods in processes go on: see `worker.rs`.
+    let moments = match node.isolation() {
+        Isolation::Thread => MOMENTS,
+        Isolation::Process => &MOMENTS[..2],
+    };
+    for moment in moments {
         let begin = Instant::now();
         let reached = (moment.reach)(node, handler).context(moment.name)?;
         again(node)?;

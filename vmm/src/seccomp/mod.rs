@@ -100,8 +100,9 @@ impl Role {
 
     fn filter(self) -> io::Result<&'static BpfProgram> {
         static FILTERS: [OnceLock<Result<BpfProgram, String>>; 3] = [const { OnceLock::new() }; 3];
-        let filter = FILTERS[self as usize]
-            .get_or_init(|| build(self.table()).map_err(|error| error.to_string()));
+        let filter = FILTERS[self as usize].get_or_init(|| {
+            build(self.table(), SeccompAction::Trap).map_err(|error| error.to_string())
+        });
         filter
             .as_ref()
             .map_err(|error| io::Error::other(error.clone()))
@@ -123,18 +124,16 @@ pub fn tables() -> [(&'static str, Table); 5] {
     ]
 }
 
-fn build(table: &[Rule]) -> Result<BpfProgram, seccompiler::BackendError> {
+/// A filter that lets a table's calls pass and does `otherwise` with others.
+fn build(
+    table: &[Rule],
+    otherwise: SeccompAction,
+) -> Result<BpfProgram, seccompiler::BackendError> {
     let rules = table
         .iter()
         .map(|rule| Ok((rule.call, rule.rules()?)))
         .collect::<Result<BTreeMap<_, _>, seccompiler::BackendError>>()?;
-    SeccompFilter::new(
-        rules,
-        SeccompAction::Trap,
-        SeccompAction::Allow,
-        TargetArch::x86_64,
-    )?
-    .try_into()
+    SeccompFilter::new(rules, otherwise, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
 }
 
 /// Holds the calling thread to the table of its role, for good.

@@ -16,7 +16,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-use super::{Rule, tables};
+use super::{Rule, build, tables};
 
 /// Refused whatever their arguments.
 const REFUSED: &[c_long] = &[
@@ -126,7 +126,8 @@ pub fn confine_wasm_process() -> io::Result<()> {
 }
 
 fn confine(refused: &[c_long], table: &[Rule]) -> io::Result<()> {
-    for filter in [refusing(refused), without_clone3(), only(table)] {
+    let unknown = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+    for filter in [refusing(refused), without_clone3(), build(table, unknown)] {
         let filter = filter.map_err(|e| io::Error::other(e.to_string()))?;
         seccompiler::apply_filter(&filter).map_err(io::Error::other)?;
     }
@@ -170,20 +171,6 @@ fn without_clone3() -> Result<BpfProgram, seccompiler::BackendError> {
         BTreeMap::from([(libc::SYS_clone3, Vec::new())]),
         SeccompAction::Allow,
         SeccompAction::Errno(libc::ENOSYS.unsigned_abs()),
-        TargetArch::x86_64,
-    )?
-    .try_into()
-}
-
-fn only(table: &[Rule]) -> Result<BpfProgram, seccompiler::BackendError> {
-    let rules = table
-        .iter()
-        .map(|rule| Ok((rule.call, rule.rules()?)))
-        .collect::<Result<BTreeMap<_, _>, seccompiler::BackendError>>()?;
-    SeccompFilter::new(
-        rules,
-        SeccompAction::Errno(libc::ENOSYS.unsigned_abs()),
-        SeccompAction::Allow,
         TargetArch::x86_64,
     )?
     .try_into()

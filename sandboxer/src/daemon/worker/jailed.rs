@@ -5,14 +5,18 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use serde::de::DeserializeOwned;
+use tokio::io::Interest;
+use tokio::task::AbortHandle;
 
 use super::attach;
 use super::channel::{Begin, Birth, Channel};
+use crate::engine::stdio;
 use crate::timeouts;
 
 /// Time for a killed worker to go.
@@ -132,6 +136,48 @@ impl Jailed {
     /// Readable once it has ended.
     pub fn process(&self) -> &OwnedFd {
         &self.process
+    }
+
+    /// Begins to listen to it, for its owner: `take` is called when there may be reports, and says whether
+    /// there may be more; `ended` once, after the last of them, when it has ended. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn listen<T: Send + Sync + 'static>(
+        &self,
+        owner: &Arc<T>,
+        mut take: impl FnMut(&T) -> bool + Send + 'static,
+        ended: impl FnOnce(&T) + Send + 'static,
+    ) -> io::Result<AbortHandle> {
+        let process = stdio::watch(self.process.try_clone()?, Interest::READABLE)?;
+        let reports = self.channel.as_fd().try_clone_to_owned()?;
+        let reports = stdio::watch(reports, Interest::READABLE)?;
+        let owner = Arc::downgrade(owner);
+        let task = tokio::spawn(async move {
+            let mut more = false;
+            loop {
+                let has_ended = tokio::select! {
+                    () = std::future::ready(()), if more => false,
+                    ready = reports.readable(), if !more => {
+                        if let Ok(mut ready) = ready {
+                            ready.clear_ready();
+                        }
+                        false
+                    }
+                    _ = process.readable() => true,
+                };
+                let Some(owner) = owner.upgrade() else { return };
+                // Its last words first.
+                more = take(&owner);
+                if has_ended && !more {
+                    ended(&owner);
+                    return;
+                }
+                drop(owner);
+                tokio::task::yield_now().await;
+            }
+        });
+        Ok(task.abort_handle())
     }
 
     /// Brings what is mounted at `name` of one of its shares into its jail. Blocks shortly.

@@ -29,7 +29,6 @@ use std::time::Duration;
 
 use bulkhead_vmm::memory::VmMemory;
 use bulkhead_vmm::{Caching, DiskSource, VmConfig};
-use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
@@ -37,7 +36,6 @@ use tokio::task::AbortHandle;
 use crate::daemon::program;
 use crate::daemon::sandbox::Stop;
 use crate::engine::EngineError;
-use crate::engine::stdio;
 use crate::timeouts;
 use channel::{Begin, Disk, Net, Order, Report, Share, Wish};
 use jailed::{Jailed, Start, answer, clean};
@@ -206,36 +204,13 @@ impl Worker {
     /// # Errors
     /// Out of descriptors.
     pub fn watch(self: &Arc<Self>, stop: Stop) -> io::Result<()> {
-        let process = stdio::watch(self.jailed.process().try_clone()?, Interest::READABLE)?;
-        let reports = self.jailed.channel().as_fd().try_clone_to_owned()?;
-        let reports = stdio::watch(reports, Interest::READABLE)?;
-        let weak = Arc::downgrade(self);
         let mut stop = Some(stop);
-        let task = tokio::spawn(async move {
-            let mut more = false;
-            loop {
-                let ended = tokio::select! {
-                    () = std::future::ready(()), if more => false,
-                    ready = reports.readable(), if !more => {
-                        if let Ok(mut ready) = ready {
-                            ready.clear_ready();
-                        }
-                        false
-                    }
-                    _ = process.readable() => true,
-                };
-                let Some(worker) = weak.upgrade() else { return };
-                // Its last words first.
-                more = worker.take_reports(&mut stop);
-                if ended {
-                    worker.note_end(&worker.jailed.how_it_ended());
-                    return;
-                }
-                drop(worker);
-                tokio::task::yield_now().await;
-            }
-        });
-        *lock(&self.watcher) = Some(task.abort_handle());
+        let heard = self.jailed.listen(
+            self,
+            move |worker| worker.take_reports(&mut stop),
+            |worker| worker.note_end(&worker.jailed.how_it_ended()),
+        )?;
+        *lock(&self.watcher) = Some(heard);
         Ok(())
     }
 

@@ -21,7 +21,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_protocol::rpc::{Code, Status as RpcStatus};
 use bulkhead_wasm::{Source, Stats, Status, Stdio};
-use tokio::io::Interest;
 use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
 
@@ -37,7 +36,6 @@ use crate::daemon::state::State;
 use crate::daemon::vm::resources;
 use crate::daemon::worker::channel::Begin;
 use crate::daemon::worker::jailed::{Jailed, Start, answer, clean};
-use crate::engine::stdio;
 use crate::timeouts;
 use loader::Loaded;
 use message::{Order, Refusal, Report};
@@ -406,36 +404,13 @@ impl Programs for JailedPod {
     }
 
     fn watch(&self) -> io::Result<()> {
-        let process = self.shared.jailed.process().try_clone()?;
-        let process = stdio::watch(process, Interest::READABLE)?;
-        let reports = self.shared.jailed.channel().as_fd().try_clone_to_owned()?;
-        let reports = stdio::watch(reports, Interest::READABLE)?;
-        let weak = Arc::downgrade(&self.shared);
-        let task = tokio::spawn(async move {
-            let mut more = false;
-            loop {
-                let ended = tokio::select! {
-                    () = std::future::ready(()), if more => false,
-                    ready = reports.readable(), if !more => {
-                        if let Ok(mut ready) = ready {
-                            ready.clear_ready();
-                        }
-                        false
-                    }
-                    _ = process.readable() => true,
-                };
-                let Some(shared) = weak.upgrade() else { return };
-                // Its last words first.
-                more = shared.take_reports();
-                if ended && !more {
-                    shared.note_end(&shared.jailed.how_it_ended());
-                    return;
-                }
-                drop(shared);
-                tokio::task::yield_now().await;
-            }
-        });
-        *lock(&self.watcher) = Some(task.abort_handle());
+        let heard = self
+            .shared
+            .jailed
+            .listen(&self.shared, Shared::take_reports, |shared| {
+                shared.note_end(&shared.jailed.how_it_ended());
+            })?;
+        *lock(&self.watcher) = Some(heard);
         Ok(())
     }
 
