@@ -4,6 +4,7 @@
 //! are its children and inherit that, as they inherit a cgroup or seccomp filter set by the hook.
 //! Idle threads wait a moment for the next program and then go, so that an idle pod has none.
 
+use std::cell::RefCell;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -55,10 +56,16 @@ struct Shared {
     network: Network,
     hook: Option<ThreadHook>,
     harden: bool,
-    spawner: Spawner,
+    /// `None`: a thread is a child of the one that asks for it.
+    spawner: Option<Spawner>,
     idle: Mutex<Vec<Idle>>,
     next: AtomicU64,
     closed: AtomicBool,
+}
+
+thread_local! {
+    /// Of a thread of a pod: which pod's (by address, which it keeps alive), and which user's.
+    static OF: RefCell<Option<(usize, Option<User>)>> = const { RefCell::new(None) };
 }
 
 /// A thread that waits for its next program.
@@ -104,7 +111,7 @@ impl Threads {
                 network,
                 hook,
                 harden,
-                spawner: spawner.unwrap_or_else(default_spawner),
+                spawner,
                 idle: Mutex::new(Vec::new()),
                 next: AtomicU64::new(0),
                 closed: AtomicBool::new(false),
@@ -132,10 +139,20 @@ impl Threads {
         let user = user.cloned();
         let (report, ready) = mpsc::sync_channel(1);
         let fail = |e| WasmError::io(format!("thread of pod {}", self.shared.name), e);
-        (self.shared.spawner)(
+        let whose = (Arc::as_ptr(&shared).addr(), user.clone());
+        // A server starts more threads from its first one, which has given up the right to enter
+        // anything: its children are where it is, as whom it is, and held to its filter.
+        let inherits = shared.spawner.is_none() && OF.with_borrow(|of| of.as_ref() == Some(&whose));
+        let spawner = shared.spawner.clone().unwrap_or_else(default_spawner);
+        spawner(
             self.shared.name.clone(),
             Box::new(move || {
-                let made = shared.enter(user.as_ref()).and_then(|()| shared.runtime());
+                let entered = match inherits {
+                    true => Ok(()),
+                    false => shared.enter(user.as_ref()),
+                };
+                OF.set(Some(whose));
+                let made = entered.and_then(|()| shared.runtime());
                 match made {
                     Ok(runtime) => {
                         let _ = report.send(Ok(()));

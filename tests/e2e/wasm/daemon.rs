@@ -307,7 +307,11 @@ fn a_server_listens_in_its_pods_network_only(isolation: Isolation) {
     let address = daemon.pod("p", &path).unwrap();
     let component = http_component(&wit().unwrap()).unwrap();
     let image = daemon.image("http", &component).unwrap();
-    let bundle = daemon.bundle("h", &image, &["/app.wasm"], |_| ()).unwrap();
+    let bundle = daemon
+        .bundle("h", &image, &["/app.wasm"], |spec| {
+            spec["linux"]["resources"]["cpu"] = json!({"quota": 300_000, "period": 100_000});
+        })
+        .unwrap();
     let runtime = runtime();
     let tasks = runtime.block_on(async {
         let tasks = daemon::connect(&address).await.unwrap();
@@ -325,6 +329,22 @@ fn a_server_listens_in_its_pods_network_only(isolation: Isolation) {
         std::thread::sleep(Duration::from_millis(10));
     };
     assert!(answer.contains(HELLO_BODY), "{answer}");
+    // A thread for each of its three CPUs, though the first one can enter no namespace any more.
+    let process = match isolation {
+        Isolation::Thread => daemon.pid(),
+        Isolation::Process => worker_of(&daemon, "p"),
+    };
+    let serving = || {
+        let tasks = fs::read_dir(format!("/proc/{process}/task"))
+            .unwrap()
+            .flatten();
+        let names = tasks.map(|t| fs::read_to_string(t.path().join("comm")).unwrap_or_default());
+        names.filter(|name| name.starts_with("wasm-p")).count()
+    };
+    while serving() < 3 {
+        assert!(begin.elapsed() < PATIENCE, "{} threads", serving());
+        std::thread::sleep(Duration::from_millis(10));
+    }
     runtime.block_on(async {
         let kill = KillRequest {
             id: "h".into(),

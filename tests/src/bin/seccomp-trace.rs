@@ -109,7 +109,9 @@ fn read(trace: impl BufRead) -> Result<BTreeMap<&'static str, Seen>> {
             held.insert(child);
         }
         let seen = seen.entry(role).or_default();
-        let of = match line.rest.contains("EPERM") || line.rest.contains("ENOSYS") {
+        // The answer of this one is what the call that was interrupted had.
+        let refused = line.rest.contains("EPERM") || line.rest.contains("ENOSYS");
+        let of = match refused && line.call != "rt_sigreturn" {
             true => &mut seen.refused,
             false if line.resumed => continue,
             false => &mut seen.used,
