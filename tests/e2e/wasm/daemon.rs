@@ -394,8 +394,11 @@ fn what_ran_is_remembered_when_the_daemon_crashes() {
 
 /// The processes whose parent is the daemon: keepers.
 fn children(pid: u32) -> Vec<u32> {
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    text.split_whitespace()
+    // They are told by the thread that has started them.
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    let lists = tasks.map(|t| fs::read_to_string(t.path().join("children")).unwrap_or_default());
+    let all = lists.collect::<Vec<_>>().join(" ");
+    all.split_whitespace()
         .filter_map(|p| p.parse().ok())
         .collect()
 }
@@ -525,4 +528,31 @@ fn a_worker_is_jailed_and_dies_alone() {
         assert!(begin.elapsed() < PATIENCE, "processes are left");
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+#[test]
+fn a_keeper_that_dies_leaves_no_cgroup() {
+    let daemon = Daemon::start_as(Isolation::Process).unwrap();
+    daemon.pod("kept", "").unwrap();
+    let worker = worker_of(&daemon, "kept");
+    let cgroup = fs::read_to_string(format!("/proc/{worker}/cgroup")).unwrap();
+    let cgroup = cgroup.lines().find_map(|l| l.strip_prefix("0::/")).unwrap();
+    let root = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
+        .into_iter()
+        .find(|root| fs::exists(format!("{root}/cgroup.controllers")).unwrap())
+        .unwrap();
+    let cgroup = format!("{root}/{cgroup}");
+    assert!(
+        cgroup.ends_with(":wasm") && fs::exists(&cgroup).unwrap(),
+        "{cgroup}"
+    );
+    let [keeper] = children(daemon.pid())[..] else {
+        panic!("several keepers");
+    };
+    let keeper = nix::unistd::Pid::from_raw(i32::try_from(keeper).unwrap());
+    nix::sys::signal::kill(keeper, nix::sys::signal::Signal::SIGKILL).unwrap();
+    let end: proto::WaitResponse = daemon.call("Wait", &id_of("kept")).unwrap();
+    assert_eq!(end.exit_status, 137);
+    daemon.remove("kept").unwrap();
+    assert!(!fs::exists(&cgroup).unwrap(), "{cgroup} is left");
 }

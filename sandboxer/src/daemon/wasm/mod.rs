@@ -88,6 +88,8 @@ impl<P: Place> Kind for Wasm<P> {
 
     fn clean(&self, state: &State) {
         self.place.clean(state);
+        // Of whose keeper has died: the daemon itself, with pods on threads, cleans up after it.
+        jailed::remove_cgroup(state);
         self.processes.clean(state);
     }
 }

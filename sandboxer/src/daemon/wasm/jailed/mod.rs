@@ -136,9 +136,14 @@ impl Place for InProcess {
     }
 
     fn clean(&self, state: &State) {
-        let (parent, name) = cgroup_of(&state.cgroup_parent, &state.id);
-        PodCgroup::of(&parent, &name).remove();
+        remove_cgroup(state);
     }
+}
+
+/// Ends what an earlier process has left of a pod's own. Blocks.
+pub fn remove_cgroup(state: &State) {
+    let (parent, name) = cgroup_of(&state.cgroup_parent, &state.id);
+    PodCgroup::of(&parent, &name).remove();
 }
 
 /// Gone with its owner.
