@@ -32,11 +32,6 @@ impl Code {
         }
     }
 
-    /// The program's name in messages.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
     /// Where it is.
     pub fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
@@ -45,11 +40,6 @@ impl Code {
     /// Whether it was made with functions inlined.
     pub fn inlined(&self) -> bool {
         self.inlined
-    }
-
-    /// Whether it was compiled just now.
-    pub fn origin(&self) -> Origin {
-        self.origin
     }
 }
 

@@ -220,6 +220,7 @@ async fn serve(
     let wasm = Wasm::new(Arc::clone(&config), OnThreads::default(), processes.clone());
     let wasm_pods = keeping.of((Kept::Wasm, wasm)).await?;
     drop(keeping);
+    drop(host_mounts);
     let process_pods = Controller::new(processes, events);
     // All sockets are there before any of them is served.
     let listeners = (

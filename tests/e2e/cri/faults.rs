@@ -423,13 +423,13 @@ fn happen(node: &mut Node, kind: &Kind<'_>, fault: Fault, target: Option<&TestPo
                 .lines()
                 .find_map(|l| l.strip_prefix("Max open files")?.split_whitespace().next())
                 .context("limits")?;
-            limit_files(pid, &open.to_string())?;
+            limit(pid, "nofile", &open.to_string())?;
             // Somebody wants something meanwhile; of another kind, it would leave a connection of
             // containerd's to that kind's socket, which was not there before.
             if let Ok(pod) = TestPod::run(node, handler, pod("meanwhile")) {
                 pod.remove()?;
             }
-            limit_files(pid, usual)
+            limit(pid, "nofile", usual)
         }
         Fault::Frozen => {
             let pid = node.sandboxer_pid();
@@ -463,12 +463,12 @@ fn happen(node: &mut Node, kind: &Kind<'_>, fault: Fault, target: Option<&TestPo
                 .find_map(|l| l.strip_prefix("VmSize:")?.split_whitespace().next())
                 .context("VmSize")?;
             // What the heap takes is there; a guest's memory, or a stack for a program, is not.
-            let limit = (now.parse::<u64>()? << 10) + (96 << 20);
-            limit_memory(pid, &limit.to_string())?;
+            let most = (now.parse::<u64>()? << 10) + (96 << 20);
+            limit(pid, "as", &most.to_string())?;
             if let Ok(pod) = TestPod::run(node, handler, pod("meanwhile")) {
                 forget(pod);
             }
-            limit_memory(pid, "unlimited")
+            limit(pid, "as", "unlimited")
         }
         Fault::Interrupted => {
             let mut pids = vec![node.sandboxer_pid()];
@@ -586,15 +586,6 @@ fn available() -> Result<u64> {
     Ok(kib.parse::<u64>()? << 10)
 }
 
-fn limit_memory(pid: u32, limit: &str) -> Result<()> {
-    let done = Command::new("prlimit")
-        .args(["--pid", &pid.to_string(), &format!("--as={limit}:")])
-        .status()
-        .context("prlimit")?;
-    ensure!(done.success(), "prlimit: {done}");
-    Ok(())
-}
-
 fn shift_clock(seconds: i64) -> Result<()> {
     use nix::time::{ClockId, clock_gettime, clock_settime};
     let now = clock_gettime(ClockId::CLOCK_REALTIME)?;
@@ -602,9 +593,10 @@ fn shift_clock(seconds: i64) -> Result<()> {
     Ok(clock_settime(ClockId::CLOCK_REALTIME, then)?)
 }
 
-fn limit_files(pid: u32, limit: &str) -> Result<()> {
+/// Sets what prlimit(1) calls `what`.
+fn limit(pid: u32, what: &str, limit: &str) -> Result<()> {
     let done = Command::new("prlimit")
-        .args(["--pid", &pid.to_string(), &format!("--nofile={limit}:")])
+        .args(["--pid", &pid.to_string(), &format!("--{what}={limit}:")])
         .status()
         .context("prlimit")?;
     ensure!(done.success(), "prlimit: {done}");

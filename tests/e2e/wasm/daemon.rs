@@ -363,7 +363,7 @@ fn a_server_listens_in_its_pods_network_only(isolation: Isolation) {
 fn what_ran_is_remembered_when_the_daemon_crashes() {
     let mut daemon = Daemon::start().unwrap();
     let runtime = runtime();
-    let address = daemon.pod("p", "").unwrap();
+    let address = daemon.pod("crashed", "").unwrap();
     let image = daemon.image("loop", &wat(LOOP)).unwrap();
     let bundle = daemon.bundle("l", &image, &["/app.wasm"], |_| ()).unwrap();
     runtime.block_on(async {
@@ -372,12 +372,12 @@ fn what_ran_is_remembered_when_the_daemon_crashes() {
     });
     daemon.crash().unwrap();
     let request = proto::StatusRequest {
-        sandbox_id: "p".into(),
+        sandbox_id: "crashed".into(),
         verbose: true,
     };
     let status: proto::StatusResponse = daemon.call("Status", &request).unwrap();
     assert_eq!(status.state, "SANDBOX_NOTREADY");
-    let end: proto::WaitResponse = daemon.call("Wait", &id_of("p")).unwrap();
+    let end: proto::WaitResponse = daemon.call("Wait", &id_of("crashed")).unwrap();
     assert_eq!(end.exit_status, 137);
     runtime.block_on(async {
         let tasks = daemon::connect(&address).await.unwrap();
@@ -385,11 +385,11 @@ fn what_ran_is_remembered_when_the_daemon_crashes() {
         assert_eq!(exit.exit_status, 137);
         assert_eq!(daemon::delete(&tasks, &bundle).await.unwrap(), 137);
     });
-    daemon.remove("p").unwrap();
+    daemon.remove("crashed").unwrap();
     assert!(!address.exists());
     // And it works again.
-    daemon.pod("p", "").unwrap();
-    daemon.remove("p").unwrap();
+    daemon.pod("crashed", "").unwrap();
+    daemon.remove("crashed").unwrap();
 }
 
 /// The processes whose parent is the daemon: keepers.

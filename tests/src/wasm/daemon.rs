@@ -6,6 +6,7 @@ use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -34,7 +35,11 @@ pub struct Daemon {
     client: grpc::Client,
     // Short: paths of sockets have few bytes.
     dir: tempfile::TempDir,
+    /// One at a time in a program: pods' cgroups are named by ids, which tests use again.
+    _alone: MutexGuard<'static, ()>,
 }
+
+static ALONE: Mutex<()> = Mutex::new(());
 
 impl Daemon {
     /// Starts one.
@@ -50,6 +55,7 @@ impl Daemon {
     /// # Errors
     /// It does not answer in time.
     pub fn start_as(isolation: Isolation) -> Result<Self> {
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let isolation = match isolation {
             Isolation::Thread => "thread",
             Isolation::Process => "process",
@@ -75,6 +81,7 @@ impl Daemon {
             process,
             client,
             dir,
+            _alone: alone,
         })
     }
 

@@ -261,6 +261,10 @@ impl<K: Kind> Keepers<K> {
             made = true;
         }
         let Some(keeper) = keeper else {
+            if !self.own.has(&id) {
+                // Its keeper may have ended just now: the pod is ours in a moment.
+                drop(self.making.lock().await);
+            }
             return self.own.dispatch(call).await;
         };
         let answer = keeper

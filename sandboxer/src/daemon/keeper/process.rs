@@ -135,13 +135,14 @@ fn keep<K: Kind>(about: &About, config: &Config, kind: K) -> io::Result<()> {
     let served = runtime.block_on(serve(about, config, kind, &dir));
     // A pod may be in the making, for a daemon that has died meanwhile.
     runtime.shutdown_timeout(LAST);
-    let controller = served?;
     // Of a pod that was never started; one that was removed has taken it along.
-    if State::read(&dir).is_ok_and(|state| state.started.is_none()) {
+    if let Ok(controller) = &served
+        && State::read(&dir).is_ok_and(|state| state.started.is_none())
+    {
         controller.adopt(dir.clone());
     }
     let _ = fsutil::remove_dir(&dir);
-    Ok(())
+    served.map(drop)
 }
 
 /// What it mounts is gone with it, and of the daemon's mounts it holds none. Gives the host's mount
